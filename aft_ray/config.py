@@ -1,0 +1,350 @@
+"""RunConfig: everything a run can be told, typed, bounded and described; imports in milliseconds.
+
+A config that loads is a config whose parts agree with each other. What needs the outside world (does the model
+exist, does the cluster have the GPUs) is checked by `aft_ray.preflight`, before any actor starts.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+# The objectives that need no samples: their rounds skip sampling altogether.
+UNSAMPLED_OBJECTIVES = frozenset({"vft"})
+# The objectives that compare candidates, and so need at least two of them.
+RANKING_OBJECTIVES = frozenset({"align", "aft_detached", "aft_boundary"})
+
+Positive = Annotated[int, Field(gt=0)]
+Natural = Annotated[int, Field(ge=0)]
+Seconds = Annotated[float, Field(gt=0, description="seconds")]
+
+
+class ConfigError(ValueError):
+    """A config that cannot be run. The message is one sentence for the user."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    """The model to make a better reasoner."""
+
+    name: str = Field(description="Hugging Face model directory or hub name")
+    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="of training and of sampling")
+    max_length: Positive = Field(512, description="prompt + response, tokens; at most the model's context")
+    chat_template: Literal["auto", "never"] = Field(
+        "auto", description="auto: ask through the model's chat template when it has one"
+    )
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+
+
+class ArithmeticConfig(Section):
+    """Difficulty of the generated word problems."""
+
+    min_steps: int = Field(2, ge=1, le=8, description="fewest dependent calculations in a problem")
+    max_steps: int = Field(4, ge=1, le=8, description="most dependent calculations in a problem")
+    max_operand: int = Field(20, ge=5, le=1000, description="largest number in a problem")
+    max_value: int = Field(200, ge=20, le=100_000, description="largest intermediate result")
+    operations: str = Field("+-*/", pattern=r"^[+\-*/]+$", description="which of + - * / occur")
+    distractors: float = Field(0.3, ge=0, le=1, description="probability of a sentence with an irrelevant number")
+    phrasings: int = Field(3, ge=1, le=3, description="how many wordings of a step's chain of thought occur")
+    train_size: Positive = Field(4000, description="questions in the training split")
+    validation_size: Positive = Field(400, description="questions in the validation split")
+    test_size: Positive = Field(2000, description="questions in the test split")
+    seed: Natural = Field(0, description="of the generator; independent of the run's seed")
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.min_steps > self.max_steps:
+            raise ConfigError(
+                f"data.arithmetic.min_steps ({self.min_steps}) is more than max_steps ({self.max_steps})"
+            )
+        return self
+
+
+class CustomConfig(Section):
+    """Where a custom task's columns and files are."""
+
+    train: str | None = Field(None, description="file below data.path, or split name on the hub")
+    validation: str | None = Field(None, description="likewise; none: drawn from the training split")
+    test: str | None = Field(None, description="likewise; none: no test split")
+    question: str = Field("question", description="column of the question's text")
+    reference: str = Field("answer", description="column of the reference response")
+    gold: str | None = Field(None, description="column of the gold answer; none: read off the reference")
+    id: str | None = Field(None, description="column of a unique id; none: split and row number")
+
+
+class DataConfig(Section):
+    """The task and where its questions come from."""
+
+    task: Literal["arithmetic", "gsm8k", "custom"] = Field("arithmetic", description="which reasoning task")
+    path: str | None = Field(None, description="local directory, or hub name for custom; none: the task's hub data set")
+    prompt: str | None = Field(None, description="prompt with {question} in it; none: the task's own")
+    answer_marker: str = Field("####", min_length=1, description="what stands before the final answer")
+    train_limit: Positive | None = Field(None, description="use this many training questions, drawn by the run's seed")
+    validation_limit: Positive | None = Field(None, description="likewise for validation")
+    test_limit: Positive | None = Field(None, description="likewise for test")
+    arithmetic: ArithmeticConfig = ArithmeticConfig()
+    custom: CustomConfig = CustomConfig()
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.prompt is not None and "{question}" not in self.prompt:
+            raise ConfigError("data.prompt must contain {question}, the place of the question's text")
+        if self.task == "custom" and not self.path:
+            raise ConfigError("data.task=custom needs data.path: a directory of JSONL or Parquet files, or a hub name")
+        if self.task == "custom" and not self.custom.train:
+            raise ConfigError("data.task=custom needs data.custom.train: a file below data.path, or a split's name")
+        return self
+
+
+class ObjectiveConfig(Section):
+    """The loss on a group: L = L_VFT + weight * L_A."""
+
+    name: Literal["vft", "rft", "align", "aft_detached", "aft_boundary"] = Field(
+        "aft_boundary", description="which objective; see docs/objectives.md"
+    )
+    beta: float = Field(0.15, ge=0, description="aft_boundary: how far below the worst right score, nats per token")
+    weight: float = Field(1.0, gt=0, description="of L_A beside L_VFT")
+
+
+class SamplingConfig(Section):
+    """How candidates are drawn, and what the samplers may use."""
+
+    k: Positive = Field(6, description="candidates per question")
+    temperature: float = Field(1.0, gt=0, le=5, description="of sampling; scores are always at temperature 1")
+    top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling")
+    max_tokens: Positive = Field(256, description="longest response, end-of-sequence included")
+    samplers: Positive = Field(1, description="vLLM engines")
+    cpus_per_sampler: float = Field(1, gt=0, description="Ray CPUs of an engine; on a CPU engine also its threads")
+    gpus_per_sampler: float = Field(0, ge=0, description="GPUs of an engine")
+    max_num_seqs: Positive = Field(128, description="sequences an engine runs at once")
+    kv_cache_gib: float = Field(1.0, gt=0, description="KV cache of a CPU engine, GiB")
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="share of a GPU's memory for the engine")
+    batch_size: int = Field(16, ge=1, le=512, description="questions in one call of a sampler")
+    in_flight: Positive = Field(8, description="calls in flight per sampler")
+    groups_per_file: Positive = Field(64, description="groups in one Parquet file")
+    attempts: Positive = Field(3, description="times a question is tried before it is parked")
+    max_parked: float = Field(0.05, ge=0, le=1, description="share of a round's questions that may be parked")
+    timeout_s: Seconds = Field(600, description="deadline of one call of a sampler, seconds")
+    start_timeout_s: Seconds = Field(900, description="deadline of an engine's start, seconds")
+
+
+class TrainingConfig(Section):
+    """One pass of optimiser steps over the groups of a round."""
+
+    workers: Positive = Field(1, description="Ray Train workers")
+    cpus_per_worker: float = Field(1, gt=0, description="Ray CPUs of a worker; without a GPU also its threads")
+    gpus_per_worker: Literal[0, 1] = Field(0, description="GPUs of a worker")
+    zero_stage: Literal[0, 1, 2, 3] = Field(0, description="what DeepSpeed shards: 1 optimizer, 2 gradients, 3 weights")
+    epochs: Positive = Field(1, description="passes over the groups of a round")
+    groups_per_step: Positive = Field(64, description="groups in one optimiser step, over all workers")
+    tokens_per_microbatch: Positive = Field(16384, description="padded tokens in one forward pass of a worker")
+    learning_rate: float = Field(2e-5, gt=0, description="peak")
+    warmup: float = Field(0.03, ge=0, lt=1, description="share of steps that warm up; linear decay to zero after")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
+    activation_checkpointing: bool = Field(False, description="recompute activations: less memory, a third slower")
+    max_failures: Natural = Field(2, description="times the worker group is restarted from its last checkpoint")
+    keep_checkpoints: Positive = Field(2, description="training states kept; models of all rounds are kept")
+    timeout_s: Seconds = Field(3600, description="deadline of a wait for another worker, seconds")
+
+
+class VftConfig(Section):
+    """Round 0: fine-tuning on reference responses."""
+
+    epochs: Natural = Field(3, description="passes over the training questions; 0: the model is fine-tuned already")
+    questions_per_step: Positive = Field(64, description="questions in one optimiser step, over all workers")
+    learning_rate: float = Field(2e-5, gt=0, description="peak")
+
+
+class RoundsConfig(Section):
+    """The rounds of AFT after round 0."""
+
+    count: Natural = Field(3, description="rounds after round 0")
+    questions_per_round: Positive | None = Field(None, description="none: every training question in every round")
+    max_staleness: Natural = Field(1, description="0: sampling and training alternate; 1: they overlap")
+    evaluate_every: Natural = Field(1, description="rounds between evaluations on the validation split; 0: never")
+    timeout_s: Seconds = Field(86_400, description="deadline of a round's sampling or training, seconds")
+
+
+class WeightsConfig(Section):
+    """Publication of new weights to running engines."""
+
+    transport: Literal["object_store", "checkpoint"] = Field(
+        "object_store", description="checkpoint: engines read the round's model directory from shared storage"
+    )
+    probes: int = Field(4, ge=1, le=64, description="sequences scored on both sides after each publication")
+    tolerance: float | None = Field(
+        None, gt=0, description="largest score difference, nats per token; none: 1e-4 in float32, 0.05 in bfloat16"
+    )
+    shard_mib: Positive = Field(1024, description="size of a safetensors shard, MiB; the most rank 0 holds at once")
+    timeout_s: Seconds = Field(600, description="deadline of each phase of a publication, seconds")
+
+
+class EvaluationConfig(Section):
+    """What `aft-ray evaluate` and the evaluations during a run measure."""
+
+    split: Literal["validation", "test"] = Field("test", description="of `aft-ray evaluate`; runs use validation")
+    k: Positive = Field(6, description="samples per question beside the greedy answer")
+    temperature: float = Field(1.0, gt=0, le=5, description="of the samples")
+    seed: Natural = Field(0, description="of the samples and of the bootstrap")
+    resamples: int = Field(1000, ge=100, description="bootstrap resamples of the 95 % intervals")
+    during_training_k: Natural = Field(0, description="samples per question in evaluations of a run; 0: greedy only")
+
+
+class ClusterConfig(Section):
+    """Where it runs."""
+
+    address: str | None = Field(None, description="Ray address; none: RAY_ADDRESS, or Ray started on this machine")
+    logical_cpus: Positive | None = Field(None, description="CPUs of a Ray started here; none: as many as are needed")
+    object_store_mib: Positive = Field(1024, description="object store of a Ray started here, MiB")
+
+
+class RunConfig(Section):
+    """One run: a YAML file with `key.sub=value` overrides."""
+
+    run_dir: str = Field(description="run directory: a path, or a URI of a pyarrow filesystem")
+    seed: Natural = Field(0, description="fixes data order, sampling and training")
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    vft: VftConfig = VftConfig()
+    rounds: RoundsConfig = RoundsConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    training: TrainingConfig = TrainingConfig()
+    weights: WeightsConfig = WeightsConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.objective.name in RANKING_OBJECTIVES and self.sampling.k < 2 and self.rounds.count:
+            raise ConfigError(
+                f"objective.name={self.objective.name} compares candidates, so sampling.k must be at least 2, "
+                f"not {self.sampling.k}"
+            )
+        if self.sampling.max_tokens >= self.model.max_length:
+            raise ConfigError(
+                f"sampling.max_tokens ({self.sampling.max_tokens}) leaves no room for a prompt in "
+                f"model.max_length ({self.model.max_length}); lower the first or raise the second"
+            )
+        if self.vft.epochs == 0 and self.rounds.count == 0:
+            raise ConfigError("vft.epochs=0 and rounds.count=0 leave nothing to train")
+        if self.training.workers > self.training.groups_per_step:
+            raise ConfigError(
+                f"training.groups_per_step ({self.training.groups_per_step}) is less than training.workers "
+                f"({self.training.workers}); every worker needs a group in a step"
+            )
+        if self.training.zero_stage > 0 and self.training.workers == 1 and self.training.gpus_per_worker == 0:
+            return self
+        return self
+
+    @property
+    def samples(self) -> bool:
+        """Whether the objective's rounds need candidates."""
+        return self.objective.name not in UNSAMPLED_OBJECTIVES
+
+    @property
+    def score_tolerance(self) -> float:
+        """Largest allowed difference of a probe's score between trainer and sampler, nats per token."""
+        if self.weights.tolerance is not None:
+            return self.weights.tolerance
+        return 1e-4 if self.model.dtype == "float32" else 0.05
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """Reads a YAML file and applies `key.sub=value` overrides. Raises ConfigError, one sentence."""
+    try:
+        text = Path(path).read_text()
+    except OSError as error:
+        raise ConfigError(f"cannot read the config file {path}: {error.strerror}") from error
+    try:
+        tree = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must be a mapping of keys to values, not a {type(tree).__name__}")
+    for override in overrides:
+        apply_override(tree, override)
+    return parse_config(tree)
+
+
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Sets one `key.sub=value` in a nested dict; the value is read as YAML."""
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{override!r} is not of the form key.sub=value")
+    *parents, last = key.split(".")
+    node = tree
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"{override!r}: {parent} is a value, not a section")
+    node[last] = _number(yaml.safe_load(value) if value else None)
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 2e-5 as a string; users mean the number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def parse_config(tree: dict[str, Any]) -> RunConfig:
+    """A RunConfig from nested dicts. Raises ConfigError naming the first wrong key."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_sentence(error)) from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved config as YAML, in declaration order; `load_config` reads it back to an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def config_difference(old: RunConfig, new: RunConfig) -> list[str]:
+    """Lines `key: old -> new` for every value in which two configs differ."""
+    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    return [f"{key}: {before[key]} -> {after[key]}" for key in before if before[key] != after[key]]
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in model.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += _known_keys(field.annotation, f"{prefix}{name}.")
+    return keys
+
+
+def _sentence(error: ValidationError) -> str:
+    """The first error of a validation, as one sentence that names the key and the way out."""
+    first = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(key, _known_keys(RunConfig), n=1, cutoff=0.5)
+        hint = f"; did you mean {close[0]}?" if close else "; `aft-ray train --help` shows where keys are listed"
+        return f"unknown key {key}{hint}"
+    if first["type"] == "missing":
+        return f"{key} is missing; set it in the file or as {key}=VALUE on the command line"
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])
+    problem = first["msg"][0].lower() + first["msg"][1:]
+    return f"{key}={first['input']!r}: {problem}"

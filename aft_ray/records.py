@@ -1,0 +1,138 @@
+"""The typed records that cross process boundaries, and the Arrow schema they are stored in.
+
+A `Group` is the unit of storage and of training. Token ids are stored as they were sampled: nothing is ever
+re-tokenised between sampling and training, so a score means the same on both sides.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any
+
+import pyarrow as pa
+
+
+class Verdict(StrEnum):
+    """What the verifier says of one candidate. `UNDECIDED` is never trained on as wrong."""
+
+    RIGHT = "right"
+    WRONG = "wrong"
+    UNDECIDED = "undecided"
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A problem with its reference response and gold answer. `id` is unique within a task's split."""
+
+    id: str
+    text: str
+    reference: str
+    gold: str
+    task: str
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One sampled response.
+
+    token_ids: the response as sampled, end-of-sequence included when `finish_reason` is "stop".
+    logprob_sum: sum of the tokens' log-probabilities under the sampler's weights, in nats, at temperature 1.
+    reward: 1.0 right, 0.0 wrong; graded feedback may use any finite number. Meaningless when undecided.
+    """
+
+    token_ids: list[int]
+    logprob_sum: float
+    finish_reason: str
+    text: str
+    answer: str | None = None
+    verdict: Verdict = Verdict.UNDECIDED
+    reward: float = 0.0
+
+    @property
+    def score(self) -> float:
+        """Mean token log-probability, nats per token (METHOD: s(c))."""
+        return self.logprob_sum / len(self.token_ids) if self.token_ids else -math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One question with its k labelled candidates, sampled in `round` by the weights of `policy_version`.
+
+    Round 0 (VFT) and objectives that need no samples have groups without candidates.
+    reference_token_ids: the reference response, end-of-sequence included.
+    """
+
+    round: int
+    policy_version: int
+    question: Question
+    prompt_token_ids: list[int]
+    reference_token_ids: list[int]
+    candidates: list[Candidate]
+
+    @property
+    def has_signal(self) -> bool:
+        """Whether two candidates differ in reward, so that a ranking objective has a pair to work on."""
+        return len({c.reward for c in self.candidates if c.verdict is not Verdict.UNDECIDED}) > 1
+
+
+QUESTION_TYPE = pa.struct(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("text", pa.string(), nullable=False),
+        pa.field("reference", pa.string(), nullable=False),
+        pa.field("gold", pa.string(), nullable=False),
+        pa.field("task", pa.string(), nullable=False),
+    ]
+)
+CANDIDATE_TYPE = pa.struct(
+    [
+        pa.field("token_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("logprob_sum", pa.float64(), nullable=False),
+        pa.field("finish_reason", pa.string(), nullable=False),
+        pa.field("text", pa.string(), nullable=False),
+        pa.field("answer", pa.string()),
+        pa.field("verdict", pa.string(), nullable=False),
+        pa.field("reward", pa.float64(), nullable=False),
+    ]
+)
+GROUP_SCHEMA = pa.schema(
+    [
+        pa.field("round", pa.int32(), nullable=False),
+        pa.field("policy_version", pa.int32(), nullable=False),
+        pa.field("question", QUESTION_TYPE, nullable=False),
+        pa.field("prompt_token_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("reference_token_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("candidates", pa.list_(CANDIDATE_TYPE), nullable=False),
+    ]
+)
+
+
+def groups_to_table(groups: Iterable[Group]) -> pa.Table:
+    """Groups as an Arrow table of `GROUP_SCHEMA`, one row a group."""
+    return pa.Table.from_pylist([asdict(group) for group in groups], schema=GROUP_SCHEMA)
+
+
+def table_to_groups(table: pa.Table) -> list[Group]:
+    """The inverse of `groups_to_table`. Raises ValueError when a column is missing."""
+    missing = set(GROUP_SCHEMA.names) - set(table.column_names)
+    if missing:
+        raise ValueError(f"not a table of groups: the columns {sorted(missing)} are missing")
+    return [_group(row) for row in table.to_pylist()]
+
+
+def _group(row: dict[str, Any]) -> Group:
+    candidates = [Candidate(**{**c, "verdict": Verdict(c["verdict"])}) for c in row["candidates"]]
+    return Group(**{**row, "question": Question(**row["question"]), "candidates": candidates})
+
+
+def unique_ids(questions: Sequence[Question]) -> Sequence[Question]:
+    """The questions themselves. Raises ValueError naming an id that occurs twice: the ledger counts by id."""
+    seen: set[str] = set()
+    for question in questions:
+        if question.id in seen:
+            raise ValueError(f"two questions have the id {question.id!r}; ids must be unique within a split")
+        seen.add(question.id)
+    return questions
