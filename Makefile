@@ -1,0 +1,44 @@
+# Every goal works as the first command in a fresh clone: the first one installs everything into VENV (minutes, once).
+
+PYTHON ?= python3
+VENV ?= .venv
+# pytest arguments, for example: make test ARGS="tests/test_ledger.py -x"
+ARGS ?=
+BIN = $(VENV)/bin
+STAMP = $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo 'PYTHON=python3.12      which Python makes the virtual environment (3.11 or newer)'
+	@echo 'VENV=DIR               where it lies (default .venv)'
+	@echo 'EXTRA=cpu|gpu          which build of vLLM and torch (default: gpu where nvidia-smi works)'
+	@echo 'TORCH_INDEX=URL        package index to take the CPU build of torch from'
+
+install: $(STAMP)  ## make the virtual environment
+
+$(STAMP): pyproject.toml tools/install.sh
+	@PYTHON='$(PYTHON)' VENV='$(VENV)' EXTRA='$(EXTRA)' TORCH_INDEX='$(TORCH_INDEX)' tools/install.sh
+	@touch $@
+
+demo: $(STAMP)  ## train a tiny reasoner in minutes
+	@$(BIN)/python jobs/demo.py
+
+test: lint  ## lint, types and the whole test suite
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)  ## rewrite the code in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## delete caches and builds; keep the virtual environment and runs
+	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path '$(VENV:./%=%)' -prune -o -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
