@@ -209,7 +209,7 @@ def test_the_interval_covers_the_truth_about_95_times_in_100():
     assert 180 <= covered <= 199
 
 
-def test_the_table_has_a_row_for_each_model():
+def test_the_table_has_a_column_for_each_model():
     vft = measure([answered(greedy=i < 6, id=str(i)) for i in range(10)])
     aft = measure([answered(*[right(-0.5)] * 6, greedy=None, id="a")])
     text = results_text({"VFT": vft, "AFT": aft}, title="Arithmetic")
@@ -217,4 +217,4 @@ def test_the_table_has_a_row_for_each_model():
     assert f"60.0 [{low:.1f}, {high:.1f}]" in text
     assert "1.65 [1.65, 1.65]" in text
     assert "AFT: 1 undecided" in " ".join(text.split())
-    assert results_table({"VFT": vft, "AFT": aft}).row_count == 2
+    assert [column.header for column in results_table({"VFT": vft, "AFT": aft}).columns] == ["", "VFT", "AFT"]
