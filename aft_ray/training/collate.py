@@ -1,0 +1,83 @@
+"""Groups as tensors: prompts padded on the left and responses on the right, so every response starts in one column.
+
+Invariant: a row's score does not depend on what else is in the batch; padding is neither attended to nor counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from aft_ray.objectives import Objective
+from aft_ray.records import Group
+from aft_ray.training.batching import trained_candidates
+
+REFERENCE, DUMMY = -1, -2  # slots of rows that are no candidate
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch. Rows are, group by group, the reference response and the trained candidates.
+
+    input_ids, attention_mask, position_ids: [rows, prompt + response columns]. response_mask: [rows, response columns].
+    group_of_row: [rows] index into question_ids. slot_of_row: [rows] candidate index, or REFERENCE, or DUMMY.
+    rewards, mask: [groups, k], k >= 1; mask is True where the candidate has a row.
+    """
+
+    question_ids: tuple[str, ...]
+    input_ids: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    response_mask: Tensor
+    group_of_row: Tensor
+    slot_of_row: Tensor
+    rewards: Tensor
+    mask: Tensor
+
+    @property
+    def response_columns(self) -> int:
+        return self.response_mask.shape[1]
+
+    def to(self, device: torch.device) -> Self:
+        """The same batch on another device."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "question_ids"}
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
+
+
+def collate(groups: Sequence[Group], objective: Objective, pad_token_id: int) -> Batch:
+    """The batch of some groups. Without groups: one row of two tokens in no group, which adds exactly nothing."""
+    rows: list[tuple[list[int], list[int], int, int]] = []  # prompt, response, group, slot
+    k = max([1, *(len(group.candidates) for group in groups)])
+    rewards, mask = torch.zeros(len(groups), k), torch.zeros(len(groups), k, dtype=torch.bool)
+    for index, group in enumerate(groups):
+        rows.append((group.prompt_token_ids, group.reference_token_ids, index, REFERENCE))
+        for slot in trained_candidates(group, objective):
+            candidate = group.candidates[slot]
+            rows.append((group.prompt_token_ids, candidate.token_ids, index, slot))
+            rewards[index, slot], mask[index, slot] = candidate.reward, True
+    if not rows:
+        rows.append(([pad_token_id], [pad_token_id], 0, DUMMY))
+
+    before = max(len(prompt) for prompt, *_ in rows)
+    after = max(len(response) for _, response, *_ in rows)
+    input_ids = torch.full((len(rows), before + after), pad_token_id)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, (prompt, response, _, _) in enumerate(rows):
+        columns = slice(before - len(prompt), before + len(response))
+        input_ids[row, columns] = torch.tensor(prompt + response)
+        attention_mask[row, columns] = 1
+    return Batch(
+        question_ids=tuple(group.question.id for group in groups),
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=(attention_mask.cumsum(dim=1) - 1).clamp(min=0),
+        response_mask=attention_mask[:, before:].bool(),
+        group_of_row=torch.tensor([group for *_, group, _ in rows]),
+        slot_of_row=torch.tensor([slot for *_, slot in rows]),
+        rewards=rewards,
+        mask=mask,
+    )
