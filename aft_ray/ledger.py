@@ -91,14 +91,11 @@ def write_group_file(run_dir: RunDir, groups: Sequence[Group]) -> GroupFile:
     path = _group_path(run_dir, round, ids)
     if run_dir.exists(path):
         data = run_dir.read_bytes(path)
-        existing = _readable(data)
+        existing = _intact(data)
         same = {group.policy_version for group in existing} == {group.policy_version for group in groups}
         if same and _group_path(run_dir, round, [group.question.id for group in existing]) == path:
             return GroupFile(round, path, hashlib.sha256(data).hexdigest(), ids)
-    sink = pa.BufferOutputStream()
-    table = groups_to_table(sorted(groups, key=lambda group: group.question.id))
-    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
-    data = sink.getvalue().to_pybytes()
+    data = _parquet(sorted(groups, key=lambda group: group.question.id))
     run_dir.write_bytes(path, data)
     return GroupFile(round, path, hashlib.sha256(data).hexdigest(), ids)
 
@@ -329,14 +326,14 @@ class Ledger:
 
     def _read(self, file: GroupFile) -> list[Group]:
         try:
-            return _readable(self._recorded_bytes(file))
+            return _groups(self._recorded_bytes(file))
         except RunDirError as problem:
             raise RunDirError(f"{problem}; start the run again to have its questions sampled again") from None
 
     def _orphan(self, round: int, path: str) -> GroupFile | None:
         """The description of an uncommitted file that is whole and of this round's weights."""
         data = self.run_dir.read_bytes(path)
-        groups = _readable(data)
+        groups = _intact(data)
         ids = tuple(group.question.id for group in groups)
         version = self.policy_version(round)
         if not groups or _group_path(self.run_dir, round, ids) != path:
@@ -358,10 +355,23 @@ def _group_path(run_dir: RunDir, round: int, question_ids: Collection[str]) -> s
     return f"{run_dir.groups(round)}/{hashlib.sha256(key).hexdigest()[:24]}.parquet"
 
 
-def _readable(data: bytes) -> list[Group]:
-    """The groups of a Parquet file's bytes; empty when they are not a whole, undamaged file of groups."""
+def _parquet(groups: Sequence[Group]) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(groups_to_table(groups), sink, compression="zstd", write_page_checksum=True)
+    return bytes(sink.getvalue().to_pybytes())
+
+
+def _groups(data: bytes) -> list[Group]:
+    return table_to_groups(pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True).read())
+
+
+def _intact(data: bytes) -> list[Group]:
+    """The groups of a file that no checksum was recorded for; empty unless they are just what was written.
+
+    Parquet's checksums leave out the footer, so the proof is that the groups are written as these very bytes.
+    """
     try:
-        table = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True).read()
-        return table_to_groups(table)
-    except (OSError, ValueError, TypeError, KeyError, pa.ArrowException):
+        groups = _groups(data)
+        return groups if _parquet(groups) == data else []
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, pa.ArrowException):
         return []
