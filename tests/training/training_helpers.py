@@ -1,0 +1,76 @@
+"""A tiny random Llama and groups for it, the same in every process."""
+
+import random
+
+from aft_ray.objectives import Objective
+from aft_ray.records import Candidate, Group, Question, Verdict
+from aft_ray.training.batching import group_size, plan_pass
+
+VOCABULARY, PAD = 64, 0
+POISON = 63  # a token of no group but `poisoned_group`
+
+
+def write_tiny_llama(directory, *, tied=False, poisoned=False):
+    """A random model with head size 32. poisoned: the embedding of POISON is NaN."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=128,
+        tie_word_embeddings=tied,
+        initializer_range=0.2,
+        pad_token_id=PAD,
+    )
+    model = LlamaForCausalLM(config)
+    if poisoned:
+        model.get_input_embeddings().weight.data[POISON] = float("nan")
+    model.save_pretrained(directory)
+    return directory
+
+
+def make_group(name, prompt, reference, candidates):
+    """candidates: (token ids, verdict) each."""
+    question = Question(name, "text", "reference", "gold", "test")
+    made = [Candidate(ids, -1.0, "stop", "text", None, v, float(v is Verdict.RIGHT)) for ids, v in candidates]
+    return Group(1, 0, question, prompt, reference, made)
+
+
+def random_groups(count, *, k=4, seed=0):
+    """Groups of varied lengths; some are all right, all wrong, undecided in part, or hold repeated candidates."""
+    source = random.Random(seed)
+
+    def ids(low, high):
+        return [source.randrange(1, POISON) for _ in range(source.randint(low, high))]
+
+    groups = []
+    for number in range(count):
+        candidates = [(ids(1, 9), source.choice(list(Verdict))) for _ in range(k)]
+        if number % 3 == 0:
+            candidates[0], candidates[1] = (ids(2, 5), Verdict.RIGHT), (ids(2, 5), Verdict.WRONG)
+        if number % 4 == 0:
+            candidates[-1] = candidates[0]
+        groups.append(make_group(f"q{number}", ids(1, 12), ids(2, 8), candidates))
+    return groups
+
+
+def poisoned_group():
+    return make_group("poisoned", [5, POISON], [7, 8], [([1, 2], Verdict.RIGHT), ([3], Verdict.WRONG)])
+
+
+def plan(groups: list[Group], objective: Objective, *, ranks, groups_per_step=8, budget=100, epochs=1):
+    return plan_pass(
+        [group_size(group, objective) for group in groups],
+        ranks=ranks,
+        groups_per_step=groups_per_step,
+        tokens_per_microbatch=budget,
+        epochs=epochs,
+        seed=3,
+        round=1,
+    )
