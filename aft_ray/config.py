@@ -61,9 +61,7 @@ class ArithmeticConfig(Section):
     @model_validator(mode="after")
     def _agree(self) -> Self:
         if self.min_steps > self.max_steps:
-            raise ConfigError(
-                f"data.arithmetic.min_steps ({self.min_steps}) is more than max_steps ({self.max_steps})"
-            )
+            raise ConfigError(f"data.arithmetic.min_steps ({self.min_steps}) is more than max_steps ({self.max_steps})")
         return self
 
 
@@ -241,8 +239,6 @@ class RunConfig(Section):
                 f"training.groups_per_step ({self.training.groups_per_step}) is less than training.workers "
                 f"({self.training.workers}); every worker needs a group in a step"
             )
-        if self.training.zero_stage > 0 and self.training.workers == 1 and self.training.gpus_per_worker == 0:
-            return self
         return self
 
     @property
@@ -343,8 +339,22 @@ def _sentence(error: ValidationError) -> str:
         hint = f"; did you mean {close[0]}?" if close else "; `aft-ray train --help` shows where keys are listed"
         return f"unknown key {key}{hint}"
     if first["type"] == "missing":
+        key = next((known for known in _known_keys(RunConfig) if known.startswith(key + ".")), key)
         return f"{key} is missing; set it in the file or as {key}=VALUE on the command line"
     if first["type"] == "value_error":
         return str(first["ctx"]["error"])
     problem = first["msg"][0].lower() + first["msg"][1:]
     return f"{key}={first['input']!r}: {problem}"
+
+
+def describe_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
+    """One line a key: name, default, meaning."""
+    lines = []
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            lines.append(f"\n{prefix}{name}: {(field.annotation.__doc__ or '').strip()}")
+            lines += describe_keys(field.annotation, f"{prefix}{name}.")
+        else:
+            default = "required" if field.is_required() else f"default {field.default}"
+            lines.append(f"  {prefix}{name} ({default}): {field.description}")
+    return lines

@@ -1,0 +1,103 @@
+"""What sampling and training tell each other while a run lives: rounds that are ready, versions, events, failure.
+
+Invariant: nothing durable lives here; after a restart the board is filled again from the ledger. Every wait has a
+deadline, and a failure on one side ends the waits of the other at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ray
+
+from aft_ray.weights.publication import Publication
+
+
+class BoardFailed(RuntimeError):
+    """The other side of the run failed; the message is its reason."""
+
+
+class Board:
+    """An actor of the driver's. Methods are asynchronous, so waits do not block each other."""
+
+    def __init__(self) -> None:
+        self._changed = asyncio.Condition()
+        self._ready: set[int] = set()
+        self._publications: dict[int, Publication] = {}
+        self._events: list[dict[str, Any]] = []
+        self._failure: str | None = None
+
+    async def set_ready(self, round_number: int) -> None:
+        """Every group of the round is in the ledger."""
+        await self._change(lambda: self._ready.add(round_number))
+
+    async def wait_ready(self, round_number: int, timeout_s: float) -> float:
+        """Waits for a round's groups; returns the seconds waited."""
+        return await self._wait(
+            lambda: round_number in self._ready, timeout_s, f"the groups of round {round_number} to be complete"
+        )
+
+    async def publish(self, publication: Publication) -> None:
+        """Offers a version to the samplers. Older versions are let go, and with them their objects."""
+
+        def change() -> None:
+            newest = max([publication.version, *self._publications])
+            self._publications = {newest: publication if publication.version == newest else self._publications[newest]}
+
+        await self._change(change)
+
+    async def wait_publication(self, version: int, timeout_s: float) -> tuple[Publication, float]:
+        """The newest version, once it is at least `version`; and the seconds waited."""
+        waited = await self._wait(
+            lambda: max(self._publications, default=-1) >= version, timeout_s, f"policy version {version} to be trained"
+        )
+        return self._publications[max(self._publications)], waited
+
+    async def post(self, event: dict[str, Any]) -> None:
+        """An event for the driver's metrics and progress."""
+        self._events.append(event)
+
+    async def drain(self) -> list[dict[str, Any]]:
+        """The events since the last call."""
+        events, self._events = self._events, []
+        return events
+
+    async def fail(self, reason: str) -> None:
+        """Ends every wait with BoardFailed. The first reason counts."""
+        if self._failure is None:
+            self._failure = reason
+        await self._change(lambda: None)
+
+    async def _change(self, change: Callable[[], Any]) -> None:
+        async with self._changed:
+            change()
+            self._changed.notify_all()
+
+    async def _wait(self, condition: Callable[[], bool], timeout_s: float, what: str) -> float:
+        started = time.monotonic()
+        async with self._changed:
+            try:
+                await asyncio.wait_for(
+                    self._changed.wait_for(lambda: self._failure is not None or condition()), timeout_s
+                )
+            except TimeoutError:
+                raise BoardFailed(f"waited {timeout_s:.0f} s for {what}; rounds.timeout_s sets this deadline") from None
+        if self._failure is not None:
+            raise BoardFailed(self._failure)
+        return time.monotonic() - started
+
+
+def call(method: Any, *args: Any) -> Any:
+    """Calls a board method and returns its value. Raises BoardFailed with the reason, not with Ray's traceback."""
+    try:
+        return ray.get(method.remote(*args))
+    except BoardFailed as error:
+        raise BoardFailed(str(getattr(error, "cause", error)).strip().splitlines()[-1]) from None
+
+
+def start_board() -> Any:
+    """A board that lives as long as the driver."""
+    return ray.remote(Board).options(num_cpus=0, max_concurrency=1000).remote()

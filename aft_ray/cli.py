@@ -1,0 +1,218 @@
+"""The aft-ray command: parses, calls, prints. An error of the user's is one sentence and a non-zero exit status."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from aft_ray.config import ConfigError, RunConfig, dump_config, load_config, parse_config
+
+app = typer.Typer(
+    help="Alignment Fine-Tuning of language models into better reasoners, on a Ray cluster.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="`key.sub=value`, each overriding the file", metavar="[KEY=VALUE]...")
+]
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML config, see jobs/configs")],
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print the resolved config and the placement, then stop")
+    ] = False,
+) -> None:
+    """Train a reasoner: VFT, then rounds of sampling and AFT. The same command resumes a run that was stopped.
+
+    Examples:
+
+        aft-ray train jobs/configs/gsm8k_smoke.yaml model.name=/path/to/model data.path=/path/to/gsm8k
+
+        aft-ray train jobs/configs/gsm8k_smoke.yaml model.name=/path/to/model rounds.max_staleness=0 --dry-run
+
+    Every key, its default and its meaning: `aft-ray keys`.
+    """
+    parsed = load_config(config, overrides or [])
+    if dry_run:
+        from aft_ray.cluster import training_placement
+
+        print(dump_config(parsed), end="")
+        print("\n".join(["", "# placement", *(f"# {line}" for line in training_placement(parsed).lines())]))
+        return
+    train_run(parsed)
+
+
+def train_run(config: RunConfig) -> None:
+    """Runs to the end and prints the table of rounds. Other libraries' output goes to logs/driver.log."""
+    from aft_ray.observe.reporter import Reporter, chatter_to
+    from aft_ray.observe.summary import read_events, rounds_table
+    from aft_ray.run_dir import RunDir
+
+    run_dir = RunDir(config.run_dir)
+    with chatter_to(driver_log(run_dir)) as console, Reporter(run_dir, console) as reporter:
+        from aft_ray.rounds import run
+
+        if not run(config, reporter):
+            reporter.say(f"{run_dir.uri()} is finished: all {config.rounds.count} rounds are trained. Nothing to do.")
+        table = rounds_table(read_events(run_dir))
+        model = run_dir.uri(run_dir.model(config.rounds.count))
+    (Console() if sys.stdout.isatty() else Console(width=200)).print(table)
+    print(f"the model: {model}")
+
+
+@app.command()
+def evaluate(
+    target: Annotated[str, typer.Argument(help="a run directory, or a model directory with --config")],
+    overrides: Overrides = None,
+    config: Annotated[Path | None, typer.Option(help="YAML config that names the task; a run has its own")] = None,
+    version: Annotated[int | None, typer.Option(help="of a run: which policy version; default the last")] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON file; default in the run's evaluations/")] = None,
+) -> None:
+    """Measure a model: greedy accuracy, pass@k, maj@k, best-of-k by score, weighted vote, assessment, perplexity.
+
+    Examples:
+
+        aft-ray evaluate runs/gsm8k evaluation.k=8
+
+        aft-ray evaluate runs/gsm8k --version 0 evaluation.split=validation data.validation_limit=100
+
+        aft-ray evaluate /path/to/model --config jobs/configs/gsm8k_smoke.yaml data.path=/path/to/gsm8k
+    """
+    from aft_ray.evaluation.standalone import Target, evaluate_targets, run_target, write_result
+    from aft_ray.evaluation.table import results_table
+    from aft_ray.observe.reporter import Reporter, chatter_to
+    from aft_ray.run_dir import CONFIG, RunDir
+
+    directory = RunDir(target)
+    of_run = directory.exists(CONFIG)
+    if of_run:
+        import yaml
+
+        from aft_ray.config import apply_override
+
+        tree = yaml.safe_load(directory.read_bytes(CONFIG))
+        for override in overrides or []:
+            apply_override(tree, override)
+        parsed = parse_config(tree)
+        chosen = run_target(parsed, directory, version)
+    else:
+        if config is None:
+            raise ConfigError(
+                f"{target} is not a run directory, so --config must name the task: "
+                f"aft-ray evaluate {target} --config jobs/configs/gsm8k_smoke.yaml"
+            )
+        parsed = load_config(config, [*(overrides or []), f"model.name={target}"])
+        chosen = Target(target, Path(target).name)
+    split = parsed.evaluation.split
+    if output is None and of_run and directory.is_local:
+        output = directory.local_path(directory.evaluation(f"{split}-{chosen.label.replace('version ', '')}"))
+    log = driver_log(directory if of_run else None)
+    with chatter_to(log) as console, Reporter(None, console) as reporter:
+        results = evaluate_targets(parsed, [chosen], reporter, directory if of_run else None)
+    result, facts = results[chosen.label]
+    output = output or Path(f"{chosen.label}-{split}.json")
+    write_result(output, chosen, parsed, result, facts)
+    console = Console() if sys.stdout.isatty() else Console(width=200)
+    console.print(results_table({chosen.label: result}, f"{parsed.data.task}, {split}"))
+    print(f"{facts['tokens']:,} tokens in {facts['seconds']:.0f} s; written to {output}")
+
+
+@app.command()
+def status(run_dir: Annotated[str, typer.Argument(help="run directory")]) -> None:
+    """Show how far a run is: its rounds so far, what is sampled of the next, and whether a driver works on it.
+
+    Example:
+
+        aft-ray status runs/gsm8k
+    """
+    from aft_ray.observe.summary import read_events, rounds_table, state_lines
+    from aft_ray.rounds import read_config
+    from aft_ray.run_dir import RunDir
+
+    directory = RunDir(run_dir)
+    config = read_config(directory)
+    console = Console() if sys.stdout.isatty() else Console(width=200)
+    console.print(rounds_table(read_events(directory)))
+    for line in state_lines(config, directory):
+        print(line)
+
+
+@app.command()
+def keys() -> None:
+    """List every config key with its default and its meaning."""
+    from aft_ray.config import describe_keys
+
+    for line in describe_keys():
+        print(line)
+
+
+def user_errors() -> tuple[type[BaseException], ...]:
+    """The errors whose message is one sentence for the user; everything else is ours and keeps its traceback."""
+    from aft_ray.board import BoardFailed
+    from aft_ray.rounds import RunFailed
+    from aft_ray.run_dir import RunDirError
+    from aft_ray.sampling.pool import SamplersFailed
+    from aft_ray.weights.publication import PublicationFailed
+
+    return (RunFailed, RunDirError, SamplersFailed, PublicationFailed, BoardFailed)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point. Exit status: 0 done, 1 the run failed, 2 the command or the config is wrong, 130 interrupted."""
+    quiet()
+    try:
+        app(arguments, standalone_mode=False)
+    except ConfigError as error:
+        fail(str(error), 2)
+    except KeyboardInterrupt:
+        fail("interrupted; the same command goes on from here", 130)
+    except Exception as error:
+        import click
+
+        if isinstance(error, click.ClickException):
+            error.show()
+            raise SystemExit(error.exit_code) from None
+        if isinstance(error, click.exceptions.Abort):
+            fail("interrupted; the same command goes on from here", 130)
+        if not isinstance(error, user_errors()):
+            raise
+        fail(str(error), 1)
+
+
+def driver_log(run_dir: Any) -> Path:
+    """Where this process's libraries print: into the run directory, when that is on a mounted filesystem."""
+    from aft_ray.run_dir import LOGS
+
+    if run_dir is not None and run_dir.is_local:
+        return Path(run_dir.local_path(f"{LOGS}/driver.log"))
+    return Path(tempfile.gettempdir()) / f"aft-ray-{os.getpid()}.log"
+
+
+def fail(sentence: str, status_code: int) -> None:
+    print(f"error: {sentence}", file=sys.stderr)
+    raise SystemExit(status_code)
+
+
+def quiet() -> None:
+    """The libraries' warnings and logs do not belong between our lines; actors log to the run directory."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,377 @@
+"""THE loop: in what order a round happens.
+
+One driver conducts: it samples round after round through the samplers and the ledger, while one `TorchTrainer.fit()`
+trains them as they become ready. The two meet on the board. Invariant: a round is sampled by one policy version, fixed
+in the ledger before its first question is asked, and at most `max_staleness` behind the version it trains.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from aft_ray import board
+from aft_ray.board import BoardFailed
+from aft_ray.cluster import connected, needs_samplers, training_placement
+from aft_ray.config import ConfigError, RunConfig, config_difference, dump_config, load_config
+from aft_ray.evaluation.evaluator import evaluate, unanswered
+from aft_ray.ledger import Ledger, write_group_file
+from aft_ray.observe.reporter import Reporter
+from aft_ray.preflight import check_model
+from aft_ray.questions import load_tokenizer, prepare, questions_of_round
+from aft_ray.records import Group
+from aft_ray.run_dir import CONFIG, LOGS, RunDir
+from aft_ray.weights.publication import Publication, read_publication
+
+
+class RunFailed(RuntimeError):
+    """A run that ended short. The message says what is missing and how to go on."""
+
+
+@dataclass(slots=True)
+class Conductor:
+    """The driver's side of a run: what every step of a round needs."""
+
+    config: RunConfig
+    run_dir: RunDir
+    ledger: Ledger
+    reporter: Reporter
+    board: Any
+    pool: Any  # a SamplerPool; None when the run neither samples nor evaluates
+    questions: list[Group]
+    validation: list[Group]
+
+    def conduct(self) -> None:
+        """All rounds, from the first that is not trained yet to the last."""
+        first = first_round(self.config, self.ledger)
+        self._publish_what_is_on_disk(first - 1)
+        for number in range(first, self.config.rounds.count + 1):
+            if number == 0 or not self.config.samples:
+                self._write_references(number)
+            else:
+                publication, waited = self._publication_for(number)
+                self._bring_samplers_to(publication)
+                self._sample(number, publication, waited)
+            board.call(self.board.set_ready, number)
+        # What is still in training is measured as it comes; the last wait ends the run.
+        for version in range(
+            max(0, self.config.rounds.count - self.config.rounds.max_staleness), self.config.rounds.count + 1
+        ):
+            publication, _ = board.call(self.board.wait_publication, version, self.config.rounds.timeout_s)
+            if self.pool is not None:
+                self._bring_samplers_to(publication)
+
+    def _publication_for(self, number: int) -> tuple[Publication, float]:
+        """The version that samples a round: the newest within max_staleness, or the one it was begun with."""
+        begun_with = self.ledger.policy_version(number)
+        needed = max(0, number - 1 - self.config.rounds.max_staleness)
+        publication, waited = board.call(self.board.wait_publication, needed, self.config.rounds.timeout_s)
+        if begun_with is not None and begun_with != publication.version:
+            publication = self._on_disk(begun_with)
+        self.ledger.record_policy_version(number, publication.version)
+        return publication, waited
+
+    def _bring_samplers_to(self, publication: Publication) -> None:
+        started = time.monotonic()
+        loaded = self.pool.load(publication)
+        if all(one.load_s == 0.0 for one in loaded):
+            return
+        slowest = max(loaded, key=lambda one: one.fetch_s + one.load_s + one.prove_s)
+        self.reporter.event(
+            "published",
+            version=publication.version,
+            seconds=time.monotonic() - started,
+            fetch_s=slowest.fetch_s,
+            load_s=slowest.load_s,
+            prove_s=slowest.prove_s,
+            probe_difference=max(one.difference for one in loaded),
+        )
+        self._evaluate(publication)
+
+    def _sample(self, number: int, publication: Publication, waited: float) -> None:
+        """Step 1 of a round: every question sampled once, labelled, and in the ledger."""
+        from aft_ray.sampling.stream import Tally, sample_round
+
+        wanted = questions_of_round(self.config, self.questions, number)
+        self._open(number)
+        pending = set(self.ledger.pending(number, [group.question.id for group in wanted]))
+        groups = [g for g in unanswered(wanted, publication.version) if g.question.id in pending]
+        started, total = time.monotonic(), Tally()
+        done = len(wanted) - len(groups)
+        what = f"round {number} sampling with version {publication.version}"
+        for written in sample_round(self.config, self.pool, publication, groups, self.run_dir) if groups else ():
+            if written.file is not None:
+                self.ledger.commit(written.file)
+            for parked in written.parked:
+                self.ledger.park(parked)
+            total, done = total + written.tally, done + written.tally.groups + len(written.parked)
+            speed = total.tokens / (time.monotonic() - started)
+            self.reporter.progress(what, done, len(wanted), f"{speed:,.0f} tokens/s, {total.pass_rate:.0%} right")
+        self._check_complete(number, wanted)
+        if self.ledger.sampled(number):
+            return  # sampled whole before this run was resumed
+        stats = _stats(total, time.monotonic() - started, waited)
+        closed = self.ledger.complete_sampling(number, publication.version, stats)
+        self.reporter.event(
+            "sampled",
+            round=number,
+            version=publication.version,
+            staleness=number - 1 - publication.version,
+            parked=closed.parked,
+            **stats,
+        )
+        self.reporter.say(
+            f"round {number}: sampled {closed.groups} groups with version {publication.version} in "
+            f"{stats['seconds']:.0f} s ({stats['tokens_per_s']:,.0f} tokens/s, waited {waited:.0f} s), "
+            f"{stats['pass_rate']:.1%} right, {stats['signal']:.0%} of groups with a signal"
+            + (f", {closed.parked} parked" if closed.parked else "")
+        )
+
+    def _write_references(self, number: int) -> None:
+        """A round that trains on reference responses alone: its groups have no candidates."""
+        wanted = questions_of_round(self.config, self.questions, number)
+        self._open(number)
+        pending = set(self.ledger.pending(number, [group.question.id for group in wanted]))
+        groups = [replace(g, policy_version=max(0, number - 1)) for g in wanted if g.question.id in pending]
+        size = 64 * self.config.sampling.groups_per_file
+        for start in range(0, len(groups), size):
+            self.ledger.commit(write_group_file(self.run_dir, groups[start : start + size]))
+        self._check_complete(number, wanted)
+        if not self.ledger.sampled(number):
+            self.ledger.complete_sampling(number, max(0, number - 1), {"groups": len(wanted)})
+
+    def _open(self, number: int) -> None:
+        audit = self.ledger.open_round(number)
+        self.ledger.unpark(number)
+        for sentence in (*audit.voided, *audit.adopted, *audit.deleted):
+            self.reporter.say(f"round {number}: {sentence}")
+
+    def _check_complete(self, number: int, wanted: list[Group]) -> None:
+        if missing := self.ledger.pending(number, [group.question.id for group in wanted]):
+            raise RunFailed(
+                f"round {number} ended with {len(missing)} questions neither grouped nor parked, among them "
+                f"{missing[0]}; start the same command again to sample them"
+            )
+        parked = self.ledger.parked(number)
+        if len(parked) > self.config.sampling.max_parked * len(wanted):
+            reason, count = Counter(one.reason for one in parked).most_common(1)[0]
+            raise RunFailed(
+                f"round {number}: {len(parked)} of {len(wanted)} questions could not be sampled, more than "
+                f"sampling.max_parked={self.config.sampling.max_parked:g}; {count} times: {reason}. "
+                f"Start the same command again to try them again"
+            )
+
+    def _evaluate(self, publication: Publication) -> None:
+        """Step 5: the validation split, whenever a version that is due has reached the samplers."""
+        every, version = self.config.rounds.evaluate_every, publication.version
+        if not every or not self.validation or (version % every and version != self.config.rounds.count):
+            return
+        if self.run_dir.exists(self.run_dir.evaluation(f"validation-{version:04d}")):
+            return
+        k = self.config.evaluation.during_training_k
+        result, facts = evaluate(
+            self.config,
+            self.pool,
+            publication,
+            unanswered(self.validation, version),
+            k,
+            lambda done, total: self.reporter.progress(f"evaluating version {version}", done, total),
+        )
+        record = {"version": version, "split": "validation", **result.to_json(), **facts}
+        self.run_dir.write_json(self.run_dir.evaluation(f"validation-{version:04d}"), record)
+        figures = {name.replace("@", "_"): estimate.value for name, estimate in result.estimates.items()}
+        self.reporter.event("evaluated", split="validation", version=version, **facts, **figures)
+        greedy = result.estimates["greedy"]
+        self.reporter.say(
+            f"version {version}: {greedy.value:.1%} [{greedy.low:.1%}, {greedy.high:.1%}] of {result.questions} "
+            f"validation questions right, greedy"
+        )
+
+    def _publish_what_is_on_disk(self, version: int) -> None:
+        if version > 0 or (version == 0 and self.config.vft.epochs):
+            board.call(self.board.publish, self._on_disk(version))
+        elif not self.config.vft.epochs:
+            # The model as it was given is version 0; engines start from it.
+            board.call(self.board.publish, Publication(0, self.config.model.name, (), ()))
+
+    def _on_disk(self, version: int) -> Publication:
+        if version == 0 and not self.config.vft.epochs:
+            return read_publication(0, self.config.model.name)
+        return read_publication(version, self.run_dir.fetch_directory(self.run_dir.model(version)))
+
+
+def first_round(config: RunConfig, ledger: Ledger) -> int:
+    """The first round that is not trained yet; `rounds.count` + 1 when the run is finished."""
+    last = ledger.last_checkpoint()
+    return last.round + 1 if last else (0 if config.vft.epochs else 1)
+
+
+def run(config: RunConfig, reporter: Reporter) -> bool:
+    """Trains a run to its end, from wherever it is. False when it was finished already.
+
+    Raises ConfigError, RunDirError, SamplersFailed, PublicationFailed or RunFailed: one sentence each.
+    """
+    run_dir = RunDir(config.run_dir)
+    with run_dir.lock():
+        adopt_config(config, run_dir)
+        ledger = Ledger(run_dir)
+        if first_round(config, ledger) > config.rounds.count:
+            return False
+        check_model(config)
+        tokenizer = load_tokenizer(config)
+        training = prepare(config, "train", tokenizer, config.data.train_limit)
+        validation: list[Group] = []
+        if needs_samplers(config) and config.rounds.evaluate_every:
+            validation = prepare(config, "validation", tokenizer, config.data.validation_limit).groups
+        reporter.event("started", questions=len(training.groups), too_long=len(training.too_long))
+        reporter.say(
+            f"{len(training.groups)} training questions"
+            + (f" ({len(training.too_long)} are longer than the context and left out)" if training.too_long else "")
+            + f", {len(validation)} for validation; run directory {run_dir.uri()}"
+        )
+        with connected(config, training_placement(config)):
+            _run_on_cluster(config, run_dir, ledger, reporter, training.groups, validation, tokenizer.eos_token_id)
+    return True
+
+
+def _run_on_cluster(
+    config: RunConfig,
+    run_dir: RunDir,
+    ledger: Ledger,
+    reporter: Reporter,
+    questions: list[Group],
+    validation: list[Group],
+    eos_token_id: int,
+) -> None:
+    from aft_ray.sampling.pool import SamplerPool
+    from aft_ray.training.worker import WorkerConfig
+
+    started = time.monotonic()
+    the_board = board.start_board()
+    pool = None
+    if needs_samplers(config):
+        log_dir = str(run_dir.local_path(LOGS)) if run_dir.is_local else None
+        version = None if config.vft.epochs else 0
+        pool = SamplerPool.start(config, config.model.name, eos_token_id, log_dir, version)
+    try:
+        with _training(WorkerConfig(config, run_dir, the_board, len(questions)), reporter) as failures:
+            try:
+                if pool is not None and first_round(config, ledger) > 0:
+                    pool.wait_ready()
+                Conductor(config, run_dir, ledger, reporter, the_board, pool, questions, validation).conduct()
+            except BoardFailed as error:
+                # Training failed: what Ray Train raised says more than the board does.
+                raise RunFailed(str(failures[0]) if failures else str(error)) from error
+            except BaseException as error:
+                board.call(the_board.fail, f"the driver stopped: {error}")
+                raise
+    finally:
+        if pool is not None:
+            pool.close()
+    reporter.event("finished", seconds=time.monotonic() - started)
+
+
+@contextmanager
+def _training(worker: Any, reporter: Reporter) -> Iterator[list[str]]:
+    """`TorchTrainer.fit()` in a thread, and another that passes the workers' events on. Ends with both."""
+    from aft_ray.training.worker import fit
+
+    failures: list[str] = []
+    ended = threading.Event()
+
+    def train() -> None:
+        try:
+            fit(worker)
+        except Exception as error:
+            failures.append(_training_failure(error, worker.run_dir))
+            board.call(worker.board.fail, failures[0])
+
+    def listen() -> None:
+        while not ended.wait(0.5):
+            _pass_on(board.call(worker.board.drain), reporter)
+
+    threads = [threading.Thread(target=function, daemon=True) for function in (train, listen)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield failures
+        threads[0].join(worker.config.training.timeout_s)
+        if threads[0].is_alive():
+            raise RunFailed("the train workers did not end after the last round; see logs/trainer-*.log")
+        if failures:
+            raise RunFailed(failures[0])
+    finally:
+        ended.set()
+        threads[1].join()
+        _pass_on(board.call(worker.board.drain), reporter)
+
+
+def _pass_on(events: list[dict[str, Any]], reporter: Reporter) -> None:
+    for event in events:
+        fields = {key: value for key, value in event.items() if key != "event"}
+        if event["event"] == "step":
+            what = f"round {fields['round']} training"
+            reporter.progress(what, fields["step"], fields["steps"], f"loss {fields['loss']:.4f}")
+        reporter.event(event["event"], **fields)
+        if event["event"] == "trained":
+            reporter.say(
+                f"round {fields['round']}: trained {fields['steps']} steps in {fields['train_s']:.0f} s "
+                f"({fields['tokens_per_s']:,.0f} tokens/s, waited {fields['waited_s']:.0f} s), "
+                f"loss {fields['loss']:.4f}"
+            )
+
+
+def _training_failure(error: Exception, run_dir: RunDir) -> str:
+    from aft_ray.sampling.pool import last_line
+
+    cause = error
+    for worker_error in getattr(error, "worker_failures", {}).values():
+        cause = worker_error
+    return f"training failed: {last_line(str(cause))} (the workers' output: {run_dir.uri(LOGS)}/trainer-*.log)"
+
+
+def _stats(total: Any, seconds: float, waited: float) -> dict[str, Any]:
+    return {
+        "groups": total.groups,
+        "seconds": seconds,
+        "waited_s": waited,
+        "tokens": total.tokens,
+        "tokens_per_s": total.tokens / max(seconds, 1e-9),
+        "pass_rate": total.pass_rate,
+        "signal": total.with_signal / max(1, total.groups),
+        "right_score": total.right_score / total.right if total.right else None,
+        "wrong_score": total.wrong_score / total.wrong if total.wrong else None,
+        "undecided": total.undecided,
+        "truncated": total.truncated,
+    }
+
+
+def adopt_config(config: RunConfig, run_dir: RunDir) -> None:
+    """Writes the resolved config down; on an existing run, refuses one that differs. Where it runs may change."""
+    if not run_dir.exists(CONFIG):
+        run_dir.write_bytes(CONFIG, dump_config(config).encode())
+        return
+    before = read_config(run_dir)
+    difference = [line for line in config_difference(before, config) if not line.startswith(("cluster.", "run_dir:"))]
+    if difference:
+        raise ConfigError(
+            f"{run_dir.uri()} was started with another config ({'; '.join(difference)}); give the run the config it "
+            f"was started with, or another run_dir"
+        )
+
+
+def read_config(run_dir: RunDir) -> RunConfig:
+    """The resolved config of a run. Raises ConfigError when there is no run there."""
+    if not run_dir.exists(CONFIG):
+        raise ConfigError(f"{run_dir.uri()} is not a run directory: it has no {CONFIG}")
+    import tempfile
+
+    with tempfile.NamedTemporaryFile(suffix=".yaml") as file:
+        Path(file.name).write_bytes(run_dir.read_bytes(CONFIG))
+        return load_config(file.name)

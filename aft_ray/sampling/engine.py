@@ -1,0 +1,288 @@
+"""The one door to vLLM: an engine stepped by a thread of its own, so that calls overlap in its continuous batch.
+
+Invariant: a request is answered wholly by one set of weights. Weights change only when no request is running;
+requests that arrive meanwhile wait. An exception inside vLLM kills the engine for good (`EngineDead`): it is never
+used again, because its state is unknown.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+from aft_ray.records import Candidate
+
+
+class EngineDead(RuntimeError):
+    """vLLM failed inside this process; the process must end and be replaced."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSpec:
+    """What an engine is built from. `model` is a local directory or a hub name.
+
+    eos_token_id: the token that ends a response; the engine has no tokenizer to ask.
+    """
+
+    model: str
+    eos_token_id: int
+    dtype: str
+    max_length: int
+    max_num_seqs: int
+    gpu: bool
+    threads: int = 1
+    kv_cache_gib: float = 1.0
+    gpu_memory_utilization: float = 0.9
+    trust_remote_code: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingSpec:
+    """How the candidates of a question are drawn. temperature 0 is greedy; scores are always at temperature 1."""
+
+    k: int
+    temperature: float
+    top_p: float
+    max_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One question as the engine sees it; `seed` fixes its candidates."""
+
+    token_ids: list[int]
+    seed: int
+
+
+def prepare_environment(spec: EngineSpec) -> None:
+    """Sets what vLLM reads from the environment; must run before vllm is imported in this process."""
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    if spec.gpu:
+        return
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ["VLLM_CPU_CI_ENV"] = "1"
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(spec.kv_cache_gib)))
+    # vLLM would pin every engine of a machine to the same cores.
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    os.environ["OMP_NUM_THREADS"] = str(spec.threads)
+    # Otherwise the first request that asks for log-probs compiles for half a minute.
+    os.environ["TORCH_COMPILE_DISABLE"] = "1"
+
+
+class Engine:
+    """A running vLLM engine. Thread-safe."""
+
+    def __init__(self, spec: EngineSpec, start_timeout_s: float = 900) -> None:
+        """Blocks until the engine is ready. Raises EngineDead with vLLM's reason when it cannot start."""
+        self._spec = spec
+        self._tasks: queue.Queue[_Task] = queue.Queue()
+        self._running: dict[str, tuple[Future[Any], Callable[[Any], Any]]] = {}
+        self._failure: BaseException | None = None
+        self._next_id = 0
+        started: Future[None] = Future()
+        self._thread = threading.Thread(target=self._work, args=(started,), name="vllm-engine", daemon=True)
+        self._thread.start()
+        try:
+            started.result(start_timeout_s)
+        except TimeoutError:
+            raise EngineDead(f"vLLM did not start {spec.model} within {start_timeout_s:.0f} s") from None
+
+    def sample(self, prompt: Prompt, how: SamplingSpec) -> Future[list[Candidate]]:
+        """k unlabelled candidates. Raises ValueError when the prompt leaves no room for a response."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        room = self._spec.max_length - len(prompt.token_ids)
+        if room < 1:
+            raise ValueError(
+                f"the prompt has {len(prompt.token_ids)} tokens, which leaves no room for a response within "
+                f"model.max_length={self._spec.max_length}"
+            )
+        params = SamplingParams(
+            n=how.k,
+            temperature=how.temperature,
+            top_p=how.top_p,
+            max_tokens=min(how.max_tokens, room),
+            logprobs=0,
+            seed=prompt.seed if how.temperature > 0 else None,
+            stop_token_ids=[self._spec.eos_token_id],
+            detokenize=False,
+            # Otherwise a request with n > 1 ends with the last of its candidates alone.
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        return self._request(prompt.token_ids, params, _candidates)
+
+    def score(self, prompt_token_ids: Sequence[int], response_token_ids: Sequence[int]) -> Future[float]:
+        """Mean token log-probability of a response under the engine's present weights, nats per token."""
+        from vllm import SamplingParams
+
+        sequence = [*prompt_token_ids, *response_token_ids]
+        params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
+
+        def mean(output: Any) -> float:
+            tail = list(zip(sequence, output.prompt_logprobs, strict=True))[len(prompt_token_ids) :]
+            return float(sum(row[token].logprob for token, row in tail) / len(tail))
+
+        return self._request(sequence, params, mean)
+
+    def update_weights(self, files: Sequence[Callable[[], str]]) -> None:
+        """Loads safetensors files, each named by a call that may fetch it first, into the running engine.
+
+        The prefix cache, computed with the old weights, is dropped. A failure half-way kills the engine.
+        """
+
+        def update(llm: Any) -> None:
+            llm.collective_rpc("begin_weights")
+            for file in files:
+                llm.collective_rpc("load_weights_file", args=(file(),))
+            llm.collective_rpc("finish_weights")
+            if not llm.reset_prefix_cache():
+                raise RuntimeError("the prefix cache could not be reset after new weights were loaded")
+
+        self._exclusive(update).result()
+
+    def alive(self) -> bool:
+        return self._failure is None and self._thread.is_alive()
+
+    def close(self) -> None:
+        """Ends the engine once its running requests are answered."""
+        if self.alive():
+            self._tasks.put(_Task(None, Future(), exclusive=True))
+        self._thread.join()
+
+    # --- the engine's thread
+
+    def _request(self, token_ids: Sequence[int], params: Any, convert: Callable[[Any], Any]) -> Future[Any]:
+        answer: Future[Any] = Future()
+
+        def add(llm: Any) -> None:
+            request_id = str(self._next_id)
+            self._next_id += 1
+            llm.add_request(request_id, {"prompt_token_ids": list(token_ids)}, params)
+            self._running[request_id] = answer, convert
+
+        return self._put(_Task(add, answer, exclusive=False))
+
+    def _exclusive(self, function: Callable[[Any], Any]) -> Future[Any]:
+        return self._put(_Task(function, Future(), exclusive=True))
+
+    def _put(self, task: _Task) -> Future[Any]:
+        if not self.alive():
+            raise EngineDead(f"the vLLM engine of {self._spec.model} is dead: {self._failure}")
+        self._tasks.put(task)
+        return task.answer
+
+    def _work(self, started: Future[None]) -> None:
+        try:
+            llm = _build(self._spec)
+        except BaseException as error:
+            self._failure = error
+            started.set_exception(EngineDead(f"vLLM could not start {self._spec.model}: {error}"))
+            return
+        started.set_result(None)
+        task: _Task | None = None
+        try:
+            while True:
+                idle = not llm.has_unfinished_requests()
+                task = task or self._next_task(wait=idle)
+                if task is not None and (idle or not task.exclusive):
+                    if task.function is None:
+                        break
+                    self._run(task, llm)
+                    task = None
+                    continue
+                for output in llm.step():
+                    if output.finished:
+                        answer, convert = self._running.pop(output.request_id)
+                        answer.set_result(convert(output))
+        except BaseException as error:
+            self._failure = error
+            self._fail_all(task)
+
+    def _next_task(self, wait: bool) -> _Task | None:
+        try:
+            return self._tasks.get(block=wait)
+        except queue.Empty:
+            return None
+
+    def _run(self, task: _Task, llm: Any) -> None:
+        from vllm.exceptions import VLLMValidationError
+
+        assert task.function is not None
+        try:
+            result = task.function(llm)
+        except VLLMValidationError as error:
+            # vLLM's word for a request it cannot take; the engine is untouched.
+            task.answer.set_exception(ValueError(str(error)))
+            return
+        if task.exclusive:
+            task.answer.set_result(result)
+
+    def _fail_all(self, task: _Task | None) -> None:
+        waiting = [*(answer for answer, _ in self._running.values()), *([task.answer] if task else [])]
+        while not self._tasks.empty():
+            waiting.append(self._tasks.get().answer)
+        for answer in waiting:
+            if not answer.done():
+                answer.set_exception(EngineDead(f"the vLLM engine of {self._spec.model} died: {self._failure!r}"))
+
+
+@dataclass(slots=True)
+class _Task:
+    """Work for the engine's thread: a request to add, or an exclusive call that waits until none is running."""
+
+    function: Callable[[Any], Any] | None
+    answer: Future[Any]
+    exclusive: bool
+
+
+def _candidates(output: Any) -> list[Candidate]:
+    return [
+        Candidate(
+            token_ids=list(completion.token_ids),
+            logprob_sum=completion.cumulative_logprob,
+            finish_reason=completion.finish_reason,
+            text="",
+        )
+        for completion in sorted(output.outputs, key=lambda completion: completion.index)
+    ]
+
+
+def _build(spec: EngineSpec) -> Any:
+    prepare_environment(spec)
+    from vllm import EngineArgs
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    arguments: dict[str, Any] = {
+        "model": spec.model,
+        "dtype": spec.dtype,
+        "max_model_len": spec.max_length,
+        "max_num_seqs": spec.max_num_seqs,
+        "skip_tokenizer_init": True,
+        "enable_prefix_caching": True,
+        "disable_log_stats": True,
+        "seed": spec.seed,
+        "trust_remote_code": spec.trust_remote_code,
+        "load_format": "safetensors",
+        "worker_extension_cls": "aft_ray.weights.receiver.WeightReceiver",
+        # Greedy and sampled decoding must not inherit a model's own generation_config.json.
+        "generation_config": "vllm",
+    }
+    if spec.gpu:
+        arguments |= {"gpu_memory_utilization": spec.gpu_memory_utilization}
+    else:
+        # Per-request seeds crash the CPU engine when a prompt is split over several steps.
+        arguments |= {
+            "enforce_eager": True,
+            "distributed_executor_backend": "uni",
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(4096, spec.max_length),
+        }
+    return LLMEngine.from_engine_args(EngineArgs(**arguments))

@@ -1,0 +1,174 @@
+"""The sampler actor: a named, long-lived owner of one engine. Knows which policy version it serves.
+
+Invariant: it answers only with the version it was asked for. An actor whose engine died or was left between two
+versions ends its process, so that Ray starts a fresh one, which must load the current version before it serves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from aft_ray.records import Candidate
+from aft_ray.sampling.engine import Engine, EngineDead, EngineSpec, Prompt, SamplingSpec, prepare_environment
+from aft_ray.weights.publication import Publication, PublicationFailed
+from aft_ray.weights.transport import opened
+
+
+class WrongVersion(RuntimeError):
+    """The sampler holds other weights than it was asked to answer with, for instance after a restart."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A question that the engine will never answer, and why."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """How a publication reached one engine: seconds of each phase, and the probes' largest score difference."""
+
+    version: int
+    fetch_s: float
+    load_s: float
+    prove_s: float
+    difference: float
+
+
+class Sampler:
+    """One engine behind an actor. All methods are asynchronous; the engine works in a thread of its own."""
+
+    def __init__(
+        self, index: int, spec: EngineSpec, log_file: str | None, start_timeout_s: float, version: int | None
+    ) -> None:
+        if log_file:
+            redirect_output(log_file)
+        prepare_environment(spec)
+        from transformers import AutoTokenizer
+
+        self._name = f"sampler {index}"
+        self._version = version
+        self._phase = "idle"
+        self._loading = asyncio.Lock()
+        self._tokens = 0
+        self._busy_since: float | None = None
+        self._active = 0
+        self._busy_s = 0.0
+        self._tokenizer = AutoTokenizer.from_pretrained(spec.model, trust_remote_code=spec.trust_remote_code)
+        self._engine = Engine(spec, start_timeout_s)
+
+    async def status(self) -> dict[str, Any]:
+        """Version, phase of a publication, tokens generated and seconds spent generating since the start."""
+        busy = self._busy_s + (time.monotonic() - self._busy_since if self._busy_since is not None else 0.0)
+        return {"version": self._version, "phase": self._phase, "tokens": self._tokens, "busy_s": busy}
+
+    async def answer(
+        self, prompts: Sequence[Prompt], how: SamplingSpec, version: int | None
+    ) -> list[list[Candidate] | Refused]:
+        """k unlabelled candidates a prompt, in order. `version` None: whatever weights the engine started with."""
+        if version != self._version:
+            raise WrongVersion(f"{self._name} holds version {self._version}, not {version}")
+        self._start_clock()
+        try:
+            return list(await asyncio.gather(*(self._answer(prompt, how) for prompt in prompts)))
+        except EngineDead as error:
+            self._die(error)
+        finally:
+            self._stop_clock()
+
+    async def load(self, publication: Publication, tolerance: float, timeout_s: float) -> Loaded:
+        """Brings the engine to a version and proves it by its probes. Idempotent.
+
+        Raises PublicationFailed naming the engine and the phase; the process then ends, its weights being unknown.
+        """
+        async with self._loading:
+            if self._version == publication.version:
+                return Loaded(publication.version, 0.0, 0.0, 0.0, 0.0)
+            self._version = None
+            try:
+                return await asyncio.wait_for(self._load(publication, tolerance, timeout_s), 3 * timeout_s)
+            except TimeoutError:
+                raise PublicationFailed(
+                    f"{self._name} did not get through phase {self._phase!r} of publishing version "
+                    f"{publication.version} in time; weights.timeout_s ({timeout_s:.0f} s a phase) sets the deadline"
+                ) from None
+            except EngineDead as error:
+                self._die(error)
+            finally:
+                self._phase = "idle"
+
+    async def _load(self, publication: Publication, tolerance: float, timeout_s: float) -> Loaded:
+        started = time.monotonic()
+        self._phase = "fetch"
+        fetched, loaded = await asyncio.to_thread(self._fetch_and_load, publication, timeout_s)
+        self._phase = "prove"
+        difference = await self._difference(publication)
+        # Written so that a NaN is a failure too.
+        if not difference <= tolerance:
+            raise PublicationFailed(
+                f"{self._name} scores the probes of version {publication.version} up to {difference:.2g} nats per "
+                f"token away from the trainer (tolerance {tolerance:g}): its weights are wrong and answer nothing"
+            )
+        self._version = publication.version
+        return Loaded(publication.version, fetched - started, loaded - fetched, time.monotonic() - loaded, difference)
+
+    def _fetch_and_load(self, publication: Publication, timeout_s: float) -> tuple[float, float]:
+        with opened(publication, timeout_s) as files:
+            fetched = time.monotonic()
+            self._phase = "load"
+            self._engine.update_weights(files)
+            return fetched, time.monotonic()
+
+    async def _difference(self, publication: Publication) -> float:
+        scores = await asyncio.gather(
+            *(
+                asyncio.wrap_future(self._engine.score(probe.prompt_token_ids, probe.response_token_ids))
+                for probe in publication.probes
+            )
+        )
+        differences = [abs(score - probe.score) for score, probe in zip(scores, publication.probes, strict=True)]
+        return max(differences, key=lambda difference: (difference != difference, difference), default=0.0)
+
+    async def _answer(self, prompt: Prompt, how: SamplingSpec) -> list[Candidate] | Refused:
+        try:
+            candidates = await asyncio.wrap_future(self._engine.sample(prompt, how))
+        except ValueError as error:
+            return Refused(str(error))
+        texts = self._tokenizer.batch_decode([c.token_ids for c in candidates], skip_special_tokens=True)
+        self._tokens += sum(len(c.token_ids) for c in candidates)
+        return [
+            Candidate(c.token_ids, c.logprob_sum, c.finish_reason, text)
+            for c, text in zip(candidates, texts, strict=True)
+        ]
+
+    def _start_clock(self) -> None:
+        if self._active == 0:
+            self._busy_since = time.monotonic()
+        self._active += 1
+
+    def _stop_clock(self) -> None:
+        self._active -= 1
+        if self._active == 0 and self._busy_since is not None:
+            self._busy_s += time.monotonic() - self._busy_since
+            self._busy_since = None
+
+    def _die(self, error: EngineDead) -> NoReturn:
+        print(f"{self._name} ends: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def redirect_output(log_file: str) -> None:
+    """Sends this process's stdout and stderr, vLLM's and DeepSpeed's included, to a file of the run directory."""
+    Path(log_file).parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)

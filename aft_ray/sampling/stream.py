@@ -1,0 +1,292 @@
+"""The Ray Data pipeline: unanswered groups in, labelled groups out, streamed through the long-lived samplers.
+
+read -> Ask (asynchronous, forwards small batches to the samplers) -> label -> write. Invariant: every group that goes
+in comes out once, answered or parked with a reason; nothing is dropped and nothing is answered by two versions.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+import ray
+from ray.exceptions import RayActorError, RayError
+
+from aft_ray.config import DataConfig, RunConfig, SamplingConfig
+from aft_ray.ledger import GroupFile, Parked, write_group_file
+from aft_ray.records import GROUP_SCHEMA, Candidate, Group, Verdict, groups_to_table, table_to_groups
+from aft_ray.run_dir import RunDir
+from aft_ray.sampling.engine import Prompt, SamplingSpec
+from aft_ray.sampling.pool import SamplerPool
+from aft_ray.sampling.sampler import Refused, WrongVersion
+from aft_ray.tasks import build_task
+from aft_ray.verify.label import label
+from aft_ray.weights.publication import Publication, PublicationFailed
+
+# Seconds between two attempts of a question, while Ray restarts a sampler: long enough for a large engine to start.
+_RETRY_S = 2.0
+# Questions that a failed sampler counts as having in flight, until it had time to come back.
+_PENALTY = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """One durable file of labelled groups, the questions parked beside it, and what they amounted to."""
+
+    file: GroupFile | None
+    parked: tuple[Parked, ...]
+    tally: Tally
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """Counts over labelled groups; `right_score` and `wrong_score` are sums over candidates, nats per token."""
+
+    groups: int = 0
+    with_signal: int = 0
+    right: int = 0
+    wrong: int = 0
+    undecided: int = 0
+    truncated: int = 0
+    tokens: int = 0
+    right_score: float = 0.0
+    wrong_score: float = 0.0
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
+
+    @property
+    def pass_rate(self) -> float:
+        """Share of right candidates among those the verifier could tell."""
+        return self.right / max(1, self.right + self.wrong)
+
+
+def tally(groups: Sequence[Group]) -> Tally:
+    candidates = [candidate for group in groups for candidate in group.candidates]
+    right = [candidate for candidate in candidates if candidate.verdict is Verdict.RIGHT]
+    wrong = [candidate for candidate in candidates if candidate.verdict is Verdict.WRONG]
+    return Tally(
+        groups=len(groups),
+        with_signal=sum(group.has_signal for group in groups),
+        right=len(right),
+        wrong=len(wrong),
+        undecided=len(candidates) - len(right) - len(wrong),
+        truncated=sum(candidate.finish_reason == "length" for candidate in candidates),
+        tokens=sum(len(candidate.token_ids) for candidate in candidates),
+        right_score=sum(candidate.score for candidate in right),
+        wrong_score=sum(candidate.score for candidate in wrong),
+    )
+
+
+def sampling_spec(sampling: SamplingConfig) -> SamplingSpec:
+    return SamplingSpec(sampling.k, sampling.temperature, sampling.top_p, sampling.max_tokens)
+
+
+def question_seed(seed: int, purpose: str, question_id: str) -> int:
+    """A seed that depends on the question alone, not on which sampler answers it or in which order."""
+    digest = hashlib.sha256(f"{seed}/{purpose}/{question_id}".encode()).digest()
+    return int.from_bytes(digest[:6], "big")
+
+
+def sample_round(
+    config: RunConfig, pool: SamplerPool, publication: Publication | None, unanswered: Sequence[Group], run_dir: RunDir
+) -> Iterator[Written]:
+    """Samples, labels and writes groups; yields each file as it becomes durable, for the ledger to commit."""
+    round_number = unanswered[0].round
+    answered = _answered(config, pool, publication, unanswered, sampling_spec(config.sampling), f"round {round_number}")
+    written = answered.map_batches(
+        _label_and_write,
+        batch_size=config.sampling.groups_per_file,
+        batch_format="pyarrow",
+        fn_kwargs={"data": config.data, "run_dir": run_dir, "round_number": round_number},
+        num_cpus=0.5,
+    )
+    for row in written.iter_rows():
+        yield _written(row)
+
+
+def answer_all(
+    config: RunConfig,
+    pool: SamplerPool,
+    publication: Publication | None,
+    unanswered: Sequence[Group],
+    how: SamplingSpec,
+    purpose: str,
+) -> Iterator[tuple[Group, str | None]]:
+    """The same pipeline without files, for evaluation: each labelled group, or the group and why it was parked."""
+    answered = _answered(config, pool, publication, unanswered, how, purpose)
+    for batch in answered.iter_batches(batch_size=None, batch_format="pyarrow"):
+        groups, reasons = _split(batch)
+        task = build_task(config.data, config.seed)
+        for group, reason in zip(groups, reasons, strict=True):
+            labelled = [label(task, candidate, group.question.gold) for candidate in group.candidates]
+            yield replace(group, candidates=labelled), reason
+
+
+def _answered(
+    config: RunConfig,
+    pool: SamplerPool,
+    publication: Publication | None,
+    unanswered: Sequence[Group],
+    how: SamplingSpec,
+    purpose: str,
+) -> ray.data.Dataset:
+    quiet_ray_data()
+    size = config.sampling.batch_size
+    in_flight = config.sampling.in_flight * len(pool.actors)
+    batches = [groups_to_table(unanswered[start : start + size]) for start in range(0, len(unanswered), size)]
+    return ray.data.from_arrow(batches).map_batches(
+        Ask,
+        fn_kwargs={"job": _Job(pool, publication, how, config.sampling, config.seed, purpose)},
+        # One block is one batch; many of them are in flight through one forwarding actor.
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(
+            size=1, max_tasks_in_flight_per_actor=in_flight, max_concurrent_calls_per_actor=in_flight
+        ),
+        num_cpus=0.1,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What `Ask` is to do with every question: whom to ask, how, and with which weights."""
+
+    pool: SamplerPool
+    publication: Publication | None
+    how: SamplingSpec
+    sampling: SamplingConfig
+    seed: int
+    purpose: str
+
+    @property
+    def version(self) -> int | None:
+        return self.publication.version if self.publication else None
+
+
+class Ask:
+    """Forwards questions to the least loaded sampler; a question that fails is tried again alone, then parked."""
+
+    def __init__(self) -> None:
+        self._load: Counter[int] = Counter()
+
+    async def __call__(self, batch: pa.Table, job: _Job) -> pa.Table:
+        groups = table_to_groups(batch)
+        answers = await self._attempt(job, groups)
+        answers = await asyncio.gather(*(self._insist(job, g, a) for g, a in zip(groups, answers, strict=True)))
+        failed = [answer if isinstance(answer, _Failed) else None for answer in answers]
+        table = groups_to_table(
+            replace(group, candidates=[] if isinstance(answer, _Failed) else answer)
+            for group, answer in zip(groups, answers, strict=True)
+        )
+        table = table.append_column("parked", pa.array([f.reason if f else None for f in failed], pa.string()))
+        return table.append_column("attempts", pa.array([f.attempts if f else 1 for f in failed], pa.int32()))
+
+    async def _insist(self, job: _Job, group: Group, answer: list[Candidate] | _Failed) -> list[Candidate] | _Failed:
+        while isinstance(answer, _Failed) and not answer.final and answer.attempts < job.sampling.attempts:
+            await asyncio.sleep(_RETRY_S)
+            attempts = answer.attempts + 1
+            (answer,) = await self._attempt(job, [group])
+            if isinstance(answer, _Failed):
+                answer = replace(answer, attempts=attempts)
+        return answer
+
+    async def _attempt(self, job: _Job, groups: Sequence[Group]) -> list[list[Candidate] | _Failed]:
+        prompts = [
+            Prompt(group.prompt_token_ids, question_seed(job.seed, job.purpose, group.question.id)) for group in groups
+        ]
+        index = min(range(len(job.pool.actors)), key=lambda i: self._load[i])
+        weight = len(prompts)
+        self._load[index] += weight
+        try:
+            answers = await asyncio.wait_for(self._call(job, index, prompts), job.sampling.timeout_s)
+        except (RayError, WrongVersion, PublicationFailed) as error:
+            # Ray is starting it anew: being empty must not make it preferred meanwhile.
+            self._load[index] += _PENALTY
+            asyncio.get_running_loop().call_later(10 * _RETRY_S, self._forgive, index)
+            return [_Failed(f"sampler {index} failed: {_reason(error)}")] * len(groups)
+        except TimeoutError:
+            return [_Failed(f"sampler {index} did not answer in {job.sampling.timeout_s:.0f} s")] * len(groups)
+        finally:
+            self._load[index] -= weight
+        return [_Failed(a.reason, final=True) if isinstance(a, Refused) else a for a in answers]
+
+    async def _call(self, job: _Job, index: int, prompts: list[Prompt]) -> list[list[Candidate] | Refused]:
+        actor = job.pool.actors[index]
+        answers: list[list[Candidate] | Refused]
+        try:
+            answers = await actor.answer.remote(prompts, job.how, job.version)
+        except WrongVersion:
+            if job.publication is None:
+                raise
+            # It was restarted: bring it to the version of this round before it serves.
+            await actor.load.remote(job.publication, job.pool.tolerance, job.pool.load_timeout_s)
+            answers = await actor.answer.remote(prompts, job.how, job.version)
+        return answers
+
+    def _forgive(self, index: int) -> None:
+        self._load[index] -= _PENALTY
+
+
+@dataclass(frozen=True, slots=True)
+class _Failed:
+    """Why an attempt failed; `final`: no other attempt could succeed."""
+
+    reason: str
+    attempts: int = 1
+    final: bool = False
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, RayActorError):
+        return "its process ended"
+    cause = getattr(error, "cause", None) or error
+    return f"{type(cause).__name__}: {str(cause).strip().splitlines()[-1] if str(cause).strip() else ''}"
+
+
+def _split(batch: pa.Table) -> tuple[list[Group], list[str | None]]:
+    groups = table_to_groups(batch.select(GROUP_SCHEMA.names))
+    return groups, batch.column("parked").to_pylist()
+
+
+def _label_and_write(batch: pa.Table, data: DataConfig, run_dir: RunDir, round_number: int) -> pa.Table:
+    groups, reasons = _split(batch)
+    task = build_task(data, 0)
+    labelled, parked = [], []
+    for group, reason, attempts in zip(groups, reasons, batch.column("attempts").to_pylist(), strict=True):
+        if reason is None:
+            candidates = [label(task, candidate, group.question.gold) for candidate in group.candidates]
+            labelled.append(replace(group, candidates=candidates))
+        else:
+            parked.append(Parked(round_number, group.question.id, reason, attempts))
+    file = write_group_file(run_dir, labelled) if labelled else None
+    return pa.table({"written": pa.array([_to_row(Written(file, tuple(parked), tally(labelled)))])})
+
+
+def _to_row(written: Written) -> str:
+    return json.dumps(asdict(written))
+
+
+def _written(row: dict[str, Any]) -> Written:
+    fields = json.loads(row["written"])
+    file = fields["file"]
+    return Written(
+        file=GroupFile(**{**file, "question_ids": tuple(file["question_ids"])}) if file else None,
+        parked=tuple(Parked(**parked) for parked in fields["parked"]),
+        tally=Tally(**fields["tally"]),
+    )
+
+
+def quiet_ray_data() -> None:
+    """Our own progress is shown instead; Ray Data's log goes to Ray's session directory."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context.print_on_execution_start = False

@@ -1,0 +1,299 @@
+"""What every Ray Train worker runs: all rounds in order, each a pass of optimiser steps and a publication.
+
+Invariants: the training of a round is durable (checkpoint, model directory) before the ledger says so, and the ledger
+says so before the version is published; every rank takes the same steps; a worker that starts again continues after
+the last round that the ledger calls trained.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import torch
+import torch.distributed as dist
+
+from aft_ray.board import BoardFailed, call
+from aft_ray.config import RunConfig
+from aft_ray.ledger import Ledger, Trained
+from aft_ray.objectives import Objective, build_objective
+from aft_ray.questions import load_tokenizer, round_size
+from aft_ray.records import Group
+from aft_ray.run_dir import LOGS, RunDir
+from aft_ray.sampling.sampler import redirect_output
+from aft_ray.training import batching, deepspeed, step
+from aft_ray.training.collate import collate
+from aft_ray.weights.publication import Probe, Publication, write_probes
+from aft_ray.weights.source import write_model
+from aft_ray.weights.transport import OFFERS
+
+
+@dataclass(frozen=True)
+class WorkerConfig:
+    """What a worker is given. questions: training questions of the run, from which the step counts follow."""
+
+    config: RunConfig
+    run_dir: RunDir
+    board: Any
+    questions: int
+
+
+def worker_main(given: dict[str, Any]) -> None:
+    """The training function of `TorchTrainer`. A failure that a restart cannot mend ends the run through the board."""
+    worker: WorkerConfig = given["worker"]
+    rank = ray.train.get_context().get_world_rank()
+    if worker.run_dir.is_local:
+        redirect_output(str(worker.run_dir.local_path(f"{LOGS}/trainer-{rank}.log")))
+    try:
+        _Trainer(worker, rank).run()
+    except BoardFailed:
+        return  # the other side failed and says why
+    except (step.NonFiniteLoss, batching.BatchingError) as error:
+        call(worker.board.fail, str(error))
+
+
+class _Trainer:
+    def __init__(self, worker: WorkerConfig, rank: int) -> None:
+        self.config, self.run_dir, self.board = worker.config, worker.run_dir, worker.board
+        self.questions = worker.questions
+        self.rank = rank
+        self.world = ray.train.get_context().get_world_size()
+        self.ledger = Ledger(worker.run_dir)
+        self.tokenizer = load_tokenizer(self.config)
+        self.pad_token_id = self.tokenizer.pad_token_id or 0
+        if self.config.training.gpus_per_worker == 0:
+            torch.set_num_threads(max(1, int(self.config.training.cpus_per_worker)))
+
+    def run(self) -> None:
+        last = self.ledger.last_checkpoint()
+        first = last.round + 1 if last else (0 if self.config.vft.epochs else 1)
+        engine = None
+        for round_number in range(first, self.config.rounds.count + 1):
+            if engine is None or round_number == 1:
+                # Round 1 starts like a run from a fine-tuned model: fresh optimizer, weights of version 0.
+                engine = None
+                engine = self._engine(round_number, last if last and round_number > 1 else None)
+            self._round(engine, round_number)
+
+    def _engine(self, round_number: int, resumed: Trained | None) -> Any:
+        torch.manual_seed(self.config.seed)
+        name = self.config.model.name
+        if round_number > 0 and self.config.vft.epochs:
+            name = str(self.run_dir.fetch_directory(self.run_dir.model(0)))
+        engine = deepspeed.build_engine(name, self.config.model, self.config.training)
+        if resumed:
+            deepspeed.load(engine, self.run_dir.fetch_directory(resumed.checkpoint))
+        return engine
+
+    def _round(self, engine: Any, round_number: int) -> None:
+        waited = call(self.board.wait_ready, round_number, self.config.rounds.timeout_s)
+        self.ledger.refresh()
+        groups = self.ledger.read_groups(round_number)
+        probes = self._probe_texts(groups)
+        metrics = self._train(engine, round_number, groups) | {"waited_s": waited}
+        self._publish(engine, round_number, probes, metrics)
+
+    def _train(self, engine: Any, round_number: int, groups: list[Group]) -> dict[str, Any]:
+        """The optimiser steps of a round, and what they amounted to."""
+        started = time.monotonic()
+        schedule = _schedule(self.config, self.questions, round_number)
+        objective = schedule.objective
+        plan = batching.plan_pass(
+            [batching.group_size(group, objective) for group in groups],
+            ranks=self.world,
+            groups_per_step=schedule.groups_per_step,
+            tokens_per_microbatch=self.config.training.tokens_per_microbatch,
+            epochs=schedule.epochs,
+            seed=self.config.seed,
+            round=round_number,
+        )
+        steps = [planned for epoch in plan for planned in epoch]
+        history: list[step.StepStats] = []
+        for number, planned in enumerate(steps):
+            at = schedule.first_step + number
+            stats = step.train_step(
+                engine,
+                [
+                    collate([groups[index] for index in micro], objective, self.pad_token_id)
+                    for micro in planned.shares[self.rank]
+                ],
+                objective,
+                self.config.objective.weight,
+                planned.totals,
+                step.learning_rate(at, schedule.total_steps, schedule.peak, self.config.training.warmup),
+            )
+            history.append(stats)
+            if self.rank == 0:
+                measured = {key: _finite(value) for key, value in asdict(stats).items()}
+                position = {"round": round_number, "step": number + 1, "steps": len(steps), "global_step": at}
+                self.board.post.remote({"event": "step", **position, **measured})
+        seconds = time.monotonic() - started
+        tokens = sum(stats.tokens for stats in history)
+        return {
+            "round": round_number,
+            "groups": len(groups),
+            "steps": len(steps),
+            "train_s": seconds,
+            "tokens": tokens,
+            "tokens_per_s": tokens / seconds,
+            **{
+                name: _finite(_mean([getattr(stats, name) for stats in history]))
+                for name in ("loss", "vft_loss", "alignment_loss", "grad_norm", "right_score", "wrong_score")
+            },
+        }
+
+    def _publish(self, engine: Any, round_number: int, texts: list[Group], metrics: dict[str, Any]) -> None:
+        """Makes the round durable and offers its weights: model directory, checkpoint, ledger, board, in this order."""
+        publishing = time.monotonic()
+        probes = self._probes(engine, texts)
+        model_dir = self.run_dir.model(round_number)
+        with tempfile.TemporaryDirectory(prefix="aft-ray-model-", dir=self._staging()) as scratch:
+            directory = Path(scratch) / "model"
+            written = write_model(
+                engine.module,
+                directory,
+                self.config.weights.shard_mib << 20,
+                OFFERS[self.config.weights.transport],
+                self.rank,
+                getattr(torch, self.config.model.dtype),
+            )
+            if self.rank == 0:
+                self.tokenizer.save_pretrained(directory)
+                write_probes(directory, probes)
+                self.run_dir.store_directory(directory, model_dir)
+        self._checkpoint(engine, round_number)
+        if self.rank != 0:
+            return
+        metrics["publish_s"] = time.monotonic() - publishing
+        metrics["published_bytes"] = written.bytes
+        self.ledger.record_checkpoint(
+            Trained(round_number, metrics["steps"], self.run_dir.checkpoint(round_number), True, metrics)
+        )
+        model = str(self.run_dir.fetch_directory(model_dir))
+        publication = Publication(round_number, model, tuple(written.shards), tuple(probes), tuple(written.objects))
+        call(self.board.publish, publication)
+        call(self.board.post, {"event": "trained", **metrics})
+
+    def _checkpoint(self, engine: Any, round_number: int) -> None:
+        """Saves this rank's shards; Ray Train merges them into one directory of the run. The manifest comes last."""
+        path = self.run_dir.checkpoint(round_number)
+        if self.rank == 0:
+            self.run_dir.delete(path)
+        dist.barrier()
+        with tempfile.TemporaryDirectory(prefix="aft-ray-checkpoint-", dir=self._staging()) as scratch:
+            deepspeed.save(engine, Path(scratch), {"round": round_number})
+            ray.train.report(
+                {"round": round_number},
+                checkpoint=ray.train.Checkpoint.from_directory(scratch),
+                checkpoint_dir_name=path.removeprefix("rounds/"),
+            )
+        if self.rank == 0:
+            self.run_dir.write_manifest(path)
+
+    def _staging(self) -> str | None:
+        """Where files are made before they move into the run directory: on its own disk, where it is local."""
+        if not self.run_dir.is_local:
+            return None
+        staging = self.run_dir.local_path("tmp")
+        staging.mkdir(parents=True, exist_ok=True)
+        return str(staging)
+
+    def _probe_texts(self, groups: list[Group]) -> list[Group]:
+        """Sequences of this round to prove its publication by, each as a group whose reference is the response."""
+        texts = [
+            replace(group, reference_token_ids=group.candidates[0].token_ids, candidates=[])
+            if group.candidates
+            else group
+            for group in groups
+        ]
+        # The engine that scores a probe must have room to answer with one more token.
+        room = self.config.model.max_length
+        fitting = [t for t in texts if len(t.prompt_token_ids) + len(t.reference_token_ids) < room]
+        return fitting[: self.config.weights.probes]
+
+    def _probes(self, engine: Any, texts: list[Group]) -> list[Probe]:
+        """The probes under the new weights. Every rank scores them, since ZeRO-3 gathers weights on all."""
+        batch = collate(texts, build_objective("vft"), self.pad_token_id).to(engine.device)
+        engine.eval()
+        with torch.no_grad():
+            scores = step.score_groups(engine, batch).reference_scores
+        engine.train()
+        assert scores is not None
+        return [
+            Probe(text.prompt_token_ids, text.reference_token_ids, score)
+            for text, score in zip(texts, scores.tolist(), strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class _Schedule:
+    """How a round is trained, and where its steps lie in its phase: round 0, or all rounds after it."""
+
+    objective: Objective
+    epochs: int
+    groups_per_step: int
+    peak: float
+    first_step: int
+    total_steps: int
+
+
+def _schedule(config: RunConfig, questions: int, round_number: int) -> _Schedule:
+    if round_number == 0:
+        vft = config.vft
+        total = batching.steps_of(questions, vft.questions_per_step, vft.epochs)
+        return _Schedule(build_objective("vft"), vft.epochs, vft.questions_per_step, vft.learning_rate, 0, total)
+    training = config.training
+    steps = batching.steps_of(round_size(config, questions, round_number), training.groups_per_step, training.epochs)
+    options = {"beta": config.objective.beta} if config.objective.name == "aft_boundary" else {}
+    return _Schedule(
+        build_objective(config.objective.name, **options),
+        training.epochs,
+        training.groups_per_step,
+        training.learning_rate,
+        (round_number - 1) * steps,
+        config.rounds.count * steps,
+    )
+
+
+def _mean(values: list[float]) -> float:
+    """Mean of the values that exist: a step without a wrong candidate has no mean score of them."""
+    known = [value for value in values if math.isfinite(value)]
+    return sum(known) / len(known) if known else math.nan
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def fit(worker: WorkerConfig) -> None:
+    """Runs the workers to the end of the last round. Raises what Ray Train raises when they fail for good."""
+    from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
+    from ray.train import RunConfig as TrainRunConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    training = worker.config.training
+    gpu = training.gpus_per_worker > 0
+    trainer = TorchTrainer(
+        worker_main,
+        train_loop_config={"worker": worker},
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=int(training.timeout_s)),
+        scaling_config=ScalingConfig(
+            num_workers=training.workers,
+            use_gpu=gpu,
+            resources_per_worker={"CPU": training.cpus_per_worker} | ({"GPU": 1} if gpu else {}),
+        ),
+        run_config=TrainRunConfig(
+            storage_path=os.fspath(worker.run_dir.full_path()),
+            storage_filesystem=worker.run_dir.filesystem,
+            name="rounds",
+            failure_config=FailureConfig(max_failures=training.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=training.keep_checkpoints),
+        ),
+    )
+    trainer.fit()
