@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 
 import pandas
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -158,6 +160,16 @@ def test_a_second_driver_overwrites_nothing(run_dir):
     assert [g.question.id for g in Ledger(run_dir).read_groups(1)] == ["a", "b"]
 
 
+def test_of_two_drivers_that_commit_the_same_question_the_first_counts(run_dir):
+    one, two = Ledger(run_dir), Ledger(run_dir)
+    assert one.commit(write_group_file(run_dir, [group("a", "first")]))
+    assert two.commit(write_group_file(run_dir, [group("a", "second"), group("b")]))
+    ledger = Ledger(run_dir)
+    assert ledger.read_groups(1) == [group("a", "first")]
+    assert len(ledger.open_round(1).deleted) == 1
+    assert ledger.pending(1, ["a", "b"]) == ["b"]
+
+
 @settings(max_examples=60, deadline=None)
 @given(position=st.integers(0, 10**6))
 def test_any_flipped_bit_of_an_entry_is_detected_and_named(tmp_path_factory, position):
@@ -216,6 +228,17 @@ def test_an_uncommitted_file_is_adopted_unless_its_weights_or_questions_are_othe
     assert stale.path in audit.deleted[0]
     assert [path.name for path in run_dir.local_path(run_dir.groups(1)).iterdir()] == [Path(good.path).name]
     assert Ledger(run_dir).open_round(1).groups == 1
+
+
+def test_an_uncommitted_file_with_a_damaged_footer_is_not_adopted(run_dir):
+    # The pages are as written; the schema, which Parquet keeps no checksum of, calls the ids bytes.
+    file = write_group_file(run_dir, [group("a")])
+    path = run_dir.local_path(file.path)
+    table = pq.read_table(path)
+    fields = [pa.field(f.name, pa.binary() if f.name == "id" else f.type) for f in table.schema.field("question").type]
+    question = table["question"].cast(pa.struct(fields))
+    pq.write_table(table.set_column(table.column_names.index("question"), "question", question), path)
+    assert len(Ledger(run_dir).open_round(1).deleted) == 1
 
 
 def test_pandas_and_datasets_read_the_files_as_they_are(run_dir, tmp_path):
