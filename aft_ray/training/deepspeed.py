@@ -6,8 +6,10 @@ default process group exists already when an engine is built.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +54,7 @@ def load_model(
 ) -> Any:
     """The causal language model in a directory or on the hub, safetensors only, in training mode.
 
-    config: DeepSpeed's; under ZeRO-3 the weights are sharded as they are created, so that no rank holds the whole model.
+    config: DeepSpeed's; under ZeRO-3 the weights are sharded as they are created, so no rank holds the whole model.
     """
     from transformers import AutoModelForCausalLM
 
@@ -80,7 +82,8 @@ def build_engine(path: str | Path, model: ModelConfig, training: TrainingConfig)
     if training.activation_checkpointing:
         module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     optimizer = torch.optim.AdamW(module.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay)
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+    with contextlib.redirect_stdout(sys.stderr):  # it prints that its communication op is built
+        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
     return engine
 
 

@@ -53,7 +53,7 @@ class StepStats:
 
 @dataclass(frozen=True)
 class MicroStats:
-    """Sums of one micro-batch, detached: [loss, vft, alignment, right, rights, wrong, wrongs, tokens, groups at fault]."""
+    """Sums of one micro-batch, detached, float64, in the order in which `train_step` unpacks them."""
 
     sums: Tensor
     at_fault: list[str]
