@@ -41,4 +41,4 @@ format: $(STAMP)  ## rewrite the code in the project's style
 
 clean:  ## delete caches and builds; keep the virtual environment and runs
 	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find . -path '$(VENV:./%=%)' -prune -o -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
+	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
