@@ -18,7 +18,17 @@ OBJECTIVE, GROUPS, PER_STEP, RATE, WEIGHT = build_objective("aft_boundary"), 22,
 
 def build(model_dir, stage, dtype="float32", **options):
     training = TrainingConfig(zero_stage=stage, max_grad_norm=0.5, weight_decay=0.01, **options)
-    return deepspeed.build_engine(model_dir, ModelConfig(name=str(model_dir), dtype=dtype), training)
+    engine = deepspeed.build_engine(model_dir, ModelConfig(name=str(model_dir), dtype=dtype), training)
+    sharded = [p.numel() == 0 for p in engine.module.parameters()]
+    assert all(sharded) if stage == 3 else not any(sharded)
+    return engine
+
+
+def keep_nothing_gathered(training, dtype, made=deepspeed.ds_config):
+    """DeepSpeed keeps parameters below a size whole on every rank, which would be all those of a tiny model."""
+    config = made(training, dtype)
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    return config
 
 
 def take(engine, groups, steps, rank, ranks):
@@ -56,6 +66,7 @@ def fault(engine, rank, ranks):
 
 def main(rank, ranks, port, work):
     torch.set_num_threads(1)
+    deepspeed.ds_config = keep_nothing_gathered
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_RANK": str(rank)}
     dist.init_process_group("gloo", rank=rank, world_size=ranks)
     groups = random_groups(GROUPS)
