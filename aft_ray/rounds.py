@@ -16,6 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ray.exceptions import RayError
+
 from aft_ray import board
 from aft_ray.board import BoardFailed
 from aft_ray.cluster import connected, needs_samplers, training_placement
@@ -27,6 +29,7 @@ from aft_ray.preflight import check_model
 from aft_ray.questions import load_tokenizer, prepare, questions_of_round
 from aft_ray.records import Group
 from aft_ray.run_dir import CONFIG, LOGS, RunDir
+from aft_ray.sampling.pool import SamplerPool, last_line
 from aft_ray.weights.publication import Publication, read_publication
 
 
@@ -43,7 +46,7 @@ class Conductor:
     ledger: Ledger
     reporter: Reporter
     board: Any
-    pool: Any  # a SamplerPool; None when the run neither samples nor evaluates
+    pool: SamplerPool | None  # none when the run neither samples nor evaluates
     questions: list[Group]
     validation: list[Group]
 
@@ -67,6 +70,11 @@ class Conductor:
             if self.pool is not None:
                 self._bring_samplers_to(publication)
 
+    @property
+    def samplers(self) -> SamplerPool:
+        assert self.pool is not None, "a run that needs no samplers asked for them"
+        return self.pool
+
     def _publication_for(self, number: int) -> tuple[Publication, float]:
         """The version that samples a round: the newest within max_staleness, or the one it was begun with."""
         begun_with = self.ledger.policy_version(number)
@@ -79,7 +87,7 @@ class Conductor:
 
     def _bring_samplers_to(self, publication: Publication) -> None:
         started = time.monotonic()
-        loaded = self.pool.load(publication)
+        loaded = self.samplers.load(publication)
         if all(one.load_s == 0.0 for one in loaded):
             return
         slowest = max(loaded, key=lambda one: one.fetch_s + one.load_s + one.prove_s)
@@ -96,7 +104,7 @@ class Conductor:
 
     def _sample(self, number: int, publication: Publication, waited: float) -> None:
         """Step 1 of a round: every question sampled once, labelled, and in the ledger."""
-        from aft_ray.sampling.stream import Tally, sample_round
+        from aft_ray.sampling.stream import Tally, sample_round, tally
 
         wanted = questions_of_round(self.config, self.questions, number)
         self._open(number)
@@ -105,18 +113,30 @@ class Conductor:
         started, total = time.monotonic(), Tally()
         done = len(wanted) - len(groups)
         what = f"round {number} sampling with version {publication.version}"
-        for written in sample_round(self.config, self.pool, publication, groups, self.run_dir) if groups else ():
-            if written.file is not None:
-                self.ledger.commit(written.file)
-            for parked in written.parked:
-                self.ledger.park(parked)
-            total, done = total + written.tally, done + written.tally.groups + len(written.parked)
-            speed = total.tokens / (time.monotonic() - started)
-            self.reporter.progress(what, done, len(wanted), f"{speed:,.0f} tokens/s, {total.pass_rate:.0%} right")
+        try:
+            for written in (
+                sample_round(self.config, self.samplers, publication, groups, self.run_dir) if groups else ()
+            ):
+                if written.file is not None:
+                    self.ledger.commit(written.file)
+                for parked in written.parked:
+                    self.ledger.park(parked)
+                total, done = total + written.tally, done + written.tally.groups + len(written.parked)
+                speed = total.tokens / (time.monotonic() - started)
+                self.reporter.progress(what, done, len(wanted), f"{speed:,.0f} tokens/s, {total.pass_rate:.0%} right")
+        except RayError as error:
+            raise RunFailed(
+                f"sampling of round {number} failed: {last_line(str(error))}; what is sampled is kept, start the same "
+                f"command again to go on"
+            ) from error
+        seconds = time.monotonic() - started
         self._check_complete(number, wanted)
         if self.ledger.sampled(number):
             return  # sampled whole before this run was resumed
-        stats = _stats(total, time.monotonic() - started, waited)
+        speed = total.tokens / max(seconds, 1e-9)
+        if total.groups < len(wanted):  # the rest was sampled before this run was resumed
+            total = tally(self.ledger.read_groups(number))
+        stats = _stats(total, seconds, waited, speed)
         closed = self.ledger.complete_sampling(number, publication.version, stats)
         self.reporter.event(
             "sampled",
@@ -177,7 +197,7 @@ class Conductor:
         k = self.config.evaluation.during_training_k
         result, facts = evaluate(
             self.config,
-            self.pool,
+            self.samplers,
             publication,
             unanswered(self.validation, version),
             k,
@@ -249,7 +269,6 @@ def _run_on_cluster(
     validation: list[Group],
     eos_token_id: int,
 ) -> None:
-    from aft_ray.sampling.pool import SamplerPool
     from aft_ray.training.worker import WorkerConfig
 
     started = time.monotonic()
@@ -328,21 +347,19 @@ def _pass_on(events: list[dict[str, Any]], reporter: Reporter) -> None:
 
 
 def _training_failure(error: Exception, run_dir: RunDir) -> str:
-    from aft_ray.sampling.pool import last_line
-
     cause = error
     for worker_error in getattr(error, "worker_failures", {}).values():
         cause = worker_error
     return f"training failed: {last_line(str(cause))} (the workers' output: {run_dir.uri(LOGS)}/trainer-*.log)"
 
 
-def _stats(total: Any, seconds: float, waited: float) -> dict[str, Any]:
+def _stats(total: Any, seconds: float, waited: float, tokens_per_s: float) -> dict[str, Any]:
     return {
         "groups": total.groups,
         "seconds": seconds,
         "waited_s": waited,
         "tokens": total.tokens,
-        "tokens_per_s": total.tokens / max(seconds, 1e-9),
+        "tokens_per_s": tokens_per_s,
         "pass_rate": total.pass_rate,
         "signal": total.with_signal / max(1, total.groups),
         "right_score": total.right_score / total.right if total.right else None,

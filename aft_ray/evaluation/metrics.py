@@ -92,6 +92,8 @@ class Result:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Result:
+        """The inverse of `to_json`; what else a record holds is left aside."""
+
         def number(figure: float | None) -> float:
             return math.nan if figure is None else figure
 
@@ -99,7 +101,8 @@ class Result:
             name: Estimate(number(e["value"]), number(e["low"]), number(e["high"]), e["questions"])
             for name, e in value["estimates"].items()
         }
-        return cls(**{**value, "estimates": estimates})
+        counts = {name: value[name] for name in cls.__dataclass_fields__ if name != "estimates"}
+        return cls(**counts, estimates=estimates)
 
 
 def normalise(answer: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -24,6 +24,17 @@ def results_table(results: Mapping[str, Result], title: str | None = None) -> Ta
     for name in names:
         cells = (format_estimate(name, result.estimates.get(name)) for result in results.values())
         table.add_row(_TITLES.get(name, name), *cells)
+    return table
+
+
+def comparison_table(results: Mapping[str, Result], metrics: Sequence[str], title: str | None = None) -> Table:
+    """One row a model, one column each of some metrics."""
+    table = Table(title=title, caption=_caption(results))
+    table.add_column("")
+    for name in metrics:
+        table.add_column(_TITLES.get(name, name), justify="right", no_wrap=True)
+    for label, result in results.items():
+        table.add_row(label, *(format_estimate(name, result.estimates.get(name)) for name in metrics))
     return table
 
 

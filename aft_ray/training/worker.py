@@ -25,7 +25,7 @@ from aft_ray.ledger import Ledger, Trained
 from aft_ray.objectives import Objective, build_objective
 from aft_ray.questions import load_tokenizer, round_size
 from aft_ray.records import Group
-from aft_ray.run_dir import LOGS, RunDir
+from aft_ray.run_dir import LOGS, RunDir, RunDirError
 from aft_ray.sampling.sampler import redirect_output
 from aft_ray.training import batching, deepspeed, step
 from aft_ray.training.collate import collate
@@ -54,7 +54,7 @@ def worker_main(given: dict[str, Any]) -> None:
         _Trainer(worker, rank).run()
     except BoardFailed:
         return  # the other side failed and says why
-    except (step.NonFiniteLoss, batching.BatchingError) as error:
+    except (step.NonFiniteLoss, batching.BatchingError, RunDirError) as error:
         call(worker.board.fail, str(error))
 
 

@@ -1,0 +1,114 @@
+"""`make demo`: a tiny reasoner on two cores, from an untrained model to a table of what AFT added.
+
+Three models come out of one model that was fine-tuned on reference answers (VFT): that model, the same model fine-tuned
+for as many steps more on the same questions (the control), and the model after rounds of AFT. Started again, it goes
+on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import typer
+
+from aft_ray.cli import driver_log, fail, quiet, user_errors
+from aft_ray.config import ConfigError, RunConfig, load_config
+
+CONFIG = Path(__file__).parent / "configs" / "arithmetic_demo.yaml"
+COLUMNS = ("greedy", "maj@{k}", "best-of-{k}", "assessment")
+
+
+def demo(
+    directory: Annotated[Path, typer.Option(help="everything the demo writes")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="of data order, sampling and training")] = 0,
+) -> None:
+    """Train and compare; about ten minutes on two cores."""
+    from aft_ray.cluster import connected, training_placement
+    from aft_ray.evaluation.metrics import Result
+    from aft_ray.evaluation.standalone import Target, evaluate_targets, write_result
+    from aft_ray.evaluation.table import comparison_table
+    from aft_ray.observe.reporter import Reporter, chatter_to
+    from aft_ray.run_dir import RunDir
+
+    started = time.monotonic()
+    place = directory.absolute() / f"seed{seed}"
+    base, aft_dir, control_dir = place / "untrained", place / "aft", place / "control"
+    vft_model = aft_dir / "rounds" / "0000" / "model"
+    aft = _config(aft_dir, base, seed)
+    control = _config(control_dir, vft_model, seed, "vft.epochs=0", "objective.name=vft", "rounds.evaluate_every=0")
+    last = f"{aft.rounds.count:04d}"
+    rows = {
+        "VFT": Target(str(vft_model), "VFT"),
+        "VFT, as many steps": Target(str(control_dir / "rounds" / last / "model"), "control"),
+        "AFT": Target(str(aft_dir / "rounds" / last / "model"), "AFT"),
+    }
+    with chatter_to(driver_log(RunDir(place))) as console, Reporter(None, console) as reporter:
+        reporter.say(f"Everything is written to {place}; libraries' output to its logs/.")
+        _build(base, seed, reporter)
+        with connected(aft, training_placement(aft)):
+            for title, config in (("VFT and AFT", aft), ("the control: VFT for as many steps", control)):
+                reporter.say(f"\n{title}")
+                _train(config, console)
+            reporter.say("")
+            for target in rows.values():
+                path = place / f"{target.label}.json"
+                if not path.exists():
+                    ((result, facts),) = evaluate_targets(aft, [target], reporter, RunDir(place)).values()
+                    write_result(path, target, aft, result, facts)
+    results = {
+        name: Result.from_json(json.loads((place / f"{target.label}.json").read_text()))
+        for name, target in rows.items()
+    }
+    from rich.console import Console
+
+    columns = [name.format(k=aft.evaluation.k) for name in COLUMNS]
+    (Console() if sys.stdout.isatty() else Console(width=120)).print()
+    (Console() if sys.stdout.isatty() else Console(width=120)).print(comparison_table(results, columns))
+    print(f"{time.monotonic() - started:.0f} s in all. The model: {rows['AFT'].model}")
+    print(f"Go on: aft-ray status {aft_dir} | aft-ray evaluate {aft_dir} | tensorboard --logdir {aft_dir}")
+
+
+def _config(run_dir: Path, model: Path, seed: int, *overrides: str) -> RunConfig:
+    return load_config(CONFIG, [f"run_dir={run_dir}", f"model.name={model}", f"seed={seed}", *overrides])
+
+
+def _train(config: RunConfig, console: object) -> None:
+    from rich.console import Console
+
+    from aft_ray.observe.reporter import Reporter
+    from aft_ray.rounds import run
+    from aft_ray.run_dir import RunDir
+
+    assert isinstance(console, Console)
+    with Reporter(RunDir(config.run_dir), console) as reporter:
+        if not run(config, reporter):
+            reporter.say("finished before; nothing to do")
+
+
+def _build(directory: Path, seed: int, reporter: object) -> None:
+    from aft_ray.tasks.arithmetic_model import build_tiny_model
+
+    if not (directory / "config.json").exists():
+        build_tiny_model(directory, seed)
+
+
+def main() -> None:
+    quiet()
+    try:
+        typer.run(demo)
+    except ConfigError as error:
+        fail(str(error), 2)
+    except Exception as error:
+        if not isinstance(error, user_errors()):
+            raise
+        fail(str(error), 1)
+
+
+if __name__ == "__main__":
+    main()
