@@ -28,7 +28,7 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False, protected_namespaces=())
 
 
 class ModelConfig(Section):
@@ -53,6 +53,7 @@ class ArithmeticConfig(Section):
     operations: str = Field("+-*/", pattern=r"^[+\-*/]+$", description="which of + - * / occur")
     distractors: float = Field(0.3, ge=0, le=1, description="probability of a sentence with an irrelevant number")
     phrasings: int = Field(3, ge=1, le=3, description="how many wordings of a step's chain of thought occur")
+    terse: float = Field(0.0, ge=0, le=1, description="probability that a reference works out two steps at once")
     train_size: Positive = Field(4000, description="questions in the training split")
     validation_size: Positive = Field(400, description="questions in the validation split")
     test_size: Positive = Field(2000, description="questions in the test split")
@@ -282,17 +283,24 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         node = node.setdefault(parent, {})
         if not isinstance(node, dict):
             raise ConfigError(f"{override!r}: {parent} is a value, not a section")
-    node[last] = _number(yaml.safe_load(value) if value else None)
+    node[last] = _value(value)
 
 
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads 2e-5 as a string; users mean the number."""
+def _value(text: str) -> Any:
+    """A value from the command line, read as YAML where that gives a plain value; `####` or `{question}` is text."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    if value is None:
+        return None if text.strip().lower() in {"", "~", "null"} else text
     if isinstance(value, str):
+        # YAML 1.1 reads 2e-5 as a string; users mean the number.
         try:
             return float(value)
         except ValueError:
-            return value
-    return value
+            return value if text[0] in "'\"" else text
+    return value if isinstance(value, bool | int | float) else text
 
 
 def parse_config(tree: dict[str, Any]) -> RunConfig:

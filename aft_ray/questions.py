@@ -63,16 +63,12 @@ def questions_of_round(config: RunConfig, prepared: Sequence[Group], round_numbe
 
 
 def _deal(seed: int, prepared: Sequence[Group], start: int, size: int) -> list[Group]:
-    """`size` different groups from position `start` of an endless deck that is shuffled anew for each pass."""
-    dealt: dict[str, Group] = {}
-    position = start
-    while len(dealt) < size:
-        lap, offset = divmod(position, len(prepared))
-        order = random.Random(f"{seed}/{lap}").sample(range(len(prepared)), len(prepared))
-        group = prepared[order[offset]]
-        dealt.setdefault(group.question.id, group)
-        position += 1
-    return list(dealt.values())
+    """`size` groups from position `start` of a shuffled deck that is dealt over and over.
+
+    It is not shuffled again: a round that spans two passes would draw a question twice, or some before others.
+    """
+    order = random.Random(seed).sample(range(len(prepared)), len(prepared))
+    return [prepared[order[position % len(order)]] for position in range(start, start + size)]
 
 
 def round_size(config: RunConfig, questions: int, round_number: int) -> int:

@@ -2,7 +2,8 @@
 
 Invariants: which split a problem belongs to is decided by a hash of its calculation alone, so two splits never share
 one, whatever their sizes, wordings and seeds; question i of a split depends on the generator's settings and i only.
-Each step of a reference is worded in one of several valid ways, so right responses differ from the reference.
+Each step of a reference is worded in one of several valid ways, or worked out together with the next one, so right
+responses differ from the reference, and references differ in how hard they are to follow.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ WORDINGS = {
     "*": ("{a} * {b} = {c}.", "{b} times {a} is {c}.", "now {a} * {b} = {c} {things}."),
     "/": ("{a} / {b} = {c}.", "splitting {a} by {b} gives {c}.", "now {a} / {b} = {c} {things}."),
 }
+# Two steps worked out at once: {a} before, {o} and {b} of the first step, {p} and {d} of the second, {c} after both.
+TERSE = "({a} {o} {b}) {p} {d} = {c}."
 START = "{who} has {n} {things}."
 ASK = "how many {things} does {who} have?"
 
@@ -110,20 +113,37 @@ def _draw(config: ArithmeticConfig, split: Split, rng: random.Random, name: str,
         return None
     who, other = rng.sample(NAMES, 2)
     things = rng.choice(OBJECTS)
-    values = calculation.values
     text = [START.format(who=who, n=calculation.start, things=things)]
-    thought = []
-    for (operation, operand), before, after in zip(calculation.steps, values, values[1:], strict=False):
+    for operation, operand in calculation.steps:
         text.append(rng.choice(SENTENCES[operation]).format(who=who, n=operand, things=things))
-        wording = rng.choice(WORDINGS[operation][: config.phrasings])
-        thought.append(wording.format(a=before, b=operand, c=after, things=things))
     if rng.random() < config.distractors:
         number = rng.randint(2, config.max_operand)
         sentence = rng.choice(DISTRACTORS).format(other=other, n=number, things=things)
         text.insert(rng.randint(1, len(text)), sentence)
     text.append(ASK.format(who=who, things=things))
-    gold = str(values[-1])
-    return Question(name, " ".join(text), f"{' '.join(thought)} {marker} {gold}", gold, "arithmetic")
+    gold = str(calculation.values[-1])
+    return Question(
+        name, " ".join(text), f"{_thought(config, rng, calculation, things)} {marker} {gold}", gold, "arithmetic"
+    )
+
+
+def _thought(config: ArithmeticConfig, rng: random.Random, calculation: Calculation, things: str) -> str:
+    """A valid chain of thought: each step in a wording of its own, or, tersely, two steps in one expression."""
+    steps, values = calculation.steps, calculation.values
+    sentences = []
+    done = 0
+    while done < len(steps):
+        operation, operand = steps[done]
+        if done + 1 < len(steps) and rng.random() < config.terse:
+            second, other = steps[done + 1]
+            after = values[done + 2]
+            sentences.append(TERSE.format(a=values[done], o=operation, b=operand, p=second, d=other, c=after))
+            done += 2
+        else:
+            wording = rng.choice(WORDINGS[operation][: config.phrasings])
+            sentences.append(wording.format(a=values[done], b=operand, c=values[done + 1], things=things))
+            done += 1
+    return " ".join(sentences)
 
 
 def _calculation(config: ArithmeticConfig, rng: random.Random) -> Calculation | None:
