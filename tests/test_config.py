@@ -1,0 +1,244 @@
+"""Configs: what loads, what is refused and with which sentence, and that nothing is lost on the way to a file."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aft_ray.config import (
+    ConfigError,
+    RunConfig,
+    config_difference,
+    describe_keys,
+    dump_config,
+    load_config,
+    parse_config,
+)
+
+HEAVY = {"torch", "ray", "vllm", "pyarrow", "transformers", "deepspeed", "datasets", "numpy"}
+MINIMAL = {"run_dir": "runs/x", "model": {"name": "some/model"}}
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("run_dir: runs/x\nmodel: {name: some/model}\nvft: {epochs: 2}\n")
+    return path
+
+
+def parsed(**sections) -> RunConfig:
+    return parse_config({**MINIMAL, **sections})
+
+
+def refusal(*overrides: str, file) -> str:
+    with pytest.raises(ConfigError) as error:
+        load_config(file, overrides)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_importing_the_config_and_the_command_brings_in_nothing_heavy():
+    code = (
+        "import sys, time; start = time.process_time(); import aft_ray.config; spent = time.process_time() - start;"
+        "import aft_ray.cli, json; print(json.dumps([spent, sorted(sys.modules)]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    spent, modules = json.loads(done.stdout)
+    assert not HEAVY & set(modules)
+    assert spent < 1.5  # seconds of a core; 0.2 on an idle machine
+
+
+@pytest.mark.parametrize(
+    ("override", "nearest"),
+    [
+        ("trainin.learning_rate=1", "training"),
+        ("training.learning_rat=1", "training.learning_rate"),
+        ("sampling.sampler=2", "sampling.samplers"),
+        ("data.arithmetic.max_step=3", "data.arithmetic.max_steps"),
+        ("seeds=1", "seed"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_known_one(file, override, nearest):
+    key = override.partition("=")[0]
+    said = refusal(override, file=file)
+    assert said.startswith("unknown key ")
+    assert key.split(".")[0] in said
+    assert said.endswith(f"did you mean {nearest}?")
+
+
+def test_an_unknown_key_near_to_nothing_says_where_keys_are_listed(file):
+    assert "aft-ray" in refusal("zzzzqqqq=1", file=file)
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("sampling.k=many", "sampling.k"),
+        ("sampling.k=2.5", "sampling.k"),
+        ("sampling.k=0", "sampling.k"),
+        ("sampling.k=null", "sampling.k"),
+        ("sampling.temperature=0", "sampling.temperature"),
+        ("sampling.top_p=1.5", "sampling.top_p"),
+        ("training.zero_stage=4", "training.zero_stage"),
+        ("training.learning_rate=-1e-5", "training.learning_rate"),
+        ("training.learning_rate=.nan", "training.learning_rate"),
+        ("training.learning_rate=.inf", "training.learning_rate"),
+        ("training.warmup=1", "training.warmup"),
+        ("model.dtype=float16", "model.dtype"),
+        ("weights.transport=carrier_pigeon", "weights.transport"),
+        ("weights.probes=0", "weights.probes"),
+        ("rounds.max_staleness=-1", "rounds.max_staleness"),
+        ("objective.name=dpo", "objective.name"),
+        ("data.arithmetic.operations=%", "data.arithmetic.operations"),
+        ("model=some/model", "model"),
+    ],
+)
+def test_a_wrong_type_or_a_value_out_of_range_names_its_key(file, override, key):
+    assert refusal(override, file=file).startswith(f"{key}=")
+
+
+def test_a_missing_key_is_named_with_the_way_to_set_it(tmp_path):
+    path = tmp_path / "empty.yaml"
+    path.write_text("")
+    assert refusal(file=path).startswith("run_dir is missing")
+    assert refusal("run_dir=runs/x", file=path) == (
+        "model.name is missing; set it in the file or as model.name=VALUE on the command line"
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["sampling.k=1"], ["aft_boundary", "sampling.k"]),
+        (["sampling.max_tokens=512"], ["sampling.max_tokens (512)", "model.max_length (512)"]),
+        (["vft.epochs=0", "rounds.count=0"], ["nothing to train"]),
+        (["training.workers=8", "training.groups_per_step=4"], ["training.groups_per_step (4)", "(8)"]),
+        (["data.arithmetic.min_steps=5"], ["min_steps (5)", "max_steps"]),
+        (["data.prompt=Answer"], ["data.prompt", "{question}"]),
+        (["data.task=custom", "data.custom.train=train"], ["data.path"]),
+        (["data.task=custom", "data.path=/some/where"], ["data.custom.train"]),
+    ],
+)
+def test_a_combination_that_cannot_be_run_is_refused(file, overrides, words):
+    said = refusal(*overrides, file=file)
+    assert all(word in said for word in words)
+
+
+def test_one_candidate_is_enough_for_objectives_that_do_not_compare(file):
+    assert load_config(file, ["sampling.k=1", "objective.name=rft"]).samples
+    assert not load_config(file, ["sampling.k=1", "objective.name=vft"]).samples
+
+
+def test_overrides_replace_values_of_the_file_at_any_depth(file):
+    config = load_config(
+        file,
+        [
+            "training.learning_rate=2e-5",
+            "vft.learning_rate=1.5E-4",
+            "data.arithmetic.max_operand=12",
+            "data.train_limit=7",
+            "data.train_limit=null",
+            "weights.tolerance=",
+            "model.trust_remote_code=true",
+            "run_dir=s3://bucket/run=1",
+        ],
+    )
+    assert config.training.learning_rate == 2e-5
+    assert config.vft.learning_rate == 1.5e-4
+    assert config.vft.epochs == 2
+    assert config.data.arithmetic.max_operand == 12
+    assert config.data.train_limit is None
+    assert config.weights.tolerance is None
+    assert config.model.trust_remote_code is True
+    assert config.run_dir == "s3://bucket/run=1"
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("data.prompt={question} Think.", "{question} Think."),
+        ("data.prompt=Question: {question}", "Question: {question}"),
+        ("data.answer_marker=####", "####"),
+        ("data.answer_marker=[answer]:", "[answer]:"),
+        ("data.prompt=Problem # {question}", "Problem # {question}"),
+        ("data.prompt={question}", "{question}"),
+        ("data.answer_marker='null'", "null"),
+    ],
+)
+def test_text_that_yaml_would_read_otherwise_is_taken_as_it_is(file, override, value):
+    config = load_config(file, [override])
+    assert value in (config.data.prompt, config.data.answer_marker)
+
+
+@pytest.mark.parametrize("override", ["sampling.k", "=3", "", "run_dir.sub=3"])
+def test_an_override_that_is_none_is_refused(file, override):
+    assert repr(override) in refusal(override, file=file)
+
+
+def test_a_float_without_a_point_in_the_file_is_a_float(file):
+    file.write_text(file.read_text() + "training: {learning_rate: 2e-5}\n")
+    assert load_config(file).training.learning_rate == 2e-5
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("- a\n- b\n", "must be a mapping"), ("run_dir: [", "not valid YAML"), (None, "cannot read the config file")],
+)
+def test_a_file_that_is_no_config_is_refused(tmp_path, text, words):
+    path = tmp_path / "run.yaml"
+    if text is not None:
+        path.write_text(text)
+    said = refusal(file=path)
+    assert words in said
+    assert str(path) in said
+
+
+def test_the_default_tolerance_follows_the_precision():
+    assert parsed(model={"name": "m", "dtype": "float32"}).score_tolerance == 1e-4
+    assert parsed().score_tolerance == 0.05
+    assert parsed(weights={"tolerance": 0.01}).score_tolerance == 0.01
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    text=st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Zl", "Zp"]) | st.just("\n"), max_size=20),
+    rate=st.floats(1e-12, 1e3),
+    limit=st.none() | st.integers(1, 10**9),
+    k=st.integers(2, 64),
+    task=st.sampled_from(["arithmetic", "gsm8k"]),
+)
+def test_a_dumped_config_loads_back_equal(tmp_path_factory, text, rate, limit, k, task):
+    config = parsed(
+        run_dir=f"x{text}",
+        data={"task": task, "train_limit": limit, "prompt": "{question}" + text, "answer_marker": f"#{text}"},
+        training={"learning_rate": rate},
+        sampling={"k": k},
+    )
+    path = tmp_path_factory.mktemp("dump") / "config.yaml"
+    path.write_text(dump_config(config), encoding="utf-8", newline="")
+    assert load_config(path) == config
+    assert config_difference(config, load_config(path)) == []
+
+
+def test_the_difference_of_two_configs_names_every_value():
+    old, new = parsed(seed=1), parsed(seed=2, data={"arithmetic": {"max_steps": 3}, "train_limit": 5})
+    assert config_difference(old, old) == []
+    assert config_difference(old, new) == [
+        "seed: 1 -> 2",
+        "data.train_limit: None -> 5",
+        "data.arithmetic.max_steps: 4 -> 3",
+    ]
+
+
+def test_every_key_is_described_with_its_default():
+    lines = describe_keys()
+    assert any(line.startswith("  model.name (required): ") for line in lines)
+    assert any(line.startswith("  sampling.k (default 6): ") for line in lines)
+    assert not [line for line in lines if line.endswith(": None")]
+    keys = yaml.safe_load(dump_config(parsed()))
+    described = "\n".join(lines)
+    assert all(f"{section}.{key} (" in described for section in ("sampling", "training") for key in keys[section])
