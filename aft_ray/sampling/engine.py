@@ -85,6 +85,7 @@ class Engine:
         self._tasks: queue.Queue[_Task] = queue.Queue()
         self._running: dict[str, tuple[Future[Any], Callable[[Any], Any]]] = {}
         self._failure: BaseException | None = None
+        self._ending = threading.Lock()
         self._next_id = 0
         started: Future[None] = Future()
         self._thread = threading.Thread(target=self._work, args=(started,), name="vllm-engine", daemon=True)
@@ -96,27 +97,13 @@ class Engine:
 
     def sample(self, prompt: Prompt, how: SamplingSpec) -> Future[list[Candidate]]:
         """k unlabelled candidates. Raises ValueError when the prompt leaves no room for a response."""
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
         room = self._spec.max_length - len(prompt.token_ids)
         if room < 1:
             raise ValueError(
                 f"the prompt has {len(prompt.token_ids)} tokens, which leaves no room for a response within "
                 f"model.max_length={self._spec.max_length}"
             )
-        params = SamplingParams(
-            n=how.k,
-            temperature=how.temperature,
-            top_p=how.top_p,
-            max_tokens=min(how.max_tokens, room),
-            logprobs=0,
-            seed=prompt.seed if how.temperature > 0 else None,
-            stop_token_ids=[self._spec.eos_token_id],
-            detokenize=False,
-            # Otherwise a request with n > 1 ends with the last of its candidates alone.
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
+        params = request_parameters(prompt, how, min(how.max_tokens, room), self._spec.eos_token_id)
         return self._request(prompt.token_ids, params, _candidates)
 
     def score(self, prompt_token_ids: Sequence[int], response_token_ids: Sequence[int]) -> Future[float]:
@@ -174,9 +161,13 @@ class Engine:
         return self._put(_Task(function, Future(), exclusive=True))
 
     def _put(self, task: _Task) -> Future[Any]:
-        if not self.alive():
-            raise EngineDead(f"the vLLM engine of {self._spec.model} is dead: {self._failure}")
-        self._tasks.put(task)
+        # Under the lock, or a task could arrive after the engine's last look at its queue and wait for ever.
+        with self._ending:
+            if not self.alive():
+                raise EngineDead(f"the vLLM engine of {self._spec.model} is dead: {self._failure}")
+            # From here on it cannot be cancelled: the engine's thread answers it whether or not anyone still waits.
+            task.answer.set_running_or_notify_cancel()
+            self._tasks.put(task)
         return task.answer
 
     def _work(self, started: Future[None]) -> None:
@@ -202,9 +193,9 @@ class Engine:
                     if output.finished:
                         answer, convert = self._running.pop(output.request_id)
                         answer.set_result(convert(output))
+            self._fail_all(task, RuntimeError("it was closed"))
         except BaseException as error:
-            self._failure = error
-            self._fail_all(task)
+            self._fail_all(task, error)
 
     def _next_task(self, wait: bool) -> _Task | None:
         try:
@@ -225,13 +216,15 @@ class Engine:
         if task.exclusive:
             task.answer.set_result(result)
 
-    def _fail_all(self, task: _Task | None) -> None:
-        waiting = [*(answer for answer, _ in self._running.values()), *([task.answer] if task else [])]
-        while not self._tasks.empty():
-            waiting.append(self._tasks.get().answer)
+    def _fail_all(self, task: _Task | None, failure: BaseException) -> None:
+        with self._ending:
+            self._failure = failure
+            waiting = [*(answer for answer, _ in self._running.values()), *([task.answer] if task else [])]
+            while not self._tasks.empty():
+                waiting.append(self._tasks.get().answer)
         for answer in waiting:
             if not answer.done():
-                answer.set_exception(EngineDead(f"the vLLM engine of {self._spec.model} died: {self._failure!r}"))
+                answer.set_exception(EngineDead(f"the vLLM engine of {self._spec.model} died: {failure!r}"))
 
 
 @dataclass(slots=True)
@@ -241,6 +234,25 @@ class _Task:
     function: Callable[[Any], Any] | None
     answer: Future[Any]
     exclusive: bool
+
+
+def request_parameters(prompt: Prompt, how: SamplingSpec, max_tokens: int, eos_token_id: int) -> Any:
+    """vLLM's own parameters for the k candidates of a question."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        n=how.k,
+        temperature=how.temperature,
+        top_p=how.top_p,
+        max_tokens=max_tokens,
+        logprobs=0,
+        seed=prompt.seed if how.temperature > 0 else None,
+        stop_token_ids=[eos_token_id],
+        detokenize=False,
+        # Otherwise a request with n > 1 ends with the last of its candidates alone.
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
 
 
 def _candidates(output: Any) -> list[Candidate]:
@@ -260,6 +272,11 @@ def _build(spec: EngineSpec) -> Any:
     from vllm import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 
+    return LLMEngine.from_engine_args(EngineArgs(**engine_arguments(spec)))
+
+
+def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
+    """vLLM's own arguments for an engine."""
     arguments: dict[str, Any] = {
         "model": spec.model,
         "dtype": spec.dtype,
@@ -285,4 +302,4 @@ def _build(spec: EngineSpec) -> Any:
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(4096, spec.max_length),
         }
-    return LLMEngine.from_engine_args(EngineArgs(**arguments))
+    return arguments

@@ -1,0 +1,79 @@
+"""The way of shards from the trainer to an engine: over the object store, and from disk when that has lost them."""
+
+import time
+from pathlib import Path
+
+import pytest
+import ray
+from transformers import AutoModelForCausalLM
+
+from aft_ray.weights.publication import Publication
+from aft_ray.weights.source import write_model
+from aft_ray.weights.transport import OFFERS, opened
+
+pytestmark = pytest.mark.usefixtures("ray_here")
+
+
+@ray.remote(num_cpus=0)
+class Trainer:
+    """Owns what it offers, as rank 0 of training does."""
+
+    def publish(self, source: str, directory: str, transport: str, shard_bytes: int) -> Publication:
+        import torch
+
+        model = AutoModelForCausalLM.from_pretrained(source)
+        written = write_model(model, Path(directory), shard_bytes, OFFERS[transport], 0, torch.float32)
+        return Publication(1, directory, tuple(written.shards), (), tuple(written.objects))
+
+
+def publish(model, directory, transport, shard_bytes=40_000):
+    trainer = Trainer.remote()
+    publication = ray.get(trainer.publish.remote(str(model), str(directory), transport, shard_bytes), timeout=120)
+    return trainer, publication
+
+
+def contents(publication) -> tuple[list[str], list[bytes]]:
+    """The paths that the engine would be given, and what is in each file at that moment."""
+    with opened(publication, 30) as files:
+        assert len(files) == len(publication.shards)
+        paths, data = [], []
+        for file in files:
+            paths.append(file())
+            data.append(Path(paths[-1]).read_bytes())
+    return paths, data
+
+
+def on_disk(publication) -> list[bytes]:
+    return [(Path(publication.model) / name).read_bytes() for name in publication.shards]
+
+
+def test_shards_come_over_the_object_store_one_at_a_time_and_leave_nothing(tiny_model, tmp_path):
+    _trainer, publication = publish(tiny_model, tmp_path / "model", "object_store")
+    paths, data = contents(publication)
+    assert data == on_disk(publication)
+    assert len(paths) > 3
+    assert len(set(paths)) == 1
+    assert not Path(paths[0]).is_relative_to(tmp_path)
+    assert not Path(paths[0]).parent.exists()
+
+
+def test_shards_come_from_shared_storage(tiny_model, tmp_path):
+    _trainer, publication = publish(tiny_model, tmp_path / "model", "checkpoint")
+    assert publication.objects == ()
+    paths, data = contents(publication)
+    assert data == on_disk(publication)
+    assert paths == [str(tmp_path / "model" / name) for name in publication.shards]
+
+
+def test_shards_whose_owner_died_come_from_disk(tiny_model, tmp_path):
+    # In one shard: smaller ones travel inside their references.
+    trainer, publication = publish(tiny_model, tmp_path / "model", "object_store", 1 << 30)
+    ray.kill(trainer)
+    deadline = time.monotonic() + 60
+    while True:  # until Ray has noticed
+        (path,), data = contents(publication)
+        assert data == on_disk(publication)
+        if path == str(tmp_path / "model" / publication.shards[0]):
+            break
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
