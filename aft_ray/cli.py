@@ -21,6 +21,8 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
+# The click that typer runs on, which may be a copy inside it, is only reached through what typer exports.
+UsageError: Any = typer.BadParameter.__base__
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="`key.sub=value`, each overriding the file", metavar="[KEY=VALUE]...")
 ]
@@ -176,16 +178,12 @@ def main(arguments: list[str] | None = None) -> None:
         app(arguments, standalone_mode=False)
     except ConfigError as error:
         fail(str(error), 2)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         fail("interrupted; the same command goes on from here", 130)
+    except UsageError as error:
+        error.show()
+        raise SystemExit(error.exit_code) from None
     except Exception as error:
-        import click
-
-        if isinstance(error, click.ClickException):
-            error.show()
-            raise SystemExit(error.exit_code) from None
-        if isinstance(error, click.exceptions.Abort):
-            fail("interrupted; the same command goes on from here", 130)
         if not isinstance(error, user_errors()):
             raise
         fail(str(error), 1)
