@@ -73,6 +73,7 @@ def test_no_two_splits_share_a_question_whatever_the_seeds() -> None:
     assert not texts["validation"] & texts["test"]
 
 
+@settings(deadline=None)
 @given(st.integers(2, 20), st.lists(st.tuples(st.just("+"), st.integers(2, 20)), min_size=1, max_size=4))
 def test_a_calculation_has_one_split(start: int, steps: list[tuple[str, int]]) -> None:
     assert Calculation(start, tuple(steps)).split == Calculation(start, tuple(steps)).split in SPLITS

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -29,6 +29,7 @@ def test_the_vocabulary_is_closed_over_the_generator(tokenizer: PreTrainedTokeni
             assert tokenizer.decode(ids) == text
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 10**6), min_size=1, max_size=6))
 def test_numbers_round_trip_and_every_digit_is_a_token(numbers: list[int]) -> None:
     text = " ".join(map(str, numbers))
@@ -37,6 +38,7 @@ def test_numbers_round_trip_and_every_digit_is_a_token(numbers: list[int]) -> No
     assert len(ids) == sum(len(str(n)) for n in numbers)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 10**6))
 def test_the_answer_is_read_off_decoded_tokens(number: int) -> None:
     ids = TOKENIZER(f"16 + 4 = 20. #### {number}")["input_ids"] + [TOKENIZER.eos_token_id]

@@ -4,7 +4,7 @@ import time
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aft_ray.records import Verdict
@@ -122,19 +122,20 @@ def test_compares(answer: str | None, gold: str, verdict: Verdict) -> None:
 @pytest.mark.parametrize("piece", ["1", "1,", "1 ", "-", "$", "(", "\\boxed{", "1/", "\\frac{", "a", " ", "."])
 def test_a_megabyte_is_undecided_at_once(piece: str) -> None:
     long = piece * (1_000_000 // len(piece)) + "1"
-    started = time.perf_counter()
+    started = time.process_time()
     assert read_number(long) is None
     assert compare(long, "1") is Verdict.UNDECIDED
     assert compare("1", long) is Verdict.UNDECIDED
     for _ in range(20):  # the longest that is read, in shapes that make careless patterns backtrack
         read_number((piece * 1000)[:999] + "!")
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
 
 
 def test_a_failure_inside_is_undecided() -> None:
     assert compare(12, "12") is Verdict.UNDECIDED  # type: ignore[arg-type]
 
 
+@settings(deadline=None)
 @given(st.integers(-(10**12), 10**12))
 def test_every_way_to_write_an_integer_is_right(number: int) -> None:
     for text in (
@@ -149,16 +150,19 @@ def test_every_way_to_write_an_integer_is_right(number: int) -> None:
         assert compare(text, str(number + 1)) is Verdict.WRONG
 
 
+@settings(deadline=None)
 @given(st.integers(-1000, 1000), st.integers(1, 1000))
 def test_fractions_are_exact(over: int, under: int) -> None:
     assert read_number(f"{over}/{under}") == Fraction(over, under)
 
 
+@settings(deadline=None)
 @given(st.text(max_size=60), st.text(max_size=60))
 def test_any_text_gets_a_verdict(answer: str, gold: str) -> None:
     assert compare(answer, gold) in Verdict
 
 
+@settings(deadline=None)
 @given(st.text(min_size=1, max_size=30))
 def test_a_text_is_never_wrong_against_itself(text: str) -> None:
     assert compare(text, text) is not Verdict.WRONG
