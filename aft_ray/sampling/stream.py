@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import json
 import logging
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +18,7 @@ from typing import Any
 
 import pyarrow as pa
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import ActorDiedError, RayActorError, RayError
 
 from aft_ray.config import DataConfig, RunConfig, SamplingConfig
 from aft_ray.ledger import GroupFile, Parked, write_group_file
@@ -30,8 +31,8 @@ from aft_ray.tasks import build_task
 from aft_ray.verify.label import label
 from aft_ray.weights.publication import Publication, PublicationFailed
 
-# Seconds between two attempts of a question, while Ray restarts a sampler: long enough for a large engine to start.
-_RETRY_S = 2.0
+# Seconds between two looks at whether a sampler is back, and of patience with one that does not say.
+_RETRY_S, _SILENT_S = 2.0, 30.0
 # Questions that a failed sampler counts as having in flight, until it had time to come back.
 _PENALTY = 10_000
 
@@ -176,10 +177,11 @@ class Ask:
 
     def __init__(self) -> None:
         self._load: Counter[int] = Counter()
+        self._looking = asyncio.Lock()
 
     async def __call__(self, batch: pa.Table, job: _Job) -> pa.Table:
         groups = table_to_groups(batch)
-        answers = await self._attempt(job, groups)
+        answers = await self._attempt(job, groups, range(len(job.pool.actors)))
         answers = await asyncio.gather(*(self._insist(job, g, a) for g, a in zip(groups, answers, strict=True)))
         failed = [answer if isinstance(answer, _Failed) else None for answer in answers]
         table = groups_to_table(
@@ -191,18 +193,31 @@ class Ask:
 
     async def _insist(self, job: _Job, group: Group, answer: list[Candidate] | _Failed) -> list[Candidate] | _Failed:
         while isinstance(answer, _Failed) and not answer.final and answer.attempts < job.sampling.attempts:
-            await asyncio.sleep(_RETRY_S)
             attempts = answer.attempts + 1
-            (answer,) = await self._attempt(job, [group])
+            (answer,) = await self._attempt(job, [group], await self._alive(job))
             if isinstance(answer, _Failed):
                 answer = replace(answer, attempts=attempts)
         return answer
 
-    async def _attempt(self, job: _Job, groups: Sequence[Group]) -> list[list[Candidate] | _Failed]:
+    async def _alive(self, job: _Job) -> Sequence[int]:
+        """The samplers that answer. While none does, waits as long as an engine may take to start again."""
+        deadline = time.monotonic() + job.pool.start_timeout_s
+        async with self._looking:
+            while True:
+                states = await asyncio.gather(*(_state(actor) for actor in job.pool.actors))
+                if alive := [index for index, error in enumerate(states) if error is None]:
+                    return alive
+                if time.monotonic() > deadline or all(isinstance(error, ActorDiedError) for error in states):
+                    return range(len(states))
+                await asyncio.sleep(_RETRY_S)
+
+    async def _attempt(
+        self, job: _Job, groups: Sequence[Group], samplers: Sequence[int]
+    ) -> list[list[Candidate] | _Failed]:
         prompts = [
             Prompt(group.prompt_token_ids, question_seed(job.seed, job.purpose, group.question.id)) for group in groups
         ]
-        index = min(range(len(job.pool.actors)), key=lambda i: self._load[i])
+        index = min(samplers, key=lambda i: self._load[i])
         weight = len(prompts)
         self._load[index] += weight
         try:
@@ -242,6 +257,15 @@ class _Failed:
     reason: str
     attempts: int = 1
     final: bool = False
+
+
+async def _state(actor: Any) -> Exception | None:
+    """None when a sampler answers, else why not."""
+    try:
+        await asyncio.wait_for(actor.status.remote(), _SILENT_S)
+    except (RayError, TimeoutError) as error:
+        return error
+    return None
 
 
 def _reason(error: Exception) -> str:

@@ -29,7 +29,7 @@ from aft_ray.run_dir import LOGS, RunDir, RunDirError
 from aft_ray.sampling.sampler import redirect_output
 from aft_ray.training import batching, deepspeed, step
 from aft_ray.training.collate import collate
-from aft_ray.weights.publication import Probe, Publication, write_probes
+from aft_ray.weights.publication import Probe, Publication, read_publication, write_probes
 from aft_ray.weights.source import write_model
 from aft_ray.weights.transport import OFFERS
 
@@ -73,6 +73,10 @@ class _Trainer:
     def run(self) -> None:
         last = self.ledger.last_checkpoint()
         first = last.round + 1 if last else (0 if self.config.vft.epochs else 1)
+        if last and self.rank == 0:
+            # A worker that died between the ledger and the board has left its version unpublished.
+            model = self.run_dir.fetch_directory(self.run_dir.model(last.round))
+            call(self.board.publish, read_publication(last.round, model))
         engine = None
         for round_number in range(first, self.config.rounds.count + 1):
             if engine is None or round_number == 1:
