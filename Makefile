@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# pytest arguments, for example: make test ARGS="tests/test_ledger.py -x"
+# arguments of pytest or of the demo: make test ARGS="tests/test_ledger.py -x", make demo ARGS="--seed 1"
 ARGS ?=
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml tools/install.sh
 	@touch $@
 
 demo: $(STAMP)  ## train a tiny reasoner in minutes
-	@$(BIN)/python jobs/demo.py
+	@$(BIN)/python jobs/demo.py $(ARGS)
 
 test: lint  ## lint, types and the whole test suite
 	$(BIN)/python -m pytest $(ARGS)

@@ -42,6 +42,8 @@ def demo(
     vft_model = aft_dir / "rounds" / "0000" / "model"
     aft = _config(aft_dir, base, seed)
     control = _config(control_dir, vft_model, seed, "vft.epochs=0", "objective.name=vft", "rounds.evaluate_every=0")
+    # Nothing trains while the models are compared, so both cores sample.
+    compare = aft.model_copy(update={"sampling": aft.sampling.model_copy(update={"samplers": 2})})
     last = f"{aft.rounds.count:04d}"
     rows = {
         "VFT": Target(str(vft_model), "VFT"),
@@ -50,7 +52,7 @@ def demo(
     }
     with chatter_to(driver_log(RunDir(place))) as console, Reporter(None, console) as reporter:
         reporter.say(f"Everything is written to {place}; libraries' output to its logs/.")
-        _build(base, seed, reporter)
+        _build(base, seed)
         with connected(aft, training_placement(aft)):
             for title, config in (("VFT and AFT", aft), ("the control: VFT for as many steps", control)):
                 reporter.say(f"\n{title}")
@@ -59,7 +61,7 @@ def demo(
             for target in rows.values():
                 path = place / f"{target.label}.json"
                 if not path.exists():
-                    ((result, facts),) = evaluate_targets(aft, [target], reporter, RunDir(place)).values()
+                    ((result, facts),) = evaluate_targets(compare, [target], reporter, RunDir(place)).values()
                     write_result(path, target, aft, result, facts)
     results = {
         name: Result.from_json(json.loads((place / f"{target.label}.json").read_text()))
@@ -91,11 +93,11 @@ def _train(config: RunConfig, console: object) -> None:
             reporter.say("finished before; nothing to do")
 
 
-def _build(directory: Path, seed: int, reporter: object) -> None:
+def _build(directory: Path, seed: int) -> None:
     from aft_ray.tasks.arithmetic_model import build_tiny_model
 
     if not (directory / "config.json").exists():
-        build_tiny_model(directory, seed)
+        build_tiny_model(directory, seed, layers=2)
 
 
 def main() -> None:
