@@ -65,6 +65,11 @@ class Board:
         events, self._events = self._events, []
         return events
 
+    async def check(self) -> None:
+        """Raises BoardFailed when the other side failed."""
+        if self._failure is not None:
+            raise BoardFailed(self._failure)
+
     async def fail(self, reason: str) -> None:
         """Ends every wait with BoardFailed. The first reason counts."""
         if self._failure is None:
@@ -85,8 +90,7 @@ class Board:
                 )
             except TimeoutError:
                 raise BoardFailed(f"waited {timeout_s:.0f} s for {what}; rounds.timeout_s sets this deadline") from None
-        if self._failure is not None:
-            raise BoardFailed(self._failure)
+        await self.check()
         return time.monotonic() - started
 
 

@@ -30,6 +30,8 @@ from aft_ray.questions import load_tokenizer, prepare, questions_of_round
 from aft_ray.records import Group
 from aft_ray.run_dir import CONFIG, LOGS, RunDir
 from aft_ray.sampling.pool import SamplerPool, last_line
+from aft_ray.sampling.stream import Tally, sample_round, tally
+from aft_ray.training.worker import WorkerConfig, fit
 from aft_ray.weights.publication import Publication, read_publication
 
 
@@ -88,24 +90,22 @@ class Conductor:
     def _bring_samplers_to(self, publication: Publication) -> None:
         started = time.monotonic()
         loaded = self.samplers.load(publication)
-        if all(one.load_s == 0.0 for one in loaded):
-            return
         slowest = max(loaded, key=lambda one: one.fetch_s + one.load_s + one.prove_s)
-        self.reporter.event(
-            "published",
-            version=publication.version,
-            seconds=time.monotonic() - started,
-            fetch_s=slowest.fetch_s,
-            load_s=slowest.load_s,
-            prove_s=slowest.prove_s,
-            probe_difference=max(one.difference for one in loaded),
-        )
-        self._evaluate(publication)
+        if slowest.load_s > 0:  # else they held it already
+            self.reporter.event(
+                "published",
+                version=publication.version,
+                seconds=time.monotonic() - started,
+                fetch_s=slowest.fetch_s,
+                load_s=slowest.load_s,
+                prove_s=slowest.prove_s,
+                probe_difference=max(one.difference for one in loaded),
+            )
+        if self.validation and evaluation_due(self.config, self.run_dir, publication.version):
+            self._evaluate(publication)
 
     def _sample(self, number: int, publication: Publication, waited: float) -> None:
         """Step 1 of a round: every question sampled once, labelled, and in the ledger."""
-        from aft_ray.sampling.stream import Tally, sample_round, tally
-
         wanted = questions_of_round(self.config, self.questions, number)
         self._open(number)
         pending = set(self.ledger.pending(number, [group.question.id for group in wanted]))
@@ -121,6 +121,7 @@ class Conductor:
                     self.ledger.commit(written.file)
                 for parked in written.parked:
                     self.ledger.park(parked)
+                board.call(self.board.check)  # training may have failed meanwhile
                 total, done = total + written.tally, done + written.tally.groups + len(written.parked)
                 speed = total.tokens / (time.monotonic() - started)
                 self.reporter.progress(what, done, len(wanted), f"{speed:,.0f} tokens/s, {total.pass_rate:.0%} right")
@@ -188,13 +189,8 @@ class Conductor:
             )
 
     def _evaluate(self, publication: Publication) -> None:
-        """Step 5: the validation split, whenever a version that is due has reached the samplers."""
-        every, version = self.config.rounds.evaluate_every, publication.version
-        if not every or not self.validation or (version % every and version != self.config.rounds.count):
-            return
-        if self.run_dir.exists(self.run_dir.evaluation(f"validation-{version:04d}")):
-            return
-        k = self.config.evaluation.during_training_k
+        """Step 5: the validation split, answered by a version that has reached the samplers."""
+        version, k = publication.version, self.config.evaluation.during_training_k
         result, facts = evaluate(
             self.config,
             self.samplers,
@@ -232,6 +228,14 @@ def first_round(config: RunConfig, ledger: Ledger) -> int:
     return last.round + 1 if last else (0 if config.vft.epochs else 1)
 
 
+def evaluation_due(config: RunConfig, run_dir: RunDir, version: int) -> bool:
+    """Whether a version is to be measured on the validation split and was not yet. The last version always is."""
+    every, last = config.rounds.evaluate_every, config.rounds.count
+    if not every or (version % every and version != last):
+        return False
+    return not run_dir.exists(run_dir.evaluation(f"validation-{version:04d}"))
+
+
 def run(config: RunConfig, reporter: Reporter) -> bool:
     """Trains a run to its end, from wherever it is. False when it was finished already.
 
@@ -241,7 +245,8 @@ def run(config: RunConfig, reporter: Reporter) -> bool:
     with run_dir.lock():
         adopt_config(config, run_dir)
         ledger = Ledger(run_dir)
-        if first_round(config, ledger) > config.rounds.count:
+        last = config.rounds.count
+        if first_round(config, ledger) > last and not evaluation_due(config, run_dir, last):
             return False
         check_model(config)
         tokenizer = load_tokenizer(config)
@@ -269,8 +274,6 @@ def _run_on_cluster(
     validation: list[Group],
     eos_token_id: int,
 ) -> None:
-    from aft_ray.training.worker import WorkerConfig
-
     started = time.monotonic()
     the_board = board.start_board()
     pool = None
@@ -299,8 +302,6 @@ def _run_on_cluster(
 @contextmanager
 def _training(worker: Any, reporter: Reporter) -> Iterator[list[str]]:
     """`TorchTrainer.fit()` in a thread, and another that passes the workers' events on. Ends with both."""
-    from aft_ray.training.worker import fit
-
     failures: list[str] = []
     ended = threading.Event()
 
