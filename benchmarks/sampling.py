@@ -136,7 +136,8 @@ def _measure(config: RunConfig, repeats: int) -> dict[str, list[Turn]]:
                 Prompt(group.prompt_token_ids, question_seed(config.seed, purpose, group.question.id))
                 for group in chosen
             ]
-            return ray.get(raw.generate.remote(prompts, sampling_spec(config.sampling)))
+            done: Turn = ray.get(raw.generate.remote(prompts, sampling_spec(config.sampling)))
+            return done
 
         def stage(number: int) -> Turn:
             ledger.open_round(number)

@@ -1,0 +1,190 @@
+"""Claim: sampling round r+1 while round r trains gives at least 0.85 of the speed-up that it can give at best.
+
+Whole runs (`aft_ray.rounds.run`) with max_staleness 0 and 1 take turns, sampler and train worker pinned to one core
+each. G is a round's sampling and T its training and publication, means over the rounds of the runs with staleness 0,
+by the runs' own metrics. In a steady state a round takes G + T with staleness 0 and max(G, T) with 1, so the ideal is
+(G + T) / max(G, T); it is what counts, measured from the end of round 1's training to the end of the last round's. The
+whole run, from the first question, is shown beside it: R rounds cannot take less than G + (R-1) max(G, T) + T. Loading
+new weights, reading groups and waking up are in neither G nor T: they cost both settings, and the ideal nothing.
+
+The model is untrained and its learning rate next to nothing, so that every round is as much work as the one before.
+Choose --epochs so that G and T are about equal: there the ideal is highest, and hardest to reach.
+
+    python benchmarks/overlap.py --json overlap.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import typer
+
+from aft_ray.config import RunConfig, apply_override, parse_config
+
+TARGET = 0.85
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds. sampling and training: of each round; whole: all rounds; steady: all rounds but the first."""
+
+    staleness: int
+    sampling: list[float]
+    training: list[float]
+    whole: float
+    steady: float
+
+
+def main(
+    questions: Annotated[int, typer.Option(help="in a round")] = 240,
+    k: Annotated[int, typer.Option(help="candidates per question")] = 6,
+    max_tokens: Annotated[int, typer.Option(help="longest response")] = 64,
+    epochs: Annotated[int, typer.Option(help="passes of training over a round's groups")] = 4,
+    rounds: Annotated[int, typer.Option(help="in a run")] = 6,
+    repeats: Annotated[int, typer.Option(help="runs of each setting")] = 2,
+    model: Annotated[str | None, typer.Option(help="a model directory; float32; none: a tiny untrained one")] = None,
+    setting: Annotated[list[str] | None, typer.Option(help="key.sub=value of the run's config; repeatable")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write the figures to this file")] = None,
+) -> None:
+    """Rounds per hour with and without overlap, beside the ideal."""
+    if len(os.sched_getaffinity(0)) < 2:
+        raise SystemExit("two cores are needed: one for the sampler, one for the train worker")
+    timings = []
+    with tempfile.TemporaryDirectory(prefix="aft-ray-benchmark-") as scratch:
+        if model is None:
+            from aft_ray.tasks.arithmetic_model import build_tiny_model
+
+            model = str(build_tiny_model(f"{scratch}/model", 0))
+        for number in range(repeats):
+            for staleness in (0, 1):
+                tree: dict[str, Any] = {
+                    "run_dir": f"{scratch}/run-{number}-{staleness}",
+                    "model": {"name": model, "dtype": "float32", "max_length": 256},
+                    "data": {"task": "arithmetic", "arithmetic": {"train_size": questions}},
+                    "vft": {"epochs": 0},
+                    "rounds": {"count": rounds, "max_staleness": staleness, "evaluate_every": 0},
+                    "sampling": {"k": k, "max_tokens": max_tokens},
+                    "training": {"epochs": epochs, "learning_rate": 1e-9},
+                }
+                for one in setting or []:
+                    apply_override(tree, one)
+                timings.append(_run(parse_config(tree)))
+                typer.echo(_line(timings[-1]))
+    figures = _figures(timings, rounds)
+    _show(figures)
+    if json_file:
+        json_file.write_text(json.dumps(figures, indent=1))
+
+
+def _run(config: RunConfig) -> Timing:
+    from aft_ray.observe.reporter import Reporter, chatter_to
+    from aft_ray.observe.summary import read_events
+    from aft_ray.rounds import run
+    from aft_ray.run_dir import RunDir
+
+    run_dir = RunDir(config.run_dir)
+    with (
+        chatter_to(run_dir.local_path("logs/driver.log")) as console,
+        Reporter(run_dir, console) as reporter,
+        _pinned(),
+    ):
+        run(config, reporter)
+    events = read_events(run_dir)
+    sampled = [event for event in events if event["event"] == "sampled"]
+    trained = [event for event in events if event["event"] == "trained"]
+    return Timing(
+        config.rounds.max_staleness,
+        [event["seconds"] for event in sampled],
+        [event["train_s"] + event["publish_s"] for event in trained],
+        trained[-1]["time"] - (sampled[0]["time"] - sampled[0]["seconds"]),
+        trained[-1]["time"] - trained[0]["time"],
+    )
+
+
+@contextmanager
+def _pinned() -> Iterator[None]:
+    """Binds every thread of the sampler to one core and of the train worker to another, from when they appear."""
+    import psutil
+
+    cores = dict(zip(("ray::Sampler", "ray::RayTrainWorker"), sorted(os.sched_getaffinity(0)), strict=False))
+    ended = threading.Event()
+    bound: set[str] = set()
+
+    def bind() -> None:
+        while not ended.wait(1.0):
+            for process in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error, OSError):
+                    title = " ".join(process.cmdline())
+                    for name, core in cores.items():
+                        if title.startswith(name):
+                            for thread in os.listdir(f"/proc/{process.pid}/task"):
+                                os.sched_setaffinity(int(thread), {core})
+                            bound.add(name)
+
+    thread = threading.Thread(target=bind, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+    if missing := set(cores) - bound:
+        raise RuntimeError(f"never found a process named {' or '.join(missing)} to bind to a core")
+
+
+def _line(timing: Timing) -> str:
+    sampling, training = statistics.mean(timing.sampling), statistics.mean(timing.training)
+    return (
+        f"max_staleness {timing.staleness}: sampling {sampling:.1f} s and training {training:.1f} s a round, "
+        f"{timing.whole:.1f} s in all, {timing.steady:.1f} s after round 1"
+    )
+
+
+def _figures(timings: list[Timing], rounds: int) -> dict[str, Any]:
+    apart, overlapped = [t for t in timings if t.staleness == 0], [t for t in timings if t.staleness == 1]
+    g = statistics.mean(s for timing in apart for s in timing.sampling)
+    t = statistics.mean(s for timing in apart for s in timing.training)
+    longer = max(g, t)
+    figures: dict[str, Any] = {"benchmark": "overlap", "rounds": rounds, "sampling_s": g, "training_s": t}
+    ideals = {"steady": (g + t) / longer, "whole": rounds * (g + t) / (g + (rounds - 1) * longer + t)}
+    for name, ideal in ideals.items():
+        per_run = rounds - 1 if name == "steady" else rounds
+        before = statistics.mean(getattr(timing, name) for timing in apart)
+        after = statistics.mean(getattr(timing, name) for timing in overlapped)
+        figures[name] = {
+            "rounds_per_hour": {"0": 3600 * per_run / before, "1": 3600 * per_run / after},
+            "speedup": before / after,
+            "ideal": ideal,
+            "share_of_ideal": before / after / ideal,
+        }
+    return figures | {"target": TARGET, "runs": [asdict(timing) for timing in timings]}
+
+
+def _show(figures: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    title = f"a round: sampling {figures['sampling_s']:.1f} s, training {figures['training_s']:.1f} s"
+    table = Table("", "rounds/h, staleness 0", "staleness 1", "speed-up", "ideal", "share of ideal", title=title)
+    for name, label in (("steady", f"after round 1 (counts; target {TARGET:g})"), ("whole", "the whole run")):
+        figure = figures[name]
+        speeds = [f"{figure['rounds_per_hour'][staleness]:.0f}" for staleness in ("0", "1")]
+        ratios = [f"{figure[key]:.3f}" for key in ("speedup", "ideal", "share_of_ideal")]
+        table.add_row(label, *speeds, *ratios)
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)
