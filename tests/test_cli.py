@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import yaml
-from conftest import tiny_config, tiny_tree
+from tiny import tiny_config, tiny_tree
 
 from aft_ray.config import config_difference, load_config, parse_config
 from aft_ray.ledger import Ledger, Parked, Trained, write_group_file

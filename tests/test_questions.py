@@ -3,9 +3,9 @@
 from collections import Counter
 
 import pytest
-from conftest import tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import tiny_config
 
 from aft_ray.config import ConfigError
 from aft_ray.questions import load_tokenizer, prepare, questions_of_round, round_size

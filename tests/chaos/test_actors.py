@@ -10,8 +10,8 @@ from io import StringIO
 import psutil
 import pytest
 import ray
-from conftest import tiny_config
 from rich.console import Console
+from tiny import tiny_config
 
 from aft_ray import rounds
 from aft_ray.evaluation.evaluator import unanswered

@@ -8,8 +8,8 @@ from io import StringIO
 import pandas as pd
 import pytest
 import torch
-from conftest import tiny_config
 from rich.console import Console
+from tiny import tiny_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from aft_ray import rounds

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from conftest import LENGTH
+from tiny import LENGTH
 from transformers import AutoModelForCausalLM
 
 from aft_ray.objectives import build_objective
