@@ -1,11 +1,12 @@
 """Claim: sampling round r+1 while round r trains gives at least 0.85 of the speed-up that it can give at best.
 
 Whole runs (`aft_ray.rounds.run`) with max_staleness 0 and 1 take turns, sampler and train worker pinned to one core
-each. G is a round's sampling and T its training and publication, means over the rounds of the runs with staleness 0,
-by the runs' own metrics. In a steady state a round takes G + T with staleness 0 and max(G, T) with 1, so the ideal is
+each. G is a round's sampling and T its training and publication, means over the window's rounds with staleness 0, by
+the runs' own metrics. In a steady state a round takes G + T with staleness 0 and max(G, T) with 1, so the ideal is
 (G + T) / max(G, T); it is what counts, measured from the end of round 1's training to the end of the last round's. The
 whole run, from the first question, is shown beside it: R rounds cannot take less than G + (R-1) max(G, T) + T. Loading
-new weights, reading groups and waking up are in neither G nor T: they cost both settings, and the ideal nothing.
+new weights, reading groups and waking up are in neither G nor T. They count against the overlap, but also against
+staleness 0, where nothing hides them; so the share of the overlapped time that max(G, T) makes up is shown as well.
 
 The model is untrained and its learning rate next to nothing, so that every round is as much work as the one before.
 Choose --epochs so that G and T are about equal: there the ideal is highest, and hardest to reach.
@@ -59,6 +60,8 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="write the figures to this file")] = None,
 ) -> None:
     """Rounds per hour with and without overlap, beside the ideal."""
+    if rounds < 2:
+        raise SystemExit("--rounds must be at least 2: the first is not counted")
     if len(os.sched_getaffinity(0)) < 2:
         raise SystemExit("two cores are needed: one for the sampler, one for the train worker")
     timings = []
@@ -154,20 +157,23 @@ def _line(timing: Timing) -> str:
 
 def _figures(timings: list[Timing], rounds: int) -> dict[str, Any]:
     apart, overlapped = [t for t in timings if t.staleness == 0], [t for t in timings if t.staleness == 1]
-    g = statistics.mean(s for timing in apart for s in timing.sampling)
-    t = statistics.mean(s for timing in apart for s in timing.training)
-    longer = max(g, t)
-    figures: dict[str, Any] = {"benchmark": "overlap", "rounds": rounds, "sampling_s": g, "training_s": t}
-    ideals = {"steady": (g + t) / longer, "whole": rounds * (g + t) / (g + (rounds - 1) * longer + t)}
-    for name, ideal in ideals.items():
-        per_run = rounds - 1 if name == "steady" else rounds
+    figures: dict[str, Any] = {"benchmark": "overlap", "rounds": rounds}
+    for name, skipped in (("steady", 1), ("whole", 0)):
+        # Round 1 is slower, as everything happens for the first time: its G and T belong only to its own window.
+        g = statistics.mean(seconds for timing in apart for seconds in timing.sampling[skipped:])
+        t = statistics.mean(seconds for timing in apart for seconds in timing.training[skipped:])
+        count, longer = rounds - skipped, max(g, t)
+        ideal = (g + t) / longer if skipped else count * (g + t) / (g + (count - 1) * longer + t)
         before = statistics.mean(getattr(timing, name) for timing in apart)
         after = statistics.mean(getattr(timing, name) for timing in overlapped)
         figures[name] = {
-            "rounds_per_hour": {"0": 3600 * per_run / before, "1": 3600 * per_run / after},
+            "sampling_s": g,
+            "training_s": t,
+            "rounds_per_hour": {"0": 3600 * count / before, "1": 3600 * count / after},
             "speedup": before / after,
             "ideal": ideal,
             "share_of_ideal": before / after / ideal,
+            "longer_side_busy": count * longer / after,
         }
     return figures | {"target": TARGET, "runs": [asdict(timing) for timing in timings]}
 
@@ -176,14 +182,16 @@ def _show(figures: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    title = f"a round: sampling {figures['sampling_s']:.1f} s, training {figures['training_s']:.1f} s"
-    table = Table("", "rounds/h, staleness 0", "staleness 1", "speed-up", "ideal", "share of ideal", title=title)
+    table = Table(
+        "", "G", "T", "rounds/h, staleness 0", "staleness 1", "speed-up", "ideal", "of ideal", "longer side busy"
+    )
     for name, label in (("steady", f"after round 1 (counts; target {TARGET:g})"), ("whole", "the whole run")):
         figure = figures[name]
+        seconds = [f"{figure[key]:.1f} s" for key in ("sampling_s", "training_s")]
         speeds = [f"{figure['rounds_per_hour'][staleness]:.0f}" for staleness in ("0", "1")]
-        ratios = [f"{figure[key]:.3f}" for key in ("speedup", "ideal", "share_of_ideal")]
-        table.add_row(label, *speeds, *ratios)
-    Console(width=120).print(table)
+        ratios = [f"{figure[key]:.3f}" for key in ("speedup", "ideal", "share_of_ideal", "longer_side_busy")]
+        table.add_row(label, *seconds, *speeds, *ratios)
+    Console(width=140).print(table)
 
 
 if __name__ == "__main__":
