@@ -24,7 +24,7 @@ from aft_ray.sampling.pool import SamplerPool
 from aft_ray.sampling.stream import sample_round
 from aft_ray.weights.publication import read_publication
 
-pytestmark = pytest.mark.usefixtures("ray_here")
+pytestmark = [pytest.mark.usefixtures("ray_here"), pytest.mark.timeout(1200)]
 
 
 def processes(name: str) -> list[int]:

@@ -24,7 +24,7 @@ from aft_ray.run_dir import RunDir
 from aft_ray.sampling.pool import SamplerPool
 from aft_ray.weights.publication import PublicationFailed, read_publication
 
-pytestmark = pytest.mark.usefixtures("ray_here")
+pytestmark = [pytest.mark.usefixtures("ray_here"), pytest.mark.timeout(1200)]
 
 
 def run(config) -> bool:

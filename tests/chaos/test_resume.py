@@ -1,0 +1,157 @@
+"""A run whose driver is killed again and again ends as if nothing had happened: same groups, losses and model."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from tiny import tiny_tree
+
+from aft_ray.ledger import Ledger
+from aft_ray.observe.summary import read_events
+from aft_ray.run_dir import RunDir
+
+pytestmark = pytest.mark.timeout(1800)
+
+# What the run directory shows when a phase has begun; the driver is killed a moment later.
+PHASES = ("training of round 0", "sampling of round 1", "training of round 2")
+PATIENCE_S = 240
+SUMS = {"min_steps": 1, "max_steps": 1, "operations": "+", "max_operand": 5, "distractors": 0}
+
+
+def begin(file: Path, run_dir: Path) -> subprocess.Popen:
+    log = open(run_dir.parent / f"{run_dir.name}.log", "a")  # noqa: SIM115
+    command = [sys.executable, "-m", "aft_ray.cli", "train", str(file), f"run_dir={run_dir}"]
+    # A session of its own, so that what it leaves behind can be found.
+    return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+
+
+def finish(file: Path, run_dir: Path) -> None:
+    process = begin(file, run_dir)
+    try:
+        assert process.wait(timeout=400) == 0, (run_dir.parent / f"{run_dir.name}.log").read_text()[-3000:]
+    finally:
+        process.kill()
+        process.wait()
+        assert_nothing_is_left(process.pid)
+
+
+def in_phase(run_dir: Path, phase: str) -> bool:
+    if phase == "sampling of round 1":
+        return any(run_dir.glob("rounds/0001/groups/*.parquet"))
+    number = int(phase[-1])
+    events = read_events(RunDir(run_dir)) if run_dir.exists() else []
+    return any(event["event"] == "step" and event["round"] == number for event in events)
+
+
+def kill_in(phase: str, file: Path, run_dir: Path, after_s: float) -> None:
+    process = begin(file, run_dir)
+    deadline = time.monotonic() + PATIENCE_S
+    try:
+        while not in_phase(run_dir, phase):
+            assert process.poll() is None, (run_dir.parent / f"{run_dir.name}.log").read_text()[-3000:]
+            assert time.monotonic() < deadline, f"no {phase} in {PATIENCE_S} s"
+            time.sleep(0.05)
+        time.sleep(after_s)
+        assert process.poll() is None, "it ended before it could be killed"
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert_nothing_is_left(process.pid)
+
+
+def assert_nothing_is_left(session: int) -> None:
+    """Ray's processes notice that their driver died and end by themselves."""
+    deadline = time.monotonic() + 90
+    while left := members(session):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.2)
+
+
+def members(session: int) -> list[str]:
+    """The command lines of a session's live processes, whoever their parent is now."""
+    found = []
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            status = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()
+            if int(status[3]) == session and status[0] != "Z":
+                found.append(Path(f"/proc/{entry}/cmdline").read_text().replace("\0", " ")[:100])
+        except (OSError, ValueError):
+            continue
+    return found
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, tiny_model) -> tuple[RunDir, RunDir]:
+    """The same config run without a pause, and killed in every phase."""
+    place = tmp_path_factory.mktemp("resume")
+    tree = tiny_tree(
+        place / "whole",
+        tiny_model,
+        rounds={"count": 2},
+        # Sums so small that some candidates are right; steps so many that a kill comes between them.
+        data={"train_limit": 48, "arithmetic": {**SUMS, "train_size": 200}},
+        vft={"questions_per_step": 1, "epochs": 6},
+        training={"groups_per_step": 1, "epochs": 4},
+    )
+    file = place / "run.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    finish(file, place / "whole")
+    source = random.Random(0)
+    for phase in PHASES:
+        kill_in(phase, file, place / "killed", source.uniform(0, 0.3))
+    finish(file, place / "killed")
+    return RunDir(place / "whole"), RunDir(place / "killed")
+
+
+def steps(run_dir: RunDir) -> dict[tuple[int, int], tuple]:
+    """The last time that each step was taken, and what it measured."""
+    names = ("loss", "vft_loss", "alignment_loss", "grad_norm", "right_score", "wrong_score", "tokens")
+    events = [event for event in read_events(run_dir) if event["event"] == "step"]
+    return {(event["round"], event["global_step"]): tuple(event[name] for name in names) for event in events}
+
+
+def test_a_killed_run_samples_the_same_groups(runs):
+    whole, killed = map(Ledger, runs)
+    for number in (0, 1, 2):
+        groups = whole.read_groups(number)
+        assert len(groups) == 48
+        assert killed.read_groups(number) == groups
+        assert any(group.has_signal for group in groups) is (number > 0)
+        assert killed.policy_version(number) == whole.policy_version(number)
+    assert killed.trained_rounds() == [0, 1, 2]
+
+
+def test_a_killed_run_takes_the_same_steps(runs):
+    whole, killed = map(steps, runs)
+    assert len(whole) == 48 * (6 + 4 + 4)
+    # A step's event may die with the driver, though its round was trained to the end; that is in the ledger.
+    assert killed.items() <= whole.items()
+    timeless = ("loss", "vft_loss", "alignment_loss", "grad_norm", "right_score", "wrong_score", "tokens", "steps")
+    trained = [
+        [(state.round, [state.metrics[name] for name in timeless]) for state in Ledger(run_dir).trained()]
+        for run_dir in runs
+    ]
+    assert [number for number, _ in trained[0]] == [0, 1, 2]
+    assert trained[0] == trained[1]
+
+
+def test_a_killed_run_ends_with_the_same_model(runs):
+    for number in (0, 1, 2):
+        whole, killed = (
+            {
+                name: tensor
+                for path in run_dir.local_path(run_dir.model(number)).glob("*.safetensors")
+                for name, tensor in load_file(path).items()
+            }
+            for run_dir in runs
+        )
+        assert whole.keys() == killed.keys()
+        assert all(torch.equal(whole[name], killed[name]) for name in whole)
