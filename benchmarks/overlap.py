@@ -182,9 +182,7 @@ def _show(figures: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(
-        "", "G", "T", "rounds/h, staleness 0", "staleness 1", "speed-up", "ideal", "of ideal", "longer side busy"
-    )
+    table = Table("", "G", "T", "rounds/h: staleness 0", "1", "speed-up", "ideal", "of ideal", "longer side busy")
     for name, label in (("steady", f"after round 1 (counts; target {TARGET:g})"), ("whole", "the whole run")):
         figure = figures[name]
         seconds = [f"{figure[key]:.1f} s" for key in ("sampling_s", "training_s")]
