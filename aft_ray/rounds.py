@@ -31,7 +31,7 @@ from aft_ray.records import Group
 from aft_ray.run_dir import CONFIG, LOGS, RunDir
 from aft_ray.sampling.pool import SamplerPool, last_line
 from aft_ray.sampling.stream import Tally, sample_round, tally
-from aft_ray.training.worker import WorkerConfig, fit
+from aft_ray.training.worker import WorkerConfig, first_round, fit
 from aft_ray.weights.publication import Publication, read_publication
 
 
@@ -220,12 +220,6 @@ class Conductor:
         if version == 0 and not self.config.vft.epochs:
             return read_publication(0, self.config.model.name)
         return read_publication(version, self.run_dir.fetch_directory(self.run_dir.model(version)))
-
-
-def first_round(config: RunConfig, ledger: Ledger) -> int:
-    """The first round that is not trained yet; `rounds.count` + 1 when the run is finished."""
-    last = ledger.last_checkpoint()
-    return last.round + 1 if last else (0 if config.vft.epochs else 1)
 
 
 def evaluation_due(config: RunConfig, run_dir: RunDir, version: int) -> bool:

@@ -58,6 +58,12 @@ def worker_main(given: dict[str, Any]) -> None:
         call(worker.board.fail, str(error))
 
 
+def first_round(config: RunConfig, ledger: Ledger) -> int:
+    """The first round that is not trained yet; `rounds.count` + 1 when all are."""
+    last = ledger.last_checkpoint()
+    return last.round + 1 if last else (0 if config.vft.epochs else 1)
+
+
 class _Trainer:
     def __init__(self, worker: WorkerConfig, rank: int) -> None:
         self.config, self.run_dir, self.board = worker.config, worker.run_dir, worker.board
@@ -72,13 +78,12 @@ class _Trainer:
 
     def run(self) -> None:
         last = self.ledger.last_checkpoint()
-        first = last.round + 1 if last else (0 if self.config.vft.epochs else 1)
         if last and self.rank == 0:
             # A worker that died between the ledger and the board has left its version unpublished.
             model = self.run_dir.fetch_directory(self.run_dir.model(last.round))
             call(self.board.publish, read_publication(last.round, model))
         engine = None
-        for round_number in range(first, self.config.rounds.count + 1):
+        for round_number in range(first_round(self.config, self.ledger), self.config.rounds.count + 1):
             if engine is None or round_number == 1:
                 # Round 1 starts like a run from a fine-tuned model: fresh optimizer, weights of version 0.
                 engine = None

@@ -1,0 +1,148 @@
+"""What an infra team does: `ray start`, then `ray job submit` of training and of evaluation, for real."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny import tiny_tree
+
+pytestmark = pytest.mark.timeout(2400)
+ROOT = Path(__file__).parents[2]
+RAY = [sys.executable, "-m", "ray.scripts.scripts"]
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()
+
+
+def carriers(mark: str) -> list[int]:
+    """The live processes that inherited a mark in their environment."""
+    found = []
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            if mark.encode() in Path(f"/proc/{entry}/environ").read_bytes():
+                found.append(int(entry))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """The address for job submission of a Ray cluster of this test's own, and the environment to use it in."""
+    mark = f"AFT_RAY_TEST_{uuid.uuid4().hex}"
+    temporary = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # socket paths must be short
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "VLLM_"))}
+    environment |= {
+        mark: "1",
+        "RAY_AUTH_MODE": "disabled",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    gcs, dashboard, agent, client, metrics, runtime = free_ports(6)
+    start = [
+        "start", "--head", "--block", f"--port={gcs}", f"--dashboard-port={dashboard}",
+        f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}",
+        f"--metrics-export-port={metrics}", f"--runtime-env-agent-port={runtime}", "--node-ip-address=127.0.0.1",
+        "--num-cpus=8", f"--object-store-memory={256 << 20}", "--disable-usage-stats", f"--temp-dir={temporary}",
+    ]  # fmt: skip
+    with open(f"{temporary}/start.log", "w") as log:
+        head = subprocess.Popen(RAY + start, env=environment, stdout=log, stderr=log, start_new_session=True)
+    try:
+        wait_for_jobs(dashboard, head, f"{temporary}/start.log")
+        yield f"http://127.0.0.1:{dashboard}", environment
+    finally:
+        for stop in (signal.SIGTERM, signal.SIGKILL):
+            for process in carriers(mark):
+                try:
+                    os.kill(process, stop)
+                except ProcessLookupError:
+                    continue
+            time.sleep(2)
+        head.wait(30)
+        assert carriers(mark) == []
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def wait_for_jobs(port: int, head: subprocess.Popen, log: str) -> None:
+    from urllib.request import urlopen
+
+    deadline = time.monotonic() + 400
+    while True:
+        try:
+            with urlopen(f"http://127.0.0.1:{port}/api/jobs/", timeout=5) as answer:
+                assert json.load(answer) == []
+                return
+        except OSError:
+            assert head.poll() is None and time.monotonic() < deadline, Path(log).read_text()[-3000:]  # noqa: PT018
+            time.sleep(0.5)
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory) -> Path:
+    """What is uploaded: the package and its jobs, nothing else."""
+    directory = tmp_path_factory.mktemp("job") / "work"
+    for name in ("aft_ray", "jobs"):
+        shutil.copytree(ROOT / name, directory / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return directory
+
+
+def submit(cluster, package, *entrypoint) -> tuple[int, str]:
+    address, environment = cluster
+    command = [*RAY, "job", "submit", f"--address={address}", f"--working-dir={package}", "--", "python", *entrypoint]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def trained(cluster, package, tiny_model, tmp_path_factory) -> tuple[Path, str]:
+    """The run directory of a run that was submitted as a job, and the job's log."""
+    run_dir = tmp_path_factory.mktemp("run") / "run"
+    tree = tiny_tree(run_dir, tiny_model, data={"train_limit": 16, "test_limit": 4})
+    (package / "tiny.yaml").write_text(yaml.safe_dump(tree))
+    status, log = submit(cluster, package, "jobs/train.py", "tiny.yaml", "sampling.k=2")
+    assert status == 0, log
+    return run_dir, log
+
+
+def test_a_submitted_training_succeeds_and_its_log_is_ours(trained):
+    run_dir, log = trained
+    assert "succeeded" in log
+    assert f"16 training questions, 0 for validation; run directory {run_dir}" in log
+    assert "round 1: sampled 16 groups with version 0" in log
+    assert "round 1: trained 1 steps" in log
+    assert f"the model: {run_dir}/rounds/0001/model" in log
+    assert yaml.safe_load((run_dir / "config.yaml").read_text())["sampling"]["k"] == 2
+
+
+def test_a_submitted_evaluation_writes_the_result_into_the_run(cluster, package, trained):
+    run_dir, _ = trained
+    status, log = submit(cluster, package, "jobs/evaluate.py", str(run_dir), "evaluation.k=2")
+    assert status == 0, log
+    assert "succeeded" in log
+    record = json.loads((run_dir / "evaluations" / "test-1.json").read_text())
+    assert record["model"] == str(run_dir / "rounds/0001/model")
+    assert (record["split"], record["parked"]) == ("test", 0)
+
+
+def test_a_submitted_mistake_fails_with_its_sentence(cluster, package, trained):
+    status, log = submit(cluster, package, "jobs/train.py", "tiny.yaml", "sampling.k=0")
+    assert status != 0
+    assert "error: sampling.k=0" in log
+    assert "Traceback" not in log
