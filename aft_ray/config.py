@@ -8,15 +8,28 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+ObjectiveName = Literal[
+    "vft", "rft", "align", "aft_detached", "aft_detached_lowest", "aft_boundary",
+    "rrhf", "rrhf_detached", "pro", "pro_detached", "dpo", "irpo", "dpop", "grpo",
+]  # fmt: skip
 # The objectives that need no samples: their rounds skip sampling altogether.
 UNSAMPLED_OBJECTIVES = frozenset({"vft"})
 # The objectives that compare candidates, and so need at least two of them.
-RANKING_OBJECTIVES = frozenset({"align", "aft_detached", "aft_boundary"})
+RANKING_OBJECTIVES = frozenset(get_args(ObjectiveName)) - UNSAMPLED_OBJECTIVES - {"rft"}
+# Which of the keys below an objective reads beside its weight.
+OBJECTIVE_OPTIONS: dict[str, tuple[str, ...]] = {
+    "aft_boundary": ("beta",),
+    "dpo": ("beta",),
+    "irpo": ("beta", "alpha"),
+    "dpop": ("beta", "penalty"),
+    "grpo": ("clip", "kl"),
+}
+TaskName = Literal["arithmetic", "gsm8k", "aqua_rat", "ecqa", "mmlu", "custom"]
 
 Positive = Annotated[int, Field(gt=0)]
 Natural = Annotated[int, Field(ge=0)]
@@ -81,7 +94,7 @@ class CustomConfig(Section):
 class DataConfig(Section):
     """The task and where its questions come from."""
 
-    task: Literal["arithmetic", "gsm8k", "custom"] = Field("arithmetic", description="which reasoning task")
+    task: TaskName = Field("arithmetic", description="which reasoning task")
     path: str | None = Field(None, description="local directory, or hub name for custom; none: the task's hub data set")
     prompt: str | None = Field(None, description="prompt with {question} in it; none: the task's own")
     answer_marker: str = Field("####", min_length=1, description="what stands before the final answer")
@@ -105,11 +118,64 @@ class DataConfig(Section):
 class ObjectiveConfig(Section):
     """The loss on a group: L = L_VFT + weight * L_A."""
 
-    name: Literal["vft", "rft", "align", "aft_detached", "aft_boundary"] = Field(
-        "aft_boundary", description="which objective; see docs/objectives.md"
-    )
-    beta: float = Field(0.15, ge=0, description="aft_boundary: how far below the worst right score, nats per token")
+    name: ObjectiveName = Field("aft_boundary", description="which objective; see docs/objectives.md")
     weight: float = Field(1.0, gt=0, description="of L_A beside L_VFT")
+    beta: Annotated[float, Field(ge=0)] | Literal["auto"] | None = Field(
+        None,
+        description="aft_boundary: how far below the worst right score, nats per token, or auto (none: 0.15); "
+        "dpo, irpo, dpop: strength of the preference (none: 0.1)",
+    )
+    alpha: float | None = Field(None, ge=0, description="irpo: weight of the better response's likelihood (none: 1)")
+    penalty: float | None = Field(None, ge=0, description="dpop: weight of the penalty λ (none: 5)")
+    clip: float | None = Field(None, gt=0, lt=1, description="grpo: how far the ratio may move from 1 (none: 0.2)")
+    kl: float | None = Field(None, ge=0, description="grpo: weight of the KL term (none: 0.04)")
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        takes = OBJECTIVE_OPTIONS.get(self.name, ())
+        for key in ("beta", "alpha", "penalty", "clip", "kl"):
+            if getattr(self, key) is not None and key not in takes:
+                known = f"it takes {', '.join(takes)}" if takes else "it takes none"
+                raise ConfigError(f"objective.name={self.name} has no use for objective.{key}; {known}")
+        if self.beta == "auto" and self.name != "aft_boundary":
+            raise ConfigError(f"objective.beta=auto is for aft_boundary; {self.name} needs a number")
+        return self
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What `build_objective` takes beside the name."""
+        return {key: value for key in OBJECTIVE_OPTIONS.get(self.name, ()) if (value := getattr(self, key)) is not None}
+
+
+class JudgeConfig(Section):
+    """The model that rates candidates with feedback.kind=judge: any OpenAI-compatible endpoint."""
+
+    url: str | None = Field(None, description="base URL of the endpoint, ending in /v1")
+    model: str | None = Field(None, description="model name to ask for; none: the first that the endpoint lists")
+    api_key_env: str | None = Field(None, description="environment variable that holds the API key; none: no key")
+    ratings: int = Field(3, ge=1, le=16, description="ratings a candidate gets; their mean is its reward")
+    temperature: float = Field(1.0, ge=0, le=5, description="of the judge's sampling")
+    max_tokens: Positive = Field(512, description="longest reply of the judge")
+    concurrency: Positive = Field(16, description="requests in flight at once")
+    timeout_s: Seconds = Field(120, description="deadline of one request, seconds")
+    attempts: Positive = Field(5, description="times a request is sent before the round fails")
+    max_unparsable: float = Field(0.1, ge=0, le=1, description="share of replies without a rating that is tolerated")
+
+
+class FeedbackConfig(Section):
+    """What a candidate's reward is."""
+
+    kind: Literal["binary", "steps", "judge"] = Field(
+        "binary",
+        description="binary: 1 right, 0 wrong; steps: share of right steps (arithmetic); judge: a model's rating",
+    )
+    judge: JudgeConfig = JudgeConfig()
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.kind == "judge" and not self.judge.url:
+            raise ConfigError("feedback.kind=judge needs feedback.judge.url, the base URL of an OpenAI-compatible API")
+        return self
 
 
 class SamplingConfig(Section):
@@ -212,6 +278,7 @@ class RunConfig(Section):
     seed: Natural = Field(0, description="fixes data order, sampling and training")
     model: ModelConfig
     data: DataConfig = DataConfig()
+    feedback: FeedbackConfig = FeedbackConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     vft: VftConfig = VftConfig()
     rounds: RoundsConfig = RoundsConfig()

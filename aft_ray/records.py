@@ -41,6 +41,7 @@ class Candidate:
     token_ids: the response as sampled, end-of-sequence included when `finish_reason` is "stop".
     logprob_sum: sum of the tokens' log-probabilities under the sampler's weights, in nats, at temperature 1.
     reward: 1.0 right, 0.0 wrong; graded feedback may use any finite number. Meaningless when undecided.
+    reason: why the verdict is undecided; empty otherwise.
     """
 
     token_ids: list[int]
@@ -50,6 +51,7 @@ class Candidate:
     answer: str | None = None
     verdict: Verdict = Verdict.UNDECIDED
     reward: float = 0.0
+    reason: str = ""
 
     @property
     def score(self) -> float:
@@ -96,6 +98,7 @@ CANDIDATE_TYPE = pa.struct(
         pa.field("answer", pa.string()),
         pa.field("verdict", pa.string(), nullable=False),
         pa.field("reward", pa.float64(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
     ]
 )
 GROUP_SCHEMA = pa.schema(

@@ -92,7 +92,7 @@ def test_an_unknown_key_near_to_nothing_says_where_keys_are_listed(file):
         ("weights.transport=carrier_pigeon", "weights.transport"),
         ("weights.probes=0", "weights.probes"),
         ("rounds.max_staleness=-1", "rounds.max_staleness"),
-        ("objective.name=dpo", "objective.name"),
+        ("objective.name=sft", "objective.name"),
         ("data.arithmetic.operations=%", "data.arithmetic.operations"),
         ("model=some/model", "model"),
     ],

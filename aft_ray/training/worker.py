@@ -259,9 +259,8 @@ def _schedule(config: RunConfig, questions: int, round_number: int) -> _Schedule
         return _Schedule(build_objective("vft"), vft.epochs, vft.questions_per_step, vft.learning_rate, 0, total)
     training = config.training
     steps = batching.steps_of(round_size(config, questions, round_number), training.groups_per_step, training.epochs)
-    options = {"beta": config.objective.beta} if config.objective.name == "aft_boundary" else {}
     return _Schedule(
-        build_objective(config.objective.name, **options),
+        build_objective(config.objective.name, **config.objective.options),
         training.epochs,
         training.groups_per_step,
         training.learning_rate,
