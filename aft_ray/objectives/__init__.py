@@ -5,13 +5,21 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-from aft_ray.objectives.alignment import AftBoundary, AftDetached, Align
+from aft_ray.objectives.alignment import AftBoundary, AftDetached, AftDetachedLowest, Align
 from aft_ray.objectives.base import Objective, ScoredGroups
+from aft_ray.objectives.preference import Dpo, Dpop, Grpo, Irpo
+from aft_ray.objectives.ranking import Pro, ProDetached, Rrhf, RrhfDetached
 from aft_ray.objectives.supervised import Rft, Vft, l_vft, reference_nll
 
 __all__ = ["OBJECTIVES", "Objective", "ScoredGroups", "build_objective", "l_vft", "reference_nll"]
 
-OBJECTIVES: dict[str, type[Objective]] = {kind.name: kind for kind in (Vft, Rft, Align, AftDetached, AftBoundary)}
+OBJECTIVES: dict[str, type[Objective]] = {
+    kind.name: kind
+    for kind in (
+        Vft, Rft, Align, AftDetached, AftDetachedLowest, AftBoundary, Rrhf, RrhfDetached, Pro, ProDetached, Dpo, Irpo,
+        Dpop, Grpo,
+    )
+}  # fmt: skip
 
 
 def build_objective(name: str, **options: Any) -> Objective:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from aft_ray.objectives.base import Objective, ScoredGroups, log1p_sum_exp
+from aft_ray.objectives.beta import BETA_RULES, lowest_of_better
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,23 @@ class AftDetached(Objective):
 
 
 @dataclass(frozen=True)
+class AftDetachedLowest(Objective):
+    """As `aft_detached`, but D only on members of the lowest quality class of the group (RDC2, Eq. 13).
+
+    Pushes the better member of every pair up; a worse member is pushed down, unless nothing in its group is worse
+    still: the lowest class, whose likelihood would be crushed, is held. With binary rewards it is `aft_detached`.
+    """
+
+    name: ClassVar[str] = "aft_detached_lowest"
+
+    def group_sums(self, groups: ScoredGroups) -> Tensor:
+        s, pairs = groups.clean_scores(), groups.ordered_pairs()
+        lowest = ~pairs.any(dim=2)  # beats nobody
+        worse = torch.where(lowest, s.detach(), s)
+        return log1p_sum_exp(worse[:, None, :] - s[:, :, None], pairs)
+
+
+@dataclass(frozen=True)
 class AftBoundary(Objective):
     """log{1 + Σ_{i≻j} [exp(s_j − s_i) + exp(D(T_ij) − s_j)]}, T_ij = 2 s_j* − 2β − s_i (BC, Eq. 8; RBC, Eq. 11).
 
@@ -56,13 +74,17 @@ class AftBoundary(Objective):
     candidate down. β → ∞ gives `align`.
 
     beta: nats per token, at least 0; 0.15 lets a wrong candidate have a perplexity e^0.15 times the worst right one's.
+        A name of `BETA_RULES` reads β off each group instead; "auto" is the rule of them that did best.
     """
 
-    beta: float = 0.15
+    beta: float | str = 0.15
     name: ClassVar[str] = "aft_boundary"
 
     def __post_init__(self) -> None:
-        if not self.beta >= 0:
+        if isinstance(self.beta, str):
+            if self.beta not in BETA_RULES:
+                raise ValueError(f"aft_boundary has no rule {self.beta!r} for beta; it has {', '.join(BETA_RULES)}")
+        elif not self.beta >= 0:
             raise ValueError(f"aft_boundary needs beta >= 0 nats per token, not {self.beta}")
 
     def group_sums(self, groups: ScoredGroups) -> Tensor:
@@ -71,11 +93,10 @@ class AftBoundary(Objective):
             return s.sum(dim=1)
         pairs = groups.ordered_pairs()
         rank = s[:, None, :] - s[:, :, None]
-        if math.isinf(self.beta):
+        if self.beta == math.inf:
             return log1p_sum_exp(rank, pairs)
         fixed = s.detach()
-        # A candidate that nothing beats has no boundary; +inf there never leaves the invalid entries.
-        lowest_better = torch.where(pairs, fixed[:, :, None], torch.inf).amin(dim=1)
-        target = 2 * lowest_better[:, None, :] - 2 * self.beta - fixed[:, :, None]
-        keep = torch.where(pairs, target, 0.0) - s[:, None, :]
-        return log1p_sum_exp(torch.stack([rank, keep], dim=1), torch.stack([pairs, pairs], dim=1))
+        lowest_better = lowest_of_better(fixed, pairs)
+        beta = BETA_RULES[self.beta](groups) if isinstance(self.beta, str) else self.beta
+        target = 2 * (lowest_better - beta)[:, None, :] - fixed[:, :, None]
+        return log1p_sum_exp(torch.stack([rank, target - s[:, None, :]], dim=1), pairs[:, None].expand(-1, 2, -1, -1))

@@ -85,7 +85,7 @@ def trained_candidates(group: Group, objective: Objective) -> list[int]:
     if objective.replaces_reference_loss:
         reference = group.reference_token_ids
         chosen = [group.candidates[index] for index in kept]
-        return [i for i, c in zip(kept, chosen, strict=True) if c.reward > 0 and c.token_ids != reference]
+        return [i for i, c in zip(kept, chosen, strict=True) if c.verdict is Verdict.RIGHT and c.token_ids != reference]
     return kept if len({group.candidates[index].reward for index in kept}) > 1 else []
 
 

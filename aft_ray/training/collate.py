@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from aft_ray.objectives import Objective
-from aft_ray.records import Group
+from aft_ray.records import Group, Verdict
 from aft_ray.training.batching import trained_candidates
 
 REFERENCE, DUMMY = -1, -2  # slots of rows that are no candidate
@@ -25,7 +25,7 @@ class Batch:
 
     input_ids, attention_mask, position_ids: [rows, prompt + response columns]. response_mask: [rows, response columns].
     group_of_row: [rows] index into question_ids. slot_of_row: [rows] candidate index, or REFERENCE, or DUMMY.
-    rewards, mask: [groups, k], k >= 1; mask is True where the candidate has a row.
+    rewards, correct, sampler_scores, mask: [groups, k], k >= 1; mask is True where the candidate has a row.
     """
 
     question_ids: tuple[str, ...]
@@ -36,6 +36,8 @@ class Batch:
     group_of_row: Tensor
     slot_of_row: Tensor
     rewards: Tensor
+    correct: Tensor
+    sampler_scores: Tensor
     mask: Tensor
 
     @property
@@ -52,13 +54,15 @@ def collate(groups: Sequence[Group], objective: Objective, pad_token_id: int) ->
     """The batch of some groups. Without groups: one row of two tokens in no group, which adds exactly nothing."""
     rows: list[tuple[list[int], list[int], int, int]] = []  # prompt, response, group, slot
     k = max([1, *(len(group.candidates) for group in groups)])
-    rewards, mask = torch.zeros(len(groups), k), torch.zeros(len(groups), k, dtype=torch.bool)
+    rewards, sampler_scores = torch.zeros(len(groups), k), torch.zeros(len(groups), k)
+    correct, mask = torch.zeros(len(groups), k, dtype=torch.bool), torch.zeros(len(groups), k, dtype=torch.bool)
     for index, group in enumerate(groups):
         rows.append((group.prompt_token_ids, group.reference_token_ids, index, REFERENCE))
         for slot in trained_candidates(group, objective):
             candidate = group.candidates[slot]
             rows.append((group.prompt_token_ids, candidate.token_ids, index, slot))
-            rewards[index, slot], mask[index, slot] = candidate.reward, True
+            rewards[index, slot], sampler_scores[index, slot] = candidate.reward, candidate.score
+            correct[index, slot], mask[index, slot] = candidate.verdict is Verdict.RIGHT, True
     if not rows:
         rows.append(([pad_token_id], [pad_token_id], 0, DUMMY))
 
@@ -79,5 +83,7 @@ def collate(groups: Sequence[Group], objective: Objective, pad_token_id: int) ->
         group_of_row=torch.tensor([group for *_, group, _ in rows]),
         slot_of_row=torch.tensor([slot for *_, slot in rows]),
         rewards=rewards,
+        correct=correct,
+        sampler_scores=sampler_scores,
         mask=mask,
     )

@@ -35,8 +35,8 @@ class StepStats:
     """What a step measured, the same on every rank except for seconds.
 
     loss: L_VFT + w * L_A, or the loss of `rft`. vft_loss: token-mean cross-entropy on the references. alignment_loss:
-    L_A, unweighted; 0 for `vft` and `rft`. right_score, wrong_score: mean score of the trained candidates with a reward
-    above zero and of the others, NaN without any. tokens: prompts and responses, without padding. grad_norm: before
+    L_A, unweighted; 0 for `vft` and `rft`. right_score, wrong_score: mean score of the trained candidates with a right
+    answer and of the others, NaN without any. tokens: prompts and responses, without padding. grad_norm: before
     clipping.
     """
 
@@ -91,6 +91,8 @@ def score_groups(model: Any, batch: Batch) -> ScoredGroups:
         scores=empty.index_put(place, scores[candidate]),
         rewards=batch.rewards,
         mask=batch.mask,
+        correct=batch.correct,
+        sampler_scores=batch.sampler_scores,
         tokens=empty.index_put(place, tokens[candidate]),
         reference_scores=scores[reference],
         reference_tokens=tokens[reference],

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from training_helpers import PAD, plan, random_groups, write_tiny_llama
 
 from aft_ray.objectives import OBJECTIVES, build_objective
+from aft_ray.records import Verdict
 from aft_ray.training.batching import StepTotals, trained_candidates
 from aft_ray.training.collate import DUMMY, REFERENCE, collate
 from aft_ray.training.deepspeed import load_model
@@ -93,6 +94,8 @@ def test_one_batch_is_the_mean_contract(model, name):
             rewards,
             mask,
             tokens=tokens,
+            correct=torch.tensor([[c.verdict is Verdict.RIGHT for c in group.candidates] for group in groups]),
+            sampler_scores=torch.tensor([[c.score for c in group.candidates] for group in groups]),
             reference_scores=torch.tensor([s / n for s, n in references]),
             reference_tokens=torch.tensor([n for _, n in references]),
         ).item()

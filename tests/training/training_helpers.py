@@ -38,7 +38,9 @@ def write_tiny_llama(directory, *, tied=False, poisoned=False):
 def make_group(name, prompt, reference, candidates):
     """candidates: (token ids, verdict) each."""
     question = Question(name, "text", "reference", "gold", "test")
-    made = [Candidate(ids, -1.0, "stop", "text", None, v, float(v is Verdict.RIGHT)) for ids, v in candidates]
+    made = [
+        Candidate(ids, -4.0 - len(ids), "stop", "text", None, v, float(v is Verdict.RIGHT)) for ids, v in candidates
+    ]
     return Group(1, 0, question, prompt, reference, made)
 
 
