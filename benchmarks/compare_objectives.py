@@ -1,0 +1,249 @@
+"""Claim: ranking without a constraint assesses best and generates worst; with AFT's constraint it beats fine-tuning.
+
+From one VFT model and one set of sampled groups per seed, every objective is trained for the same number of optimiser
+steps on the arithmetic task, with binary feedback and with graded feedback (the share of right steps), and measured on
+the same unseen questions. Prints two tables in the shape of the paper's (arXiv 2309.02144) and writes them, with
+pictures, to the directory. Interrupted, it goes on where it stopped.
+
+    python benchmarks/compare_objectives.py                 # 3 seeds; under 90 minutes on two cores
+    python benchmarks/compare_objectives.py --quick         # a first look, under 10 minutes
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import typer
+from laboratory import QUICK, Experiment, Settings, run_all
+
+from aft_ray.config import ObjectiveName
+
+# Objective without a constraint, its constrained twins, and their name in the paper.
+FAMILIES = (
+    ("RRHF", "rrhf", ("rrhf_detached",)),
+    ("PRO", "pro", ("pro_detached",)),
+    ("AFT", "align", ("aft_detached", "aft_detached_lowest", "aft_boundary")),
+)
+OTHERS = ("dpo", "irpo", "dpop", "grpo")
+COLUMNS = {
+    "greedy": "task accuracy",
+    "maj@{k}": "maj@{k}",
+    "best-of-{k}": "best-of-{k}",
+    "assessment": "assessment",
+    "perplexity": "perplexity",
+}
+Records = Mapping[str, Sequence[Mapping[str, Any]]]  # row → the records of its seeds
+
+
+def main(
+    seeds: Annotated[int, typer.Option(help="VFT models, each with its own groups")] = 3,
+    feedback: Annotated[list[str] | None, typer.Option(help="binary, steps; repeatable; default both")] = None,
+    objective: Annotated[list[str] | None, typer.Option(help="only these; repeatable; default all")] = None,
+    jobs: Annotated[int, typer.Option(help="processes, one core and about 3 GB each")] = 2,
+    quick: Annotated[bool, typer.Option("--quick", help="one seed, few steps and questions")] = False,
+    directory: Annotated[Path, typer.Option(help="records, tables and pictures")] = Path("runs/compare"),
+) -> None:
+    """Train every objective from one VFT model and one set of groups, and compare."""
+    settings, seeds = (QUICK, 1) if quick else (Settings(), seeds)
+    kinds = feedback or ["binary", "steps"]
+    names = objective or [str(name) for name in ObjectiveName.__args__]
+    started = time.monotonic()
+    experiments = [Experiment(seed, "binary", None) for seed in range(seeds)]
+    for seed in range(seeds):
+        for kind in kinds:
+            # VFT sees no candidate and RFT only right answers: graded feedback changes neither.
+            own = [name for name in names if kind == kinds[0] or name not in ("vft", "rft")]
+            experiments += [Experiment(seed, kind, name) for name in own]
+    records = run_all(experiments, directory, settings, jobs)
+    place = directory / settings.name
+    report = [f"{settings_line(settings, seeds)}\n"]
+    for kind in kinds:
+        chosen = rows(records, kind)
+        report += [f"### Feedback: {kind}", "", *table(chosen, settings.evaluation_k), ""]
+        report += ["No constraint → constraint:", "", *paper_table(chosen), ""]
+    text = "\n".join(report)
+    (place / "tables.md").write_text(text + "\n")
+    print(text)
+    pictures(place, {kind: rows(records, kind) for kind in kinds})
+    print(f"{time.monotonic() - started:.0f} s; tables and pictures in {place}")
+
+
+def settings_line(settings: Settings, seeds: int) -> str:
+    return (
+        f"{seeds} seed{'s' if seeds > 1 else ''}; {settings.groups // settings.groups_per_step} steps of "
+        f"{settings.groups_per_step} groups of {settings.k} candidates, weight {settings.weight:g}, learning rate "
+        f"{settings.learning_rate:g}; {settings.greedy_questions} test questions, {settings.sampled_questions} of them "
+        f"sampled {settings.evaluation_k} times."
+    )
+
+
+def rows(records: Sequence[Mapping[str, Any]], kind: str) -> dict[str, list[Mapping[str, Any]]]:
+    """The records of a feedback by the row they belong to, `start`, `vft` and `rft` among them."""
+    chosen: dict[str, list[Mapping[str, Any]]] = {}
+    for record in records:
+        shared = record["objective"] in (None, "vft", "rft")
+        if shared or record["feedback"] == kind:
+            chosen.setdefault(record["objective"] or "start", []).append(record)
+    order = ["start", "vft", "rft", *(n for _, plain, twins in FAMILIES for n in (plain, *twins)), *OTHERS]
+    return {name: chosen[name] for name in order if name in chosen}
+
+
+def table(chosen: Records, k: int) -> list[str]:
+    """All metrics as mean ± standard deviation over the seeds, and the task accuracy's difference to VFT's."""
+    lines = [
+        "| objective | " + " | ".join(title.format(k=k) for title in COLUMNS.values()) + " | accuracy − vft |",
+        "|---|" + "---:|" * (len(COLUMNS) + 1),
+    ]
+    for name, of_seeds in chosen.items():
+        cells = [spread(column.format(k=k), of_seeds) for column in COLUMNS]
+        against = "" if name == "vft" or "vft" not in chosen else difference(of_seeds, chosen["vft"])
+        lines.append(f"| `{name}` | " + " | ".join([*cells, against]) + " |")
+    return lines
+
+
+def paper_table(chosen: Records) -> list[str]:
+    """The paper's table: each family without a constraint → with it."""
+    lines = ["| | task accuracy | assessment | perplexity |", "|---|---:|---:|---:|"]
+    columns = ("greedy", "assessment", "perplexity")
+    if "vft" in chosen:
+        lines.append("| VFT | " + " | ".join(mean(column, chosen["vft"]) for column in columns) + " |")
+    for family, plain, twins in FAMILIES:
+        for twin in twins:
+            if plain in chosen and twin in chosen:
+                pairs = [f"{mean(column, chosen[plain])} → {mean(column, chosen[twin])}" for column in columns]
+                lines.append(f"| {family} (`{plain}` → `{twin}`) | " + " | ".join(pairs) + " |")
+    return lines
+
+
+def values(metric: str, of_seeds: Sequence[Mapping[str, Any]]) -> list[float]:
+    """A metric of each seed, percent but for the perplexity; seeds without it left out."""
+    scale = 1 if metric == "perplexity" else 100
+    found = [record["result"]["estimates"].get(metric, {}).get("value") for record in of_seeds]
+    return [scale * value for value in found if value is not None]
+
+
+def mean(metric: str, of_seeds: Sequence[Mapping[str, Any]]) -> str:
+    known = values(metric, of_seeds)
+    return f"{statistics.mean(known):.{2 if metric == 'perplexity' else 1}f}" if known else "–"
+
+
+def spread(metric: str, of_seeds: Sequence[Mapping[str, Any]]) -> str:
+    known = values(metric, of_seeds)
+    digits = 2 if metric == "perplexity" else 1
+    return mean(metric, of_seeds) + (f" ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else "")
+
+
+def difference(of_seeds: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]]) -> str:
+    """Mean difference of task accuracy in points with its paired 95 % bootstrap interval, questions drawn by seed."""
+    import numpy as np
+
+    by_seed = {record["seed"]: record for record in base}
+    pairs = [(one, by_seed[one["seed"]]) for one in of_seeds if one["seed"] in by_seed]
+    changes = [right(one) - right(other) for one, other in pairs]
+    rng = np.random.default_rng(0)
+    draws = [
+        np.mean([change[rng.integers(len(change), size=len(change))].mean() for change in changes]) for _ in range(2000)
+    ]
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return f"{100 * np.mean([c.mean() for c in changes]):+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def right(record: Mapping[str, Any]) -> Any:
+    """[questions] 1.0 where the greedy answer was right."""
+    import numpy as np
+
+    return np.array([float(mark) for mark in record["greedy_right"]])
+
+
+def pictures(place: Path, by_feedback: Mapping[str, Records]) -> None:
+    """trade-off.svg: what ranking gains in assessment and costs in accuracy. scores.svg: right and wrong scores."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(by_feedback), figsize=(6.4 * len(by_feedback), 5.2), squeeze=False, sharey=True)
+    for axis, (kind, chosen) in zip(axes[0], by_feedback.items(), strict=True):
+        trade_off(axis, chosen)
+        axis.set_title(f"feedback: {kind}")
+    axes[0][0].set_ylabel("task accuracy, greedy, %")
+    figure.tight_layout()
+    _save(figure, place / "trade-off")
+
+    kind, chosen = next(iter(by_feedback.items()))
+    shown = [name for name in ("start", "vft", "align", "aft_detached", "aft_boundary") if name in chosen]
+    figure, axes = plt.subplots(len(shown), 1, figsize=(6.4, 1.7 * len(shown)), sharex=True, squeeze=False)
+    for axis, name in zip(axes[:, 0], shown, strict=True):
+        histogram(axis, name, chosen[name])
+    axes[0][0].legend(frameon=False)
+    axes[-1][0].set_xlabel(f"score of a fresh sample, nats per token (feedback: {kind})")
+    figure.tight_layout()
+    _save(figure, place / "scores")
+
+
+def trade_off(axis: Any, chosen: Records) -> None:
+    """A point an objective with the standard deviation over seeds, an arrow from each to its constrained twins."""
+    groups = {
+        "no constraint": [plain for _, plain, _ in FAMILIES],
+        "AFT's constraint": [twin for _, _, twins in FAMILIES for twin in twins],
+        "against the sampler": list(OTHERS),
+        "no ranking": ["start", "vft", "rft"],
+    }
+    colours = dict(zip(groups, ("#d55e00", "#0072b2", "#009e73", "#555555"), strict=True))
+    markers = dict(zip(groups, "vosD", strict=True))
+    for group, names in groups.items():
+        for name in (n for n in names if n in chosen):
+            x, y = (values(metric, chosen[name]) for metric in ("assessment", "greedy"))
+            if not x:
+                continue
+            spreads = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in (x, y)]
+            at = statistics.mean(x), statistics.mean(y)
+            axis.errorbar(
+                *at, xerr=spreads[0], yerr=spreads[1], fmt=markers[group], color=colours[group], elinewidth=0.6, ms=6
+            )
+            axis.annotate(name, at, xytext=(6, 4), textcoords="offset points", fontsize=8, color=colours[group])
+    for _, plain, twins in FAMILIES:
+        for twin in twins:
+            if all(n in chosen and values("assessment", chosen[n]) for n in (plain, twin)):
+                ends = [
+                    tuple(statistics.mean(values(metric, chosen[n])) for metric in ("assessment", "greedy"))
+                    for n in (twin, plain)
+                ]
+                axis.annotate("", ends[0], ends[1], arrowprops={"arrowstyle": "->", "color": "#bbbbbb", "lw": 0.8})
+    handles = [
+        axis.plot([], [], markers[group], color=colours[group], label=group)[0]
+        for group, names in groups.items()
+        if any(n in chosen for n in names)
+    ]
+    axis.legend(handles=handles, frameon=False, fontsize=8, loc="best")
+    axis.set_xlabel("assessment accuracy, %")
+    axis.grid(alpha=0.25)
+
+
+def histogram(axis: Any, name: str, of_seeds: Sequence[Mapping[str, Any]]) -> None:
+    """Scores of the right and the wrong fresh samples of all seeds."""
+    import numpy as np
+
+    samples = [sample for record in of_seeds for question in record["samples"] for sample in question]
+    bins = np.linspace(-1.5, 0, 61)
+    for verdict, label, colour in ((True, "right", "#0072b2"), (False, "wrong", "#d55e00")):
+        scores = np.clip([score for is_right, _, score in samples if is_right is verdict], bins[0], bins[-1])
+        axis.hist(scores, bins=bins, density=True, alpha=0.55, color=colour, label=label)
+    axis.set_yticks([])
+    axis.set_title(f"{name}: assessment {spread('assessment', of_seeds)} %", fontsize=9, loc="left")
+
+
+def _save(figure: Any, path: Path) -> None:
+    for kind in ("svg", "png"):
+        figure.savefig(path.with_suffix(f".{kind}"), dpi=150)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,368 @@
+"""One experiment of the comparisons: a model trained on given groups with one objective, then measured.
+
+Not a benchmark itself; `compare_objectives.py` and `compare_beta.py` share it. Every experiment of a seed starts from
+the same VFT model and trains on the same groups for the same number of optimiser steps, through the code that a run
+trains and samples with. Invariants: a record appears whole or not at all and depends on the settings and the experiment
+alone, so an interrupted comparison goes on where it stopped and its parts may run in any order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from aft_ray.config import ArithmeticConfig, DataConfig, ModelConfig, RunConfig, TrainingConfig, parse_config
+from aft_ray.records import Candidate, Group, Verdict
+
+# Tokens: the model's context, and the longest response.
+LENGTH, MAX_TOKENS = 160, 56
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all experiments of a comparison share; the records of other settings are not mixed with them.
+
+    steps follow from groups / groups_per_step. greedy_questions are answered greedily, the first sampled_questions of
+    them k times at temperature 1 as well.
+    """
+
+    train_size: int = 5000
+    vft_epochs: int = 5
+    groups: int = 1200
+    groups_per_step: int = 16
+    k: int = 6
+    weight: float = 10.0
+    learning_rate: float = 5e-4
+    greedy_questions: int = 1000
+    sampled_questions: int = 300
+    evaluation_k: int = 8
+
+    @property
+    def name(self) -> str:
+        """A directory name that changes with any setting."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:8]
+
+
+QUICK = Settings(vft_epochs=3, groups=320, greedy_questions=300, sampled_questions=100)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A cell of a table: an objective with its options, the feedback that set the rewards, and the seed.
+
+    objective: None measures the VFT model that the others start from.
+    """
+
+    seed: int
+    feedback: str
+    objective: str | None
+    options: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def label(self) -> str:
+        options = "".join(f" {key}={value}" for key, value in self.options)
+        return f"{self.objective or 'start'}{options}"
+
+    @property
+    def file_name(self) -> str:
+        return f"seed{self.seed}/{self.feedback}/{self.label.replace(' ', '_')}.json"
+
+
+class Laboratory:
+    """Runs experiments in this process: one thread, one vLLM engine that takes each trained model's weights in turn."""
+
+    def __init__(self, directory: Path, settings: Settings) -> None:
+        import torch
+        import torch.distributed as dist
+
+        torch.set_num_threads(1)
+        self.directory, self.settings = directory / settings.name, settings
+        if not dist.is_initialized():  # DeepSpeed asks for a process group, also for one process
+            os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+            store = dist.HashStore()
+            dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+
+    def prepare(self, seed: int) -> None:
+        """The seed's VFT model and its sampled, labelled groups, made once."""
+        model, groups = self._vft_model(seed), self._groups_file(seed)
+        if not model.exists():
+            from aft_ray.tasks.arithmetic_model import build_tiny_model
+
+            with tempfile.TemporaryDirectory() as scratch:
+                untrained = build_tiny_model(Path(scratch) / "untrained", seed, layers=2)
+                config = self._config(seed, untrained)
+                from aft_ray.questions import load_tokenizer, prepare
+
+                references = prepare(config, "train", load_tokenizer(config)).groups
+                self._train(untrained, references, "vft", {}, seed, model)
+        if not groups.exists():
+            import pyarrow.parquet as pq
+
+            from aft_ray.records import groups_to_table
+
+            table = groups_to_table(self._sample_groups(seed))
+            with tempfile.NamedTemporaryFile(dir=groups.parent, delete=False) as file:
+                pq.write_table(table, file)
+            os.replace(file.name, groups)
+
+    def run(self, experiment: Experiment) -> dict[str, Any]:
+        """The record of an experiment, from its file when it ran before."""
+        path = self.directory / experiment.file_name
+        if path.exists():
+            record: dict[str, Any] = json.loads(path.read_text())
+            return record
+        started = time.monotonic()
+        trained: dict[str, Any] = {}
+        start = self._vft_model(experiment.seed)
+        with tempfile.TemporaryDirectory() as scratch:
+            model = start
+            if experiment.objective is not None:
+                model = Path(scratch) / "model"
+                groups = [reward(group, experiment.feedback) for group in self._read_groups(experiment.seed)]
+                trained = self._train(
+                    start, groups, experiment.objective, dict(experiment.options), experiment.seed, model
+                )
+            train_s = time.monotonic() - started
+            self._load(model)
+            measured = self._measure(experiment.seed)
+        record = {
+            **asdict(experiment),
+            **measured,
+            "training": trained,
+            "train_s": train_s,
+            "seconds": time.monotonic() - started,
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            json.dump(record, file, indent=1)
+        os.replace(file.name, path)
+        return record
+
+    def _vft_model(self, seed: int) -> Path:
+        return self.directory / f"seed{seed}" / "vft-model"
+
+    def _groups_file(self, seed: int) -> Path:
+        return self.directory / f"seed{seed}" / "groups.parquet"
+
+    def _read_groups(self, seed: int) -> list[Group]:
+        import pyarrow.parquet as pq
+
+        from aft_ray.records import table_to_groups
+
+        return table_to_groups(pq.read_table(self._groups_file(seed)))
+
+    def _config(self, seed: int, model: Path) -> RunConfig:
+        """The task of `make demo`: references that half of the time work out two steps at once."""
+        task = ArithmeticConfig(
+            max_operand=10, max_value=20, operations="+-", distractors=0.2, terse=0.5,
+            train_size=self.settings.train_size, test_size=self.settings.greedy_questions,
+        )  # fmt: skip
+        return parse_config(
+            {
+                "run_dir": str(self.directory),
+                "seed": seed,
+                "model": {"name": str(model), "dtype": "float32", "max_length": LENGTH},
+                "data": DataConfig(arithmetic=task).model_dump(),
+                "sampling": {"max_tokens": MAX_TOKENS},
+            }
+        )
+
+    def _train(
+        self, start: Path, groups: Sequence[Group], name: str, options: dict[str, Any], seed: int, output: Path
+    ) -> dict[str, Any]:
+        """Trains as a run does, with one worker; writes the model to `output`, whole or not at all."""
+        import torch
+
+        from aft_ray.objectives import build_objective
+        from aft_ray.training import batching, deepspeed, step
+        from aft_ray.training.collate import collate
+        from aft_ray.weights.source import write_model
+
+        settings, objective = self.settings, build_objective(name, **options)
+        references_only = not any(group.candidates for group in groups)
+        training = TrainingConfig(groups_per_step=32 if references_only else settings.groups_per_step)
+        peak = 2e-3 if references_only else settings.learning_rate
+        plan = batching.plan_pass(
+            [batching.group_size(group, objective) for group in groups],
+            ranks=1,
+            groups_per_step=training.groups_per_step,
+            tokens_per_microbatch=training.tokens_per_microbatch,
+            epochs=settings.vft_epochs if references_only else 1,
+            seed=seed,
+            round=0 if references_only else 1,
+        )
+        steps = [planned for epoch in plan for planned in epoch]
+        engine = deepspeed.build_engine(start, ModelConfig(name=str(start), dtype="float32"), training)
+        pad = engine.module.config.pad_token_id
+        history = []
+        for number, planned in enumerate(steps):
+            batches = [collate([groups[index] for index in micro], objective, pad) for micro in planned.shares[0]]
+            rate = step.learning_rate(number, len(steps), peak, training.warmup)
+            history.append(step.train_step(engine, batches, objective, settings.weight, planned.totals, rate))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=output.parent) as scratch:
+            written = Path(scratch) / "model"
+            write_model(engine.module, written, 1 << 30, lambda _: None, 0, torch.float32)
+            _tokenizer().save_pretrained(written)
+            os.replace(written, output)
+        tail = history[-max(1, len(history) // 10) :]
+        return {
+            "steps": len(steps),
+            "tokens": sum(one.tokens for one in history),
+            **{
+                f"last_{key}": _mean([getattr(one, key) for one in tail])
+                for key in ("loss", "right_score", "wrong_score")
+            },
+        }
+
+    @cached_property
+    def _engine(self) -> Any:
+        from aft_ray.sampling.engine import Engine, EngineSpec
+
+        (model,) = list(self.directory.glob("seed*/vft-model"))[:1]
+        return Engine(
+            EngineSpec(str(model), _tokenizer().eos_token_id, "float32", 160, 128, gpu=False, kv_cache_gib=0.5)
+        )
+
+    def _sample_groups(self, seed: int) -> list[Group]:
+        from aft_ray.questions import prepare, questions_of_round
+
+        config = self._config(seed, self._vft_model(seed))
+        config = config.model_copy(
+            update={"rounds": config.rounds.model_copy(update={"questions_per_round": self.settings.groups})}
+        )
+        wanted = questions_of_round(config, prepare(config, "train", _tokenizer()).groups, 1)
+        self._load(self._vft_model(seed))
+        return self._answer(wanted, self.settings.k, 1.0, f"{seed}/round 1")
+
+    def _load(self, model: Path) -> None:
+        self._engine.update_weights([lambda file=file: str(file) for file in sorted(model.glob("*.safetensors"))])
+
+    def _answer(self, questions: Sequence[Group], k: int, temperature: float, purpose: str) -> list[Group]:
+        from aft_ray.sampling.engine import Prompt, SamplingSpec
+        from aft_ray.sampling.stream import question_seed
+        from aft_ray.tasks import build_task
+        from aft_ray.verify.label import label
+
+        how = SamplingSpec(k, temperature, 1.0, MAX_TOKENS)
+        futures = [
+            self._engine.sample(Prompt(g.prompt_token_ids, question_seed(0, purpose, g.question.id)), how)
+            for g in questions
+        ]
+        task = build_task(self._config(0, Path()).data, 0)
+        tokenizer = _tokenizer()
+
+        def labelled(candidate: Candidate, gold: str) -> Candidate:
+            return label(
+                task, replace(candidate, text=tokenizer.decode(candidate.token_ids, skip_special_tokens=True)), gold
+            )
+
+        return [
+            replace(group, candidates=[labelled(candidate, group.question.gold) for candidate in future.result()])
+            for group, future in zip(questions, futures, strict=True)
+        ]
+
+    def _measure(self, seed: int) -> dict[str, Any]:
+        """The metrics on unseen questions, the same for every experiment; which questions were right, one by one."""
+        from aft_ray.evaluation.metrics import Answered, Sample, measure
+        from aft_ray.questions import prepare
+
+        questions = prepare(self._config(seed, self._vft_model(seed)), "test", _tokenizer()).groups
+        greedy = self._answer(questions, 1, 0.0, "greedy")
+        some = questions[: self.settings.sampled_questions]
+        samples = {
+            group.question.id: [Sample(c.verdict is Verdict.RIGHT, c.answer, c.score) for c in group.candidates]
+            for group in self._answer(some, self.settings.evaluation_k, 1.0, "samples")
+        }
+        answered = [
+            Answered(g.question.id, g.candidates[0].verdict is Verdict.RIGHT, samples.get(g.question.id, ()))
+            for g in greedy
+        ]
+        return {
+            "result": measure(answered, seed=0).to_json(),
+            "greedy_right": "".join("1" if a.greedy else "0" for a in answered),
+            "samples": [[[s.verdict, s.answer, round(s.score, 5)] for s in a.samples] for a in answered if a.samples],
+        }
+
+
+def run_all(experiments: Sequence[Experiment], directory: Path, settings: Settings, jobs: int) -> list[dict[str, Any]]:
+    """The records of all experiments in their order, made by `jobs` processes; shows how far it is."""
+    place = directory / settings.name
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "settings.json").write_text(json.dumps(asdict(settings), indent=1) + "\n")
+    seeds = sorted({experiment.seed for experiment in experiments})
+    started = time.monotonic()
+    # A process of its own each: an engine and a DeepSpeed engine take over the process they live in.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_open, initargs=(directory, settings)) as pool:
+        prepared = {pool.submit(_prepare, seed): seed for seed in seeds}
+        for done in as_completed(prepared):
+            done.result()
+            print(f"seed {prepared[done]}: VFT model and groups, {time.monotonic() - started:.0f} s", flush=True)
+        running = {pool.submit(_run, experiment): experiment for experiment in experiments}
+        records: dict[Experiment, dict[str, Any]] = {}
+        for done in as_completed(running):
+            experiment, record = running[done], done.result()
+            records[experiment] = record
+            accuracy = record["result"]["estimates"]["greedy"]["value"]
+            elapsed = time.monotonic() - started
+            print(
+                f"{len(records)}/{len(experiments)} seed {experiment.seed} {experiment.feedback} {experiment.label}: "
+                f"{accuracy:.1%} right, greedy; {record['seconds']:.0f} s; {elapsed / 60:.0f} min so far",
+                flush=True,
+            )
+    return [records[experiment] for experiment in experiments]
+
+
+_laboratory: Laboratory | None = None
+
+
+def _open(directory: Path, settings: Settings) -> None:
+    global _laboratory
+    from aft_ray.cli import quiet
+    from aft_ray.sampling.sampler import redirect_output
+
+    quiet()
+    redirect_output(str(directory / settings.name / "logs" / f"{os.getpid()}.log"))
+    _laboratory = Laboratory(directory, settings)
+
+
+def _prepare(seed: int) -> None:
+    assert _laboratory is not None
+    _laboratory.prepare(seed)
+
+
+def _run(experiment: Experiment) -> dict[str, Any]:
+    assert _laboratory is not None
+    return _laboratory.run(experiment)
+
+
+def reward(group: Group, feedback: str) -> Group:
+    """The group with the rewards of a kind of feedback; its candidates and verdicts stay."""
+    if feedback == "binary":
+        return group
+    from aft_ray.tasks.arithmetic_steps import grade_steps
+
+    graded = [replace(c, reward=grade_steps(group.question.text, c.text)) for c in group.candidates]
+    return replace(group, candidates=graded)
+
+
+def _tokenizer() -> Any:
+    from aft_ray.tasks.arithmetic_model import build_tokenizer
+
+    return build_tokenizer()
+
+
+def _mean(values: list[float]) -> float | None:
+    known = [value for value in values if value == value]
+    return sum(known) / len(known) if known else None
