@@ -111,6 +111,11 @@ def _draw(config: ArithmeticConfig, split: Split, rng: random.Random, name: str,
     calculation = _calculation(config, rng)
     if calculation is None or calculation.split != split:
         return None
+    return pose(config, rng, calculation, name, marker)
+
+
+def pose(config: ArithmeticConfig, rng: random.Random, calculation: Calculation, name: str, marker: str) -> Question:
+    """A calculation as a word problem with its reference response; `name` is the question's id."""
     who, other = rng.sample(NAMES, 2)
     things = rng.choice(OBJECTS)
     text = [START.format(who=who, n=calculation.start, things=things)]
