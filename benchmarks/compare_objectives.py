@@ -58,8 +58,10 @@ def main(
     experiments = [Experiment(seed, "binary", None) for seed in range(seeds)]
     for seed in range(seeds):
         for kind in kinds:
-            # VFT sees no candidate and RFT only right answers: graded feedback changes neither.
-            own = [name for name in names if kind == kinds[0] or name not in ("vft", "rft")]
+            # VFT sees no candidate and RFT only right answers: graded feedback changes neither. With binary feedback
+            # there is one class below the best, so holding the lowest is holding all.
+            known = ("vft", "rft") if kind != kinds[0] else ("aft_detached_lowest",) if kind == "binary" else ()
+            own = [name for name in names if name not in known]
             experiments += [Experiment(seed, kind, name) for name in own]
     records = run_all(experiments, directory, settings, jobs)
     place = directory / settings.name
@@ -175,7 +177,7 @@ def pictures(place: Path, by_feedback: Mapping[str, Records]) -> None:
         axis.set_title(f"feedback: {kind}")
     axes[0][0].set_ylabel("task accuracy, greedy, %")
     figure.tight_layout()
-    _save(figure, place / "trade-off")
+    save(figure, place / "trade-off")
 
     kind, chosen = next(iter(by_feedback.items()))
     shown = [name for name in ("start", "vft", "align", "aft_detached", "aft_boundary") if name in chosen]
@@ -185,7 +187,7 @@ def pictures(place: Path, by_feedback: Mapping[str, Records]) -> None:
     axes[0][0].legend(frameon=False)
     axes[-1][0].set_xlabel(f"score of a fresh sample, nats per token (feedback: {kind})")
     figure.tight_layout()
-    _save(figure, place / "scores")
+    save(figure, place / "scores")
 
 
 def trade_off(axis: Any, chosen: Records) -> None:
@@ -235,12 +237,13 @@ def histogram(axis: Any, name: str, of_seeds: Sequence[Mapping[str, Any]]) -> No
     bins = np.linspace(-1.5, 0, 61)
     for verdict, label, colour in ((True, "right", "#0072b2"), (False, "wrong", "#d55e00")):
         scores = np.clip([score for is_right, _, score in samples if is_right is verdict], bins[0], bins[-1])
-        axis.hist(scores, bins=bins, density=True, alpha=0.55, color=colour, label=label)
+        if len(scores):
+            axis.hist(scores, bins=bins, density=True, alpha=0.55, color=colour, label=label)
     axis.set_yticks([])
     axis.set_title(f"{name}: assessment {spread('assessment', of_seeds)} %", fontsize=9, loc="left")
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path) -> None:
     for kind in ("svg", "png"):
         figure.savefig(path.with_suffix(f".{kind}"), dpi=150)
 

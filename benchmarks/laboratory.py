@@ -32,13 +32,13 @@ LENGTH, MAX_TOKENS = 160, 56
 class Settings:
     """What all experiments of a comparison share; the records of other settings are not mixed with them.
 
-    steps follow from groups / groups_per_step. greedy_questions are answered greedily, the first sampled_questions of
-    them k times at temperature 1 as well.
+    There are groups / groups_per_step optimiser steps. greedy_questions are answered greedily, the first
+    sampled_questions of them k times at temperature 1 as well.
     """
 
     train_size: int = 5000
     vft_epochs: int = 5
-    groups: int = 1200
+    groups: int = 1600
     groups_per_step: int = 16
     k: int = 6
     weight: float = 10.0
@@ -353,7 +353,8 @@ def reward(group: Group, feedback: str) -> Group:
         return group
     from aft_ray.tasks.arithmetic_steps import grade_steps
 
-    graded = [replace(c, reward=grade_steps(group.question.text, c.text)) for c in group.candidates]
+    text = group.question.text
+    graded = [replace(c, reward=grade_steps(text, c.text, c.verdict is Verdict.RIGHT)) for c in group.candidates]
     return replace(group, candidates=graded)
 
 

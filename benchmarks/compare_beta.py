@@ -1,0 +1,95 @@
+"""Claim: `objective.beta: auto`, the boundary of `aft_boundary` read off each group, needs no search.
+
+The paper leaves a boundary without a hyper-parameter open. This compares the rules of `aft_ray/objectives/beta.py` with
+a grid of constants, from the same VFT models and groups as `compare_objectives.py`, and draws accuracy over β.
+Interrupted, it goes on where it stopped.
+
+    python benchmarks/compare_beta.py
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import typer
+from compare_objectives import difference, save, settings_line, spread, values
+from laboratory import QUICK, Experiment, Settings, run_all
+
+GRID = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
+RULES = ("spread", "gap", "hold", "balance")
+METRICS = ("greedy", "assessment", "perplexity")
+
+
+def main(
+    seeds: Annotated[int, typer.Option(help="VFT models, each with its own groups")] = 3,
+    feedback: Annotated[str, typer.Option(help="binary or steps")] = "binary",
+    beta: Annotated[list[float] | None, typer.Option(help="constants; repeatable; default 0 to 0.5")] = None,
+    jobs: Annotated[int, typer.Option(help="processes, one core and about 3 GB each")] = 2,
+    quick: Annotated[bool, typer.Option("--quick", help="one seed, few steps and questions")] = False,
+    directory: Annotated[Path, typer.Option(help="records, tables and pictures")] = Path("runs/compare"),
+) -> None:
+    """Train `aft_boundary` with constants and with rules for β, and compare."""
+    settings, seeds = (QUICK, 1) if quick else (Settings(), seeds)
+    options = [*(beta or GRID), *RULES]
+    experiments = [
+        Experiment(seed, feedback, "aft_boundary", (("beta", value),)) for seed in range(seeds) for value in options
+    ]
+    records = run_all(experiments, directory, settings, jobs)
+    rows = {value: [r for r in records if dict(r["options"])["beta"] == value] for value in options}
+    base = rows.get(0.15)
+    lines = [
+        settings_line(settings, seeds),
+        "",
+        "| beta | task accuracy | assessment | perplexity | accuracy − β = 0.15 |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for value, of_seeds in rows.items():
+        cells = [spread(metric, of_seeds) for metric in METRICS]
+        against = difference(of_seeds, base) if base and value != 0.15 else ""
+        lines.append(
+            f"| {value if isinstance(value, float) else f'`{value}`'} | " + " | ".join([*cells, against]) + " |"
+        )
+    text = "\n".join(lines)
+    place = directory / settings.name
+    (place / "beta.md").write_text(text + "\n")
+    print(text)
+    picture(place / "beta", rows)
+    print(f"written to {place}/beta.md, beta.svg, beta.png")
+
+
+def picture(path: Path, rows: Mapping[Any, Sequence[Mapping[str, Any]]]) -> None:
+    """Accuracy over the constants with the standard deviation over seeds; each rule as a level line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharex=True)
+    constants = sorted(value for value in rows if isinstance(value, float))
+    colours = dict(zip(RULES, ("#d55e00", "#009e73", "#cc79a7", "#e69f00"), strict=True))
+    titles = ("task accuracy, greedy, %", "assessment accuracy, %")
+    for axis, metric, title in zip(axes, METRICS[:2], titles, strict=True):
+        of_seeds = [values(metric, rows[value]) for value in constants]
+        means = [statistics.mean(v or [math.nan]) for v in of_seeds]
+        deviations = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in of_seeds]
+        axis.errorbar(constants, means, yerr=deviations, color="#0072b2", marker="o", capsize=2, label="constant")
+        for rule in RULES:
+            level = statistics.mean(values(metric, rows[rule]) or [math.nan])
+            axis.axhline(level, color=colours[rule], linestyle="--", label=f"rule: {rule}")
+        axis.set_xlabel("β, nats per token")
+        axis.set_ylabel(title)
+        axis.grid(alpha=0.25)
+    axes[0].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    save(figure, path)
+
+
+if __name__ == "__main__":
+    typer.run(main)
