@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
+from typing import NamedTuple
 
 from aft_ray.records import Verdict
+from aft_ray.verify.markup import MAX_ANSWER_LENGTH, plain, shown, unwrap
+from aft_ray.verify.outcome import Outcome, decided, undecided
 
-MAX_ANSWER_LENGTH = 1000  # characters; a longer "answer" is a runaway sample, and is not read
 RELATIVE_TOLERANCE = Fraction(1, 10**6)
 
 # Every alternative starts with another character than the ones before it can take, so matching never backtracks far.
 _NUMBER = re.compile(
     r"""
-    (?P<sign>[+-]?) \s* (?:[$£€]|US\$)? \s* (?P<inner>[+-]?)
+    (?P<sign>[+-]?) \s* (?P<currency>[$£€]|US\$)? \s* (?P<inner>[+-]?)
     (?: (?: (?P<whole>[0-9]+) [ ] )? (?P<over>[0-9][0-9,]*) [ ]? / [ ]? (?P<under>[0-9]+) (?![0-9.,]*[0-9])
       | (?P<digits> [0-9]{1,3} (?:,[0-9]{3})+ (?![0-9]) | [0-9]+ )?
         (?P<decimals> \.[0-9]+ )? (?P<exponent> [eE][+-]?[0-9]{1,2} (?![0-9]) )?
@@ -28,25 +30,54 @@ _NUMBER = re.compile(
 # What may follow a number: nothing, a spaced-off word, "%", a currency, or a unit written together with it ("5kg").
 # One letter alone is more often a variable ("3x") than a unit, so only the common ones are read as units.
 _UNIT = re.compile(r"(?:\s*[$£€%°/.,;:!)]|\s+\S|[A-Za-z]{2}|[gmlhsLCF](?![A-Za-z])|[kK](?![A-Za-z])|$)")
-_MAGNITUDES = {"k": 10**3, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "hundred": 100}
-_LATEX = (
-    (re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}"), r"\1/\2"),
-    (re.compile(r"\\(?:text|mathrm|mathbf)\{([^{}]*)\}"), r" \1"),
-    (re.compile(r"\\[,!;: ()\[\]]|\\(?=[$%£€])"), ""),
-    (re.compile(r"\{,\}"), ","),
+_MAGNITUDES = {
+    "k": 10**3,
+    "dozen": 12,
+    "hundred": 100,
+    "thousand": 10**3,
+    "lakh": 10**5,
+    "million": 10**6,
+    "crore": 10**7,
+    "billion": 10**9,
+    "trillion": 10**12,
+}
+# Units in which one quantity is often stated by different numbers; every other word after a number is only a word.
+_SPELLINGS = """
+    % percent pct | second s sec secs seconds | minute min mins minutes | hour h hr hrs hours | day days | week weeks
+    month months | year yr yrs years | mm millimeters millimetres | cm centimeters centimetres
+    m meter meters metre metres | km kilometers kilometres | inch in inches | foot ft feet | yard yd yards | mile miles
+    mg milligrams | g gram grams | kg kilogram kilograms | ounce oz ounces | pound lb lbs pounds | ml milliliters
+    liter l liters litre litres | gallon gallons | cent cents ¢ | dollar $ us$ usd dollars | euro € euros
+"""
+_UNITS = {word: line.split()[0] for line in re.split(r"[|\n]", _SPELLINGS) for word in line.split()}
+_POWER_OF_TEN = re.compile(  # behind a mantissa: × 10^{-3}
+    r"(?<=[0-9])\s*[×x*]\s*10\s*(?:\^|\*\*)\s*(?:\{\s*([+-]?[0-9]{1,2})\s*\}|([+-]?[0-9]{1,2})(?![0-9]))"
 )
-_MINUSES = str.maketrans({"−": "-", "–": "-", "‐": "-", "‑": "-", "-": "-", "\u00a0": " ", "\u202f": " "})
+_GROUPING_SPACE = re.compile(r"(?<=[0-9])[\u00a0\u202f\u2009](?=[0-9]{3}(?![0-9]))")
+
+
+class Quantity(NamedTuple):
+    """unit: one of those in which a quantity has several numbers ("hour", "%", "dollar"); empty for any other."""
+
+    value: Fraction
+    unit: str
 
 
 def read_number(text: str) -> Fraction | None:
     """The one number that `text` states, with its currency, unit, percent sign or LaTeX wrapping; None when unsure.
 
     Text before the number, a second number, and wrongly grouped commas make it None. A percent sign is a unit:
-    "50%" reads as 50.
+    "50%" reads as 50. Full-width digits are digits; those of other scripts are not read.
     """
+    quantity = read_quantity(text)
+    return quantity.value if quantity else None
+
+
+def read_quantity(text: str) -> Quantity | None:
+    """As `read_number`, with the unit."""
     if len(text) > MAX_ANSWER_LENGTH:
         return None
-    text = _unwrap(text)
+    text = _POWER_OF_TEN.sub(r"e\1\2", unwrap(_GROUPING_SPACE.sub(",", text)))
     match = _NUMBER.match(text)
     if match is None or (match["sign"] and match["inner"]):
         return None
@@ -56,9 +87,12 @@ def read_number(text: str) -> Fraction | None:
     value = _value(match)
     if value is None:
         return None
-    unit = rest.split()[0].strip(".,;:!)").lower() if rest.split() else ""
-    value *= _MAGNITUDES.get(unit, 1)
-    return -value if "-" in (match["sign"], match["inner"]) else value
+    if "-" in (match["sign"], match["inner"]):
+        value = -value
+    words = [word.strip(".,;:!)") for word in rest.casefold().replace("per cent", "percent").split()]
+    while words and words[0].removesuffix("s") in _MAGNITUDES:
+        value *= _MAGNITUDES[words.pop(0).removesuffix("s")]
+    return Quantity(value, _UNITS.get(words[0] if words else "", _UNITS.get((match["currency"] or "").lower(), "")))
 
 
 def compare(answer: str | None, gold: str) -> Verdict:
@@ -70,7 +104,7 @@ def compare(answer: str | None, gold: str) -> Verdict:
     ignoring case, spaces and a final full stop.
     """
     try:
-        return _compare(answer, gold)
+        return compare_numbers(answer, gold).verdict
     except Exception:
         return Verdict.UNDECIDED
 
@@ -81,30 +115,33 @@ def extract_after_marker(text: str, marker: str) -> str | None:
     return (after.partition("\n")[0].strip() or None) if found else None
 
 
-def _compare(answer: str | None, gold: str) -> Verdict:
+def compare_numbers(answer: str | None, gold: str) -> Outcome:
+    """As `compare`, with the reason; raises on what is no text. Numbers in two different units are undecided."""
     if not gold.strip() or len(gold) > MAX_ANSWER_LENGTH:
-        return Verdict.UNDECIDED
+        return undecided("the gold answer is empty or too long", answer)
     if answer is None or not answer.strip():
-        return Verdict.WRONG
+        return decided(False, answer)
     if len(answer) > MAX_ANSWER_LENGTH:
-        return Verdict.UNDECIDED
-    wanted = read_number(gold)
+        return undecided(f"the answer has {len(answer)} characters")
+    wanted = read_quantity(gold)
     if wanted is None:
-        return _verdict(_plain(answer) == _plain(gold))
-    given = read_number(answer)
+        return decided(plain(answer) == plain(gold), answer)
+    given = read_quantity(answer)
     if given is None:
         # An answer without any digit is no number at all; one with digits may be right in a form unknown here.
-        return Verdict.UNDECIDED if any(c.isnumeric() for c in answer) else Verdict.WRONG
-    if _close(given, wanted):
-        return Verdict.RIGHT
-    by_answer, by_gold = "%" in answer, "%" in gold
-    if by_answer != by_gold:
-        return _verdict(_close(given / 100, wanted) if by_answer else _close(given, wanted / 100))
-    return Verdict.WRONG
+        if any(c.isnumeric() for c in answer):
+            return undecided(f"cannot read {shown(answer)} as one number", answer)
+        return decided(False, answer)
+    if given.unit == wanted.unit or not (given.unit and wanted.unit):
+        return decided(_close(given.value, wanted.value) or _percent(given, wanted) or _percent(wanted, given), answer)
+    if "%" in (given.unit, wanted.unit):
+        return decided(_close(given.value, wanted.value), answer)
+    return undecided(f"{shown(answer)} and {shown(gold)} have different units", answer)
 
 
-def _verdict(equal: bool) -> Verdict:
-    return Verdict.RIGHT if equal else Verdict.WRONG
+def _percent(one: Quantity, other: Quantity) -> bool:
+    """Whether a percentage is the other's share: 50 % and 0.5."""
+    return one.unit == "%" != other.unit and _close(one.value / 100, other.value)
 
 
 def _close(a: Fraction, b: Fraction) -> bool:
@@ -126,23 +163,3 @@ def _value(match: re.Match[str]) -> Fraction | None:
         return None
     digits = (match["digits"] or "0").replace(",", "")
     return Fraction(digits + (match["decimals"] or "") + (match["exponent"] or ""))
-
-
-def _unwrap(text: str) -> str:
-    """`text` without LaTeX, emphasis and leading equals signs, with plain minus signs and spaces."""
-    text = text.translate(_MINUSES)
-    _, boxed, inside = text.rpartition("\\boxed{")
-    if boxed and "}" in inside:
-        text = inside[: inside.rindex("}")]
-    for pattern, replacement in _LATEX:
-        text = pattern.sub(replacement, text)
-    text = text.strip().strip("*_`").lstrip("=≈: ").strip()
-    if len(text) > 1 and text[0] == text[-1] == "$":  # math mode, not a currency
-        text = text[1:-1].strip()
-    return text
-
-
-def _plain(text: str) -> str:
-    """Case, runs of spaces, a final full stop and the brackets of a lone option letter do not matter."""
-    text = " ".join(_unwrap(text).casefold().split()).rstrip(".").rstrip()
-    return re.sub(r"^\(([a-z])\)$", r"\1", text)
