@@ -28,7 +28,8 @@ from aft_ray.sampling.engine import Prompt, SamplingSpec
 from aft_ray.sampling.pool import SamplerPool
 from aft_ray.sampling.sampler import Refused, WrongVersion
 from aft_ray.tasks import build_task
-from aft_ray.verify.label import label
+from aft_ray.verify.label import label_groups
+from aft_ray.verify.pool import shared_verifier
 from aft_ray.weights.publication import Publication, PublicationFailed
 
 # Seconds between two looks at whether a sampler is back, and of patience with one that does not say.
@@ -126,9 +127,7 @@ def answer_all(
     for batch in answered.iter_batches(batch_size=None, batch_format="pyarrow"):
         groups, reasons = _split(batch)
         task = build_task(config.data, config.seed)
-        for group, reason in zip(groups, reasons, strict=True):
-            labelled = [label(task, candidate, group.question.gold) for candidate in group.candidates]
-            yield replace(group, candidates=labelled), reason
+        yield from zip(label_groups(groups, {task.name: task}, shared_verifier()), reasons, strict=True)
 
 
 def _answered(
@@ -283,13 +282,13 @@ def _split(batch: pa.Table) -> tuple[list[Group], list[str | None]]:
 def _label_and_write(batch: pa.Table, data: DataConfig, run_dir: RunDir, round_number: int) -> pa.Table:
     groups, reasons = _split(batch)
     task = build_task(data, 0)
-    labelled, parked = [], []
+    answered, parked = [], []
     for group, reason, attempts in zip(groups, reasons, batch.column("attempts").to_pylist(), strict=True):
         if reason is None:
-            candidates = [label(task, candidate, group.question.gold) for candidate in group.candidates]
-            labelled.append(replace(group, candidates=candidates))
+            answered.append(group)
         else:
             parked.append(Parked(round_number, group.question.id, reason, attempts))
+    labelled = label_groups(answered, {task.name: task}, shared_verifier())
     file = write_group_file(run_dir, labelled) if labelled else None
     return pa.table({"written": pa.array([_to_row(Written(file, tuple(parked), tally(labelled)))])})
 

@@ -1,49 +1,52 @@
-"""Labelling a candidate never raises, and never calls wrong what failed."""
+"""Every candidate of every group is labelled by its question's task, and nothing else about it changes."""
 
 import pytest
+from readers import Misbehaving
 
 from aft_ray.config import DataConfig
-from aft_ray.records import Candidate, Verdict
+from aft_ray.records import Candidate, Group, Question, Verdict
 from aft_ray.tasks.arithmetic import ArithmeticTask
-from aft_ray.verify.label import label
+from aft_ray.verify.label import label_groups
+from aft_ray.verify.pool import shared_verifier
 
 
-class Failing(ArithmeticTask):
-    """A task whose extraction or comparison raises."""
-
-    def __init__(self, where: str) -> None:
-        super().__init__(DataConfig())
-        self.where = where
-
-    def extract(self, text: str) -> str | None:
-        if self.where == "extract":
-            raise RuntimeError("broken")
-        return super().extract(text)
-
-    def same(self, answer: str | None, gold: str) -> Verdict:
-        raise RecursionError("broken")
+def group(task: str, gold: str, texts: list[str]) -> Group:
+    question = Question(f"{task}-{gold}", "how many?", f"#### {gold}", gold, task)
+    candidates = [Candidate(token_ids=[5, 1], logprob_sum=-1.5, finish_reason="stop", text=text) for text in texts]
+    return Group(1, 0, question, [1, 2], [3, 1], candidates)
 
 
-def candidate(text: str) -> Candidate:
-    return Candidate(token_ids=[5, 1], logprob_sum=-1.5, finish_reason="stop", text=text)
+def test_labels_every_group_by_its_task() -> None:
+    groups = [
+        group("arithmetic", "12", ["8 + 4 = 12. #### 12", "8 + 4 = 13. #### 13", "8 + 4 = 12.", "#### 12 or 13"]),
+        group("arithmetic", "7", []),
+        group("other", "3", ["3", "raises"]),
+    ]
+    tasks = {"arithmetic": ArithmeticTask(DataConfig()), "other": Misbehaving()}
+    labelled = label_groups(groups, tasks, shared_verifier())  # type: ignore[arg-type]
+    found = [[(c.answer, c.verdict, c.reward) for c in one.candidates] for one in labelled]
+    assert found == [
+        [
+            ("12", Verdict.RIGHT, 1.0),
+            ("13", Verdict.WRONG, 0.0),
+            (None, Verdict.WRONG, 0.0),
+            ("12 or 13", Verdict.UNDECIDED, 0.0),
+        ],
+        [],
+        [("3", Verdict.RIGHT, 1.0), (None, Verdict.UNDECIDED, 0.0)],
+    ]
+    for one, before in zip(labelled, groups, strict=True):
+        assert (one.question, one.prompt_token_ids, one.round) == (
+            before.question,
+            before.prompt_token_ids,
+            before.round,
+        )
+        for after, candidate in zip(one.candidates, before.candidates, strict=True):
+            assert (after.token_ids, after.logprob_sum, after.text) == ([5, 1], -1.5, candidate.text)
+            assert bool(after.reason) == (after.verdict is Verdict.UNDECIDED)
+    assert labelled[2].candidates[1].reason == "LookupError: no such thing"
 
 
-@pytest.mark.parametrize(
-    ("text", "answer", "verdict", "reward"),
-    [
-        ("8 + 4 = 12. #### 12", "12", Verdict.RIGHT, 1.0),
-        ("8 + 4 = 13. #### 13", "13", Verdict.WRONG, 0.0),
-        ("8 + 4 = 12.", None, Verdict.WRONG, 0.0),
-        ("#### 12 or 13", "12 or 13", Verdict.UNDECIDED, 0.0),
-    ],
-)
-def test_labels(text: str, answer: str | None, verdict: Verdict, reward: float) -> None:
-    labelled = label(ArithmeticTask(DataConfig()), candidate(text), "12")
-    assert (labelled.answer, labelled.verdict, labelled.reward) == (answer, verdict, reward)
-    assert (labelled.token_ids, labelled.logprob_sum, labelled.text) == ([5, 1], -1.5, text)
-
-
-@pytest.mark.parametrize("where", ["extract", "same"])
-def test_a_failing_verifier_is_undecided(where: str) -> None:
-    labelled = label(Failing(where), candidate("#### 12"), "12")
-    assert (labelled.verdict, labelled.reward) == (Verdict.UNDECIDED, 0.0)
+def test_a_group_of_an_unknown_task_is_refused() -> None:
+    with pytest.raises(KeyError, match="gsm8k"):
+        label_groups([group("gsm8k", "1", ["1"])], {}, shared_verifier())
