@@ -28,8 +28,8 @@ _NUMBER = re.compile(
     re.VERBOSE,
 )
 # What may follow a number: nothing, a spaced-off word, "%", a currency, or a unit written together with it ("5kg").
-# One letter alone is more often a variable ("3x") than a unit, so only the common ones are read as units.
-_UNIT = re.compile(r"(?:\s*[$£€%°/.,;:!)]|\s+\S|[A-Za-z]{2}|[gmlhsLCF](?![A-Za-z])|[kK](?![A-Za-z])|$)")
+# "5!" may be 5 or 120. One letter alone is more often a variable ("3x") than a unit, so only common ones are read.
+_UNIT = re.compile(r"(?:\s*[$£€%°/.,;:)]|\s+\S|[A-Za-z]{2}|[gmlhsLCF](?![A-Za-z])|[kK](?![A-Za-z])|$)")
 _MAGNITUDES = {
     "k": 10**3,
     "dozen": 12,

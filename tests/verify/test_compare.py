@@ -56,6 +56,8 @@ NUMBERS = [
     ("1½", "1.5", UNDECIDED),
     ("1 000", "1000", UNDECIDED),
     ("3,5", "3.5", UNDECIDED),
+    ("5!", "5", UNDECIDED),
+    ("5!", "120", UNDECIDED),
     ("\\frac{1+2}{3}", "1", UNDECIDED),
 ]
 OPTIONS = [
@@ -104,6 +106,7 @@ MATH = [
     ("\\boxed{\\frac{1}{\\sqrt{2}}}", "\\frac{\\sqrt{2}}{2}", RIGHT),
     ("\\sqrt{25}", "5", RIGHT),
     ("2*pi", "2\\pi", RIGHT),
+    ("5!", "120", RIGHT),
     ("The result is $x+1$.", "1+x", RIGHT),
     ("x = 5", "5", RIGHT),
     ("2, 1", "\\{1, 2\\}", RIGHT),

@@ -1,0 +1,63 @@
+"""Ordinary responses and their gold answers, generated, and how they are read. The verifier's workers import this."""
+
+from __future__ import annotations
+
+import random
+
+from aft_ray.verify.compare import Kind, compare
+from aft_ray.verify.numbers import extract_after_marker
+from aft_ray.verify.options import extract_option
+from aft_ray.verify.outcome import Outcome
+from aft_ray.verify.pool import Item
+
+KINDS: dict[Kind, float] = {"number": 0.6, "option": 0.25, "yes_no": 0.05, "math": 0.1}
+REASONING = "There are {a} of them at first and {b} come later, so there are {a} + {b} = {c} in all. "
+
+
+class Marked:
+    """The answer stands behind ####; an option may be stated in any way."""
+
+    def __init__(self, kind: Kind) -> None:
+        self.kind = kind
+
+    def extract(self, text: str) -> str | None:
+        return extract_option(text) if self.kind == "option" else extract_after_marker(text, "####")
+
+    def same(self, answer: str | None, gold: str) -> Outcome:
+        return compare(self.kind, answer, gold)
+
+
+def ordinary_items(count: int, seed: int) -> list[Item]:
+    """Items in the shares of `KINDS`, about half of them right, with 4 sentences of reasoning each."""
+    rng = random.Random(seed)
+    tasks = {kind: Marked(kind) for kind in KINDS}
+    items = []
+    for kind in rng.choices(list(KINDS), list(KINDS.values()), k=count):
+        a, b = rng.randint(2, 5000), rng.randint(2, 5000)
+        answer, gold = _answer(rng, kind, a, b)
+        text = REASONING.format(a=a, b=b, c=a + b) * 4
+        items.append(Item(tasks[kind], text + (answer if kind == "option" else f"#### {answer}"), gold))
+    return items
+
+
+def _answer(rng: random.Random, kind: Kind, a: int, b: int) -> tuple[str, str]:
+    """An answer as a model would write it, and the gold answer."""
+    said = a + b + rng.choice((0, 0, 0, 1, 2, 10))
+    if kind == "number":
+        forms = ("{0}", "${0:,}.00", "{0:,} apples", "\\boxed{{{0}}}", "{0} apples or so", "**{0}**", "{0}%")
+        return rng.choice(forms).format(said), str(a + b)
+    if kind == "option":
+        forms = ("The answer is ({0}).", "{0}", "So {0}) is correct.", "**Answer: {0}**", "Option {0}")
+        return rng.choice(forms).format(rng.choice("ABCDE")), rng.choice("ABCDE")
+    if kind == "yes_no":
+        return rng.choice(("Yes.", "no", "**True**", "No, because it is odd", "not sure")), rng.choice(("yes", "no"))
+    forms = (
+        "$\\frac{{{0}}}{{\\sqrt{{{1}}}}}$",
+        "{0}x+{1}",
+        "(x+{1})({0}x+1)",
+        "\\sqrt{{{0}}}+{1}",
+        "{0}\\pi",
+        "({0},{1})",
+    )
+    form = rng.choice(forms)
+    return form.format(said, b), form.format(a + b, b)
