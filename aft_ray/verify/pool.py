@@ -11,6 +11,7 @@ import os
 import pickle
 import resource
 import signal
+import sys
 import threading
 import time
 from collections import deque
@@ -60,7 +61,7 @@ _Sent = tuple[Sequence[int], ProcessFuture[list[Outcome]]]  # which items, and w
 class Verifier:
     """A bounded pool of light processes. The first call starts them, `close` ends them.
 
-    workers: processes. deadline_s: per item; also the longest that a worker outlives a parent that was killed.
+    workers: processes. deadline_s: per item; also about the longest that a worker outlives a parent that was killed.
     """
 
     def __init__(self, workers: int = 1, deadline_s: float = DEADLINE_S, memory_bytes: int = MEMORY_BYTES) -> None:
@@ -99,9 +100,7 @@ class Verifier:
             pool.stop()  # type: ignore[no-untyped-call]
             pool.join()
 
-    def _send(
-        self, items: Sequence[Item], indices: Sequence[int]
-    ) -> tuple[Sequence[int], ProcessFuture[list[Outcome]]]:
+    def _send(self, items: Sequence[Item], indices: Sequence[int]) -> _Sent:
         # Pickled here, so that a task which cannot be unpickled fails inside the call and not the worker.
         # Within one pickle, a task that many items share is written once.
         message = pickle.dumps([items[index] for index in indices])
@@ -167,8 +166,9 @@ def _bound_this_process(memory_bytes: int) -> None:
     """Runs in a worker as it starts."""
     # The pool ends a worker with SIGTERM, which a handler in Python would not see during a long calculation.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + memory_bytes, used + memory_bytes))
+    if sys.platform == "linux":  # elsewhere the limit is not kept, and what is used is not told
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + memory_bytes, used + memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
