@@ -127,7 +127,7 @@ def evaluate(
     output = output or Path(f"{chosen.label}-{split}.json")
     write_result(output, chosen, parsed, result, facts)
     console = Console() if sys.stdout.isatty() else Console(width=200)
-    console.print(results_table({chosen.label: result}, f"{parsed.data.task}, {split}"))
+    console.print(results_table({chosen.label: result}, f"{', '.join(parsed.task_configs)}, {split}"))
     print(f"{facts['tokens']:,} tokens in {facts['seconds']:.0f} s; written to {output}")
 
 

@@ -7,11 +7,19 @@ exist, does the cluster have the GPUs) is checked by `aft_ray.preflight`, before
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+from aft_ray.config_section import ConfigError as ConfigError
+from aft_ray.config_section import Natural, Positive, Seconds, Section
+from aft_ray.task_config import ENTRY_NAME, TaskConfig, TaskName, in_place
+from aft_ray.task_config import ArithmeticConfig as ArithmeticConfig
+from aft_ray.task_config import DataConfig as DataConfig
 
 ObjectiveName = Literal[
     "vft", "rft", "align", "aft_detached", "aft_detached_lowest", "aft_boundary",
@@ -29,19 +37,6 @@ OBJECTIVE_OPTIONS: dict[str, tuple[str, ...]] = {
     "dpop": ("beta", "penalty"),
     "grpo": ("clip", "kl"),
 }
-TaskName = Literal["arithmetic", "gsm8k", "aqua_rat", "ecqa", "mmlu", "custom"]
-
-Positive = Annotated[int, Field(gt=0)]
-Natural = Annotated[int, Field(ge=0)]
-Seconds = Annotated[float, Field(gt=0, description="seconds")]
-
-
-class ConfigError(ValueError):
-    """A config that cannot be run. The message is one sentence for the user."""
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False, protected_namespaces=())
 
 
 class ModelConfig(Section):
@@ -54,65 +49,6 @@ class ModelConfig(Section):
         "auto", description="auto: ask through the model's chat template when it has one"
     )
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
-
-
-class ArithmeticConfig(Section):
-    """Difficulty of the generated word problems."""
-
-    min_steps: int = Field(2, ge=1, le=8, description="fewest dependent calculations in a problem")
-    max_steps: int = Field(4, ge=1, le=8, description="most dependent calculations in a problem")
-    max_operand: int = Field(20, ge=5, le=1000, description="largest number in a problem")
-    max_value: int = Field(200, ge=20, le=100_000, description="largest intermediate result")
-    operations: str = Field("+-*/", pattern=r"^[+\-*/]+$", description="which of + - * / occur")
-    distractors: float = Field(0.3, ge=0, le=1, description="probability of a sentence with an irrelevant number")
-    phrasings: int = Field(3, ge=1, le=3, description="how many wordings of a step's chain of thought occur")
-    terse: float = Field(0.0, ge=0, le=1, description="probability that a reference works out two steps at once")
-    train_size: Positive = Field(4000, description="questions in the training split")
-    validation_size: Positive = Field(400, description="questions in the validation split")
-    test_size: Positive = Field(2000, description="questions in the test split")
-    seed: Natural = Field(0, description="of the generator; independent of the run's seed")
-
-    @model_validator(mode="after")
-    def _agree(self) -> Self:
-        if self.min_steps > self.max_steps:
-            raise ConfigError(f"data.arithmetic.min_steps ({self.min_steps}) is more than max_steps ({self.max_steps})")
-        return self
-
-
-class CustomConfig(Section):
-    """Where a custom task's columns and files are."""
-
-    train: str | None = Field(None, description="file below data.path, or split name on the hub")
-    validation: str | None = Field(None, description="likewise; none: drawn from the training split")
-    test: str | None = Field(None, description="likewise; none: no test split")
-    question: str = Field("question", description="column of the question's text")
-    reference: str = Field("answer", description="column of the reference response")
-    gold: str | None = Field(None, description="column of the gold answer; none: read off the reference")
-    id: str | None = Field(None, description="column of a unique id; none: split and row number")
-
-
-class DataConfig(Section):
-    """The task and where its questions come from."""
-
-    task: TaskName = Field("arithmetic", description="which reasoning task")
-    path: str | None = Field(None, description="local directory, or hub name for custom; none: the task's hub data set")
-    prompt: str | None = Field(None, description="prompt with {question} in it; none: the task's own")
-    answer_marker: str = Field("####", min_length=1, description="what stands before the final answer")
-    train_limit: Positive | None = Field(None, description="use this many training questions, drawn by the run's seed")
-    validation_limit: Positive | None = Field(None, description="likewise for validation")
-    test_limit: Positive | None = Field(None, description="likewise for test")
-    arithmetic: ArithmeticConfig = ArithmeticConfig()
-    custom: CustomConfig = CustomConfig()
-
-    @model_validator(mode="after")
-    def _agree(self) -> Self:
-        if self.prompt is not None and "{question}" not in self.prompt:
-            raise ConfigError("data.prompt must contain {question}, the place of the question's text")
-        if self.task == "custom" and not self.path:
-            raise ConfigError("data.task=custom needs data.path: a directory of JSONL or Parquet files, or a hub name")
-        if self.task == "custom" and not self.custom.train:
-            raise ConfigError("data.task=custom needs data.custom.train: a file below data.path, or a split's name")
-        return self
 
 
 class ObjectiveConfig(Section):
@@ -277,7 +213,8 @@ class RunConfig(Section):
     run_dir: str = Field(description="run directory: a path, or a URI of a pyarrow filesystem")
     seed: Natural = Field(0, description="fixes data order, sampling and training")
     model: ModelConfig
-    data: DataConfig = DataConfig()
+    data: DataConfig | None = Field(None, description="the task, when there is one")
+    tasks: dict[str, TaskConfig] = Field({}, description="the tasks, when there are several: name -> its config")
     feedback: FeedbackConfig = FeedbackConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     vft: VftConfig = VftConfig()
@@ -288,8 +225,38 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     cluster: ClusterConfig = ClusterConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _one_form(cls, tree: Any) -> Any:
+        """Without `tasks` there is `data`, if only its defaults; an entry of `tasks` may be called like its task."""
+        if not isinstance(tree, dict):
+            return tree
+        tasks = tree.get("tasks")
+        if not tasks and tree.get("data") is None:
+            return {**tree, "data": {}}
+        if not isinstance(tasks, dict):
+            return tree
+        entries = {name: {} if entry is None else entry for name, entry in tasks.items()}
+        for name, entry in entries.items():
+            if isinstance(entry, dict) and name in get_args(TaskName):
+                entries[name] = {"task": name, **entry}
+        return {**tree, "tasks": entries}
+
     @model_validator(mode="after")
     def _agree(self) -> Self:
+        if self.data is not None and self.tasks:
+            raise ConfigError(
+                f"data and tasks ({', '.join(self.tasks)}) are both given; write what data says as one more entry of "
+                f"tasks, or leave tasks out"
+            )
+        for name, entry in self.task_configs.items():
+            if not ENTRY_NAME.fullmatch(name):
+                raise ConfigError(f"tasks.{name}: a task's name is made of letters, digits, - and _ alone")
+            if self.feedback.kind == "steps" and entry.task != "arithmetic":
+                raise ConfigError(
+                    f"feedback.kind=steps grades the calculations of task=arithmetic, which {entry.task} has not; use "
+                    f"feedback.kind=binary or judge"
+                )
         if self.objective.name in RANKING_OBJECTIVES and self.sampling.k < 2 and self.rounds.count:
             raise ConfigError(
                 f"objective.name={self.objective.name} compares candidates, so sampling.k must be at least 2, "
@@ -308,6 +275,20 @@ class RunConfig(Section):
                 f"({self.training.workers}); every worker needs a group in a step"
             )
         return self
+
+    @property
+    def task_configs(self) -> dict[str, DataConfig]:
+        """The run's tasks by the name that their questions carry; with `data`, the one under its task's name."""
+        return dict(self.tasks) if self.data is None else {self.data.task: self.data}
+
+    @property
+    def task_weights(self) -> dict[str, float]:
+        """The tasks' shares of a round's questions, relative to each other."""
+        return {name: entry.weight for name, entry in self.tasks.items()} or dict.fromkeys(self.task_configs, 1.0)
+
+    def task_key(self, name: str) -> str:
+        """Where the config of a task stands, for messages."""
+        return f"tasks.{name}" if self.tasks else "data"
 
     @property
     def samples(self) -> bool:
@@ -347,7 +328,9 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     *parents, last = key.split(".")
     node = tree
     for parent in parents:
-        node = node.setdefault(parent, {})
+        if node.get(parent) is None:  # a section without keys is none in YAML
+            node[parent] = {}
+        node = node[parent]
         if not isinstance(node, dict):
             raise ConfigError(f"{override!r}: {parent} is a value, not a section")
     node[last] = _value(value)
@@ -380,28 +363,43 @@ def parse_config(tree: dict[str, Any]) -> RunConfig:
 
 def dump_config(config: RunConfig) -> str:
     """The resolved config as YAML, in declaration order; `load_config` reads it back to an equal config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(_tree(config), sort_keys=False, allow_unicode=True)
 
 
 def config_difference(old: RunConfig, new: RunConfig) -> list[str]:
-    """Lines `key: old -> new` for every value in which two configs differ."""
-    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
-    return [f"{key}: {before[key]} -> {after[key]}" for key in before if before[key] != after[key]]
+    """Lines `key: old -> new` for every value in which two configs differ; of what only one has, the name alone."""
+    return list(_differences(_tree(old), _tree(new), ""))
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
+def _differences(before: dict[str, Any], after: dict[str, Any], prefix: str) -> Iterator[str]:
+    for key in dict.fromkeys([*before, *after]):
+        if key not in before or key not in after:
+            yield f"{prefix}{key}: {'new' if key in after else 'gone'}"
+        elif isinstance(before[key], dict) and isinstance(after[key], dict):
+            yield from _differences(before[key], after[key], f"{prefix}{key}.")
+        elif before[key] != after[key]:
+            yield f"{prefix}{key}: {before[key]} -> {after[key]}"
 
 
-def _known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+def _tree(config: RunConfig) -> dict[str, Any]:
+    """The config as nested dicts of plain values, with that one of `data` and `tasks` that it has."""
+    return config.model_dump(mode="json", exclude={"data" if config.tasks else "tasks"})
+
+
+def _section(field: FieldInfo) -> tuple[str, type[Section]] | None:
+    """What a key is prolonged by, and the section it leads to; None for a plain value."""
+    for part in (field.annotation, *get_args(field.annotation)):
+        if isinstance(part, type) and issubclass(part, Section):
+            return (".NAME." if get_origin(field.annotation) is dict else "."), part
+    return None
+
+
+def _known_keys(model: type[Section], prefix: str = "") -> list[str]:
     keys = []
     for name, field in model.model_fields.items():
         keys.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += _known_keys(field.annotation, f"{prefix}{name}.")
+        if section := _section(field):
+            keys += _known_keys(section[1], f"{prefix}{name}{section[0]}")
     return keys
 
 
@@ -409,26 +407,32 @@ def _sentence(error: ValidationError) -> str:
     """The first error of a validation, as one sentence that names the key and the way out."""
     first = error.errors(include_url=False)[0]
     key = ".".join(str(part) for part in first["loc"])
+    entry = str(first["loc"][1]) if first["loc"][:1] == ("tasks",) and len(first["loc"]) > 1 else "NAME"
+    known_keys = [known.replace("tasks.NAME", f"tasks.{entry}") for known in _known_keys(RunConfig)]
     if first["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(key, _known_keys(RunConfig), n=1, cutoff=0.5)
+        close = difflib.get_close_matches(key, known_keys, n=1, cutoff=0.5)
         hint = f"; did you mean {close[0]}?" if close else "; `aft-ray train --help` shows where keys are listed"
         return f"unknown key {key}{hint}"
     if first["type"] == "missing":
-        key = next((known for known in _known_keys(RunConfig) if known.startswith(key + ".")), key)
+        key = next((known for known in known_keys if known.startswith(key + ".")), key)
         return f"{key} is missing; set it in the file or as {key}=VALUE on the command line"
     if first["type"] == "value_error":
-        return str(first["ctx"]["error"])
+        sentence = str(first["ctx"]["error"])
+        return sentence if entry == "NAME" else in_place(sentence, f"tasks.{entry}")
     problem = first["msg"][0].lower() + first["msg"][1:]
     return f"{key}={first['input']!r}: {problem}"
 
 
-def describe_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
-    """One line a key: name, default, meaning."""
+def describe_keys(model: type[Section] = RunConfig, prefix: str = "") -> list[str]:
+    """One line a key: name, default, meaning. Keys that a section shares with its parent class are not said again."""
     lines = []
+    inherited = model.__bases__[0].__annotations__
     for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            lines.append(f"\n{prefix}{name}: {(field.annotation.__doc__ or '').strip()}")
-            lines += describe_keys(field.annotation, f"{prefix}{name}.")
+        if name in inherited and name not in model.__annotations__:
+            continue
+        if section := _section(field):
+            lines.append(f"\n{prefix}{name}{section[0].rstrip('.')}: {(section[1].__doc__ or '').strip()}")
+            lines += describe_keys(section[1], f"{prefix}{name}{section[0]}")
         else:
             default = "required" if field.is_required() else f"default {field.default}"
             lines.append(f"  {prefix}{name} ({default}): {field.description}")

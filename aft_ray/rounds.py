@@ -26,7 +26,7 @@ from aft_ray.evaluation.evaluator import evaluate, unanswered
 from aft_ray.ledger import Ledger, write_group_file
 from aft_ray.observe.reporter import Reporter
 from aft_ray.preflight import check_model
-from aft_ray.questions import load_tokenizer, prepare, questions_of_round
+from aft_ray.questions import count_by_task, load_tokenizer, prepare, questions_of_round, round_shares
 from aft_ray.records import Group
 from aft_ray.run_dir import CONFIG, LOGS, RunDir
 from aft_ray.sampling.pool import SamplerPool, last_line
@@ -244,13 +244,16 @@ def run(config: RunConfig, reporter: Reporter) -> bool:
             return False
         check_model(config)
         tokenizer = load_tokenizer(config)
-        training = prepare(config, "train", tokenizer, config.data.train_limit)
+        training = prepare(config, "train", tokenizer)
+        counts = count_by_task(training.groups)
+        round_shares(config, counts, min(1, config.rounds.count))  # raises before anything starts
         validation: list[Group] = []
         if needs_samplers(config) and config.rounds.evaluate_every:
-            validation = prepare(config, "validation", tokenizer, config.data.validation_limit).groups
+            validation = prepare(config, "validation", tokenizer).groups
         reporter.event("started", questions=len(training.groups), too_long=len(training.too_long))
         reporter.say(
             f"{len(training.groups)} training questions"
+            + (f" ({', '.join(f'{count} of {name}' for name, count in counts.items())})" if len(counts) > 1 else "")
             + (f" ({len(training.too_long)} are longer than the context and left out)" if training.too_long else "")
             + f", {len(validation)} for validation; run directory {run_dir.uri()}"
         )
@@ -276,7 +279,7 @@ def _run_on_cluster(
         version = None if config.vft.epochs else 0
         pool = SamplerPool.start(config, config.model.name, eos_token_id, log_dir, version)
     try:
-        with _training(WorkerConfig(config, run_dir, the_board, len(questions)), reporter) as failures:
+        with _training(WorkerConfig(config, run_dir, the_board, count_by_task(questions)), reporter) as failures:
             try:
                 if pool is not None and first_round(config, ledger) > 0:
                     pool.wait_ready()

@@ -47,7 +47,7 @@ def begun(tmp_path, tiny_model):
     run_dir = RunDir(config.run_dir)
     adopt_config(config, run_dir)
     ledger = Ledger(run_dir)
-    groups = prepare(config, "train", load_tokenizer(config), 10).groups
+    groups = prepare(config, "train", load_tokenizer(config)).groups[:10]
     ledger.commit(write_group_file(run_dir, groups))
     ledger.complete_sampling(0, 0, {})
     train(run_dir, ledger, 0)

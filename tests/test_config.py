@@ -128,6 +128,55 @@ def test_a_combination_that_cannot_be_run_is_refused(file, overrides, words):
     assert all(word in said for word in words)
 
 
+def test_data_is_one_task_under_its_tasks_name():
+    assert list(parsed().task_configs) == ["arithmetic"]
+    config = parsed(data={"task": "gsm8k", "train_limit": 5})
+    assert config.task_configs == {"gsm8k": config.data}
+    assert config.task_weights == {"gsm8k": 1.0}
+
+
+def test_several_tasks_by_names_of_ones_own(file):
+    file.write_text(file.read_text() + "tasks:\n  gsm8k:\n  easy: {task: arithmetic, weight: 3}\n")
+    config = load_config(
+        file, ["tasks.gsm8k.path=/x", "tasks.gsm8k.weight=2", "tasks.mmlu.mmlu.subjects=law,virology", "seed=1"]
+    )
+    assert {name: entry.task for name, entry in config.task_configs.items()} == {
+        "gsm8k": "gsm8k", "easy": "arithmetic", "mmlu": "mmlu",
+    }  # fmt: skip
+    assert config.task_weights == {"gsm8k": 2.0, "easy": 3.0, "mmlu": 1.0}
+    assert config.tasks["gsm8k"].path == "/x"
+    assert config.tasks["mmlu"].mmlu.subjects == ("law", "virology")
+    assert config.data is None
+    assert parse_config(yaml.safe_load(dump_config(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["data.task=gsm8k", "tasks.ecqa.path=/x"], "data and tasks (ecqa) are both given; "),
+        (["tasks.easy.weight=2"], "tasks.easy.task is missing; set it in the file or as tasks.easy.task=VALUE"),
+        (["tasks.gsm8k.weight=0"], "tasks.gsm8k.weight=0"),
+        (["tasks.gsm8k.weight=.inf"], "tasks.gsm8k.weight="),
+        (["tasks.gsm8k.pathh=/x"], "unknown key tasks.gsm8k.pathh; did you mean tasks.gsm8k.path?"),
+        (["tasks.e.task=arithmetic", "tasks.e.arithmetic.max_step=3"], "unknown key tasks.e.arithmetic.max_step; did"),
+        (["tasks.e.task=arithmetic", "tasks.e.arithmetic.min_steps=5"], "tasks.e.arithmetic.min_steps (5) is more"),
+        (["tasks.e.task=custom"], "tasks.e.task=custom needs tasks.e.path: "),
+        (["tasks.gsm8k=3"], "tasks.gsm8k=3"),
+        (["tasks=gsm8k"], "tasks='gsm8k'"),
+        (["tasks.my task.task=gsm8k"], "tasks.my task: a task's name is made of "),
+        (["feedback.kind=steps", "data.task=ecqa"], "feedback.kind=steps grades the calculations of task=arithmetic"),
+        (["feedback.kind=steps", "tasks.arithmetic.weight=1", "tasks.ecqa.weight=1"], "feedback.kind=steps grades"),
+    ],
+)
+def test_a_mistake_in_the_tasks_is_named_where_it_stands(file, overrides, said):
+    assert refusal(*overrides, file=file).startswith(said)
+
+
+def test_steps_are_graded_of_any_arithmetic(file):
+    assert load_config(file, ["feedback.kind=steps"])
+    assert load_config(file, ["feedback.kind=steps", "tasks.easy.task=arithmetic", "tasks.arithmetic.weight=1"])
+
+
 def test_one_candidate_is_enough_for_objectives_that_do_not_compare(file):
     assert load_config(file, ["sampling.k=1", "objective.name=rft"]).samples
     assert not load_config(file, ["sampling.k=1", "objective.name=vft"]).samples
@@ -210,11 +259,13 @@ def test_the_default_tolerance_follows_the_precision():
     limit=st.none() | st.integers(1, 10**9),
     k=st.integers(2, 64),
     task=st.sampled_from(["arithmetic", "gsm8k"]),
+    several=st.booleans(),
 )
-def test_a_dumped_config_loads_back_equal(tmp_path_factory, text, rate, limit, k, task):
+def test_a_dumped_config_loads_back_equal(tmp_path_factory, text, rate, limit, k, task, several):
+    entry = {"task": task, "train_limit": limit, "prompt": "{question}" + text, "answer_marker": f"#{text}"}
     config = parsed(
         run_dir=f"x{text}",
-        data={"task": task, "train_limit": limit, "prompt": "{question}" + text, "answer_marker": f"#{text}"},
+        **({"tasks": {"one": entry, "ecqa": {"weight": rate}}} if several else {"data": entry}),
         training={"learning_rate": rate},
         sampling={"k": k},
     )
@@ -234,6 +285,17 @@ def test_the_difference_of_two_configs_names_every_value():
     ]
 
 
+def test_the_difference_of_configs_with_several_tasks_names_what_is_new_and_what_changed():
+    one = parsed(tasks={"gsm8k": {}, "ecqa": {}})
+    other = parsed(tasks={"gsm8k": {"weight": 2}, "aqua_rat": {}})
+    assert config_difference(one, other) == [
+        "tasks.gsm8k.weight: 1.0 -> 2.0",
+        "tasks.ecqa: gone",
+        "tasks.aqua_rat: new",
+    ]
+    assert config_difference(parsed(), one) == ["data: gone", "tasks: new"]
+
+
 def test_every_key_is_described_with_its_default():
     lines = describe_keys()
     assert any(line.startswith("  model.name (required): ") for line in lines)
@@ -242,3 +304,6 @@ def test_every_key_is_described_with_its_default():
     keys = yaml.safe_load(dump_config(parsed()))
     described = "\n".join(lines)
     assert all(f"{section}.{key} (" in described for section in ("sampling", "training") for key in keys[section])
+    assert "  data.mmlu.subjects (" in described
+    assert "  tasks.NAME.weight (default 1.0): " in described
+    assert "tasks.NAME.path" not in described  # it is said once, of data

@@ -46,7 +46,6 @@ def evaluate_targets(
     """Metrics of each target on `evaluation.split`, on the same questions and draws; one engine start a target."""
     from aft_ray.sampling.pool import SamplerPool
 
-    limits = {"validation": config.data.validation_limit, "test": config.data.test_limit}
     split = config.evaluation.split
     results = {}
     with connected(config, evaluation_placement(config)):
@@ -54,7 +53,7 @@ def evaluate_targets(
             of_target = config.model_copy(update={"model": config.model.model_copy(update={"name": target.model})})
             check_model(of_target)
             tokenizer = load_tokenizer(of_target)
-            questions = prepare(of_target, split, tokenizer, limits[split]).groups
+            questions = prepare(of_target, split, tokenizer).groups
             logs = str(log_dir.local_path(LOGS)) if log_dir is not None and log_dir.is_local else None
             pool = SamplerPool.start(of_target, target.model, tokenizer.eos_token_id, logs, None)
             what = f"evaluating {target.label} on {len(questions)} {split} questions"
@@ -81,7 +80,7 @@ def write_result(path: Path, target: Target, config: RunConfig, result: Result, 
     path.parent.mkdir(parents=True, exist_ok=True)
     record = {
         "model": target.model,
-        "task": config.data.task,
+        "task": ", ".join(config.task_configs),
         "split": config.evaluation.split,
         "temperature": config.evaluation.temperature,
         "seed": config.evaluation.seed,

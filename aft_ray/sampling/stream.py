@@ -20,14 +20,14 @@ import pyarrow as pa
 import ray
 from ray.exceptions import ActorDiedError, RayActorError, RayError
 
-from aft_ray.config import DataConfig, RunConfig, SamplingConfig
+from aft_ray.config import RunConfig, SamplingConfig
 from aft_ray.ledger import GroupFile, Parked, write_group_file
 from aft_ray.records import GROUP_SCHEMA, Candidate, Group, Verdict, groups_to_table, table_to_groups
 from aft_ray.run_dir import RunDir
 from aft_ray.sampling.engine import Prompt, SamplingSpec
 from aft_ray.sampling.pool import SamplerPool
 from aft_ray.sampling.sampler import Refused, WrongVersion
-from aft_ray.tasks import build_task
+from aft_ray.tasks import build_tasks
 from aft_ray.verify.label import label_groups
 from aft_ray.verify.pool import shared_verifier
 from aft_ray.weights.publication import Publication, PublicationFailed
@@ -107,7 +107,7 @@ def sample_round(
         _label_and_write,
         batch_size=config.sampling.groups_per_file,
         batch_format="pyarrow",
-        fn_kwargs={"data": config.data, "run_dir": run_dir, "round_number": round_number},
+        fn_kwargs={"config": config, "run_dir": run_dir, "round_number": round_number},
         num_cpus=0.5,
     )
     for row in written.iter_rows():
@@ -126,8 +126,7 @@ def answer_all(
     answered = _answered(config, pool, publication, unanswered, how, purpose)
     for batch in answered.iter_batches(batch_size=None, batch_format="pyarrow"):
         groups, reasons = _split(batch)
-        task = build_task(config.data, config.seed)
-        yield from zip(label_groups(groups, {task.name: task}, shared_verifier()), reasons, strict=True)
+        yield from zip(label_groups(groups, build_tasks(config), shared_verifier()), reasons, strict=True)
 
 
 def _answered(
@@ -279,16 +278,15 @@ def _split(batch: pa.Table) -> tuple[list[Group], list[str | None]]:
     return groups, batch.column("parked").to_pylist()
 
 
-def _label_and_write(batch: pa.Table, data: DataConfig, run_dir: RunDir, round_number: int) -> pa.Table:
+def _label_and_write(batch: pa.Table, config: RunConfig, run_dir: RunDir, round_number: int) -> pa.Table:
     groups, reasons = _split(batch)
-    task = build_task(data, 0)
     answered, parked = [], []
     for group, reason, attempts in zip(groups, reasons, batch.column("attempts").to_pylist(), strict=True):
         if reason is None:
             answered.append(group)
         else:
             parked.append(Parked(round_number, group.question.id, reason, attempts))
-    labelled = label_groups(answered, {task.name: task}, shared_verifier())
+    labelled = label_groups(answered, build_tasks(config), shared_verifier())
     file = write_group_file(run_dir, labelled) if labelled else None
     return pa.table({"written": pa.array([_to_row(Written(file, tuple(parked), tally(labelled)))])})
 

@@ -4,26 +4,49 @@ from __future__ import annotations
 
 import random
 
-from aft_ray.config import ConfigError, DataConfig
+from aft_ray.config import ConfigError, DataConfig, RunConfig
 from aft_ray.records import Question, unique_ids
 from aft_ray.tasks.base import SPLITS, Split, Task, questions
 
-__all__ = ["SPLITS", "Split", "Task", "build_task", "load_split", "questions"]
+__all__ = ["SPLITS", "Split", "Task", "build_task", "build_tasks", "load_split", "questions"]
 
 
-def build_task(data: DataConfig, seed: int) -> Task:
-    """The task that `data` describes. `seed`, the run's, fixes a validation split drawn from the training one."""
-    if data.task == "arithmetic":
-        from aft_ray.tasks.arithmetic import ArithmeticTask
+def build_tasks(config: RunConfig) -> dict[str, Task]:
+    """The tasks of a run, by the name that their questions carry as `Question.task`."""
+    return {name: build_task(data, config.seed, name) for name, data in config.task_configs.items()}
 
-        return ArithmeticTask(data)
-    if data.task == "gsm8k":
-        from aft_ray.tasks.gsm8k import Gsm8kTask
 
-        return Gsm8kTask(data)
-    from aft_ray.tasks.custom import CustomTask
+def build_task(data: DataConfig, seed: int, name: str | None = None) -> Task:
+    """The task that `data` describes, under a name of its own or its task's.
 
-    return CustomTask(data, seed)
+    `seed`, the run's, fixes a validation split drawn from the training one.
+    """
+    name = name or data.task
+    match data.task:
+        case "arithmetic":
+            from aft_ray.tasks.arithmetic import ArithmeticTask
+
+            return ArithmeticTask(data, name)
+        case "gsm8k":
+            from aft_ray.tasks.gsm8k import Gsm8kTask
+
+            return Gsm8kTask(data, name)
+        case "aqua_rat":
+            from aft_ray.tasks.aqua_rat import AquaRatTask
+
+            return AquaRatTask(data, name)
+        case "ecqa":
+            from aft_ray.tasks.ecqa import EcqaTask
+
+            return EcqaTask(data, name)
+        case "mmlu":
+            from aft_ray.tasks.mmlu import MmluTask
+
+            return MmluTask(data, name)
+        case "custom":
+            from aft_ray.tasks.custom import CustomTask
+
+            return CustomTask(data, seed, name)
 
 
 def load_split(task: Task, split: Split, limit: int | None, seed: int) -> list[Question]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from aft_ray.config import ArithmeticConfig, ConfigError, DataConfig
@@ -75,13 +75,15 @@ class Calculation:
 class ArithmeticTask(MarkedTask):
     """See the module."""
 
-    def __init__(self, data: DataConfig) -> None:
-        super().__init__("arithmetic", data.prompt or "{question}", data.answer_marker)
+    def __init__(self, data: DataConfig, name: str) -> None:
+        super().__init__(name, data.prompt or "{question}", data.answer_marker)
         self.config = data.arithmetic
 
     def load(self, split: Split) -> Dataset:
         size: int = getattr(self.config, f"{split}_size")
-        return dataset(generate(self.config, split, size, self.marker), f"data.arithmetic.{split}_size")
+        found = generate(self.config, split, size, self.marker)
+        named = [replace(q, id=f"{self.name}-{split}-{index:06d}", task=self.name) for index, q in enumerate(found)]
+        return dataset(named, f"data.arithmetic.{split}_size")
 
 
 def generate(config: ArithmeticConfig, split: Split, size: int, marker: str = "####") -> list[Question]:

@@ -21,7 +21,10 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 
 
 class Task(Protocol):
-    """A reasoning task. Its methods are pure: the same split, question or text always gives the same result."""
+    """A reasoning task. Its methods are pure: the same split, question or text always gives the same result.
+
+    name: what its questions carry as `task`, and what the ids begin with that it makes.
+    """
 
     name: str
 

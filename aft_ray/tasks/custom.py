@@ -1,5 +1,5 @@
-"""A task from anybody's data: JSONL or Parquet files below data.path, or a hub data set, with columns named in the
-config.
+"""A task from anybody's data: JSON-lines, TSV or Parquet files below data.path, or a hub data set, with columns named
+in the config.
 
 Invariant: validation is disjoint from train, also when it has to be drawn from it.
 """
@@ -25,8 +25,8 @@ HOLDOUT_SHARE = 0.05
 class CustomTask(MarkedTask):
     """See the module. `seed` draws the validation split where the data has none."""
 
-    def __init__(self, data: DataConfig, seed: int) -> None:
-        super().__init__("custom", data.prompt or "Question: {question}\nAnswer:", data.answer_marker)
+    def __init__(self, data: DataConfig, seed: int, name: str) -> None:
+        super().__init__(name, data.prompt or "Question: {question}\nAnswer:", data.answer_marker)
         self._columns = data.custom
         self._path = data.path or ""
         self._seed = seed
@@ -74,6 +74,6 @@ class CustomTask(MarkedTask):
                 f"{where} has no gold answer; name its column with data.custom.gold, or what stands before it in the "
                 f"reference with data.answer_marker (now {self.marker!r})"
             )
-        identity = column(row, names.id, "data.custom.id", where) if names.id else f"custom-{split}-{index:06d}"
+        identity = column(row, names.id, "data.custom.id", where) if names.id else f"{self.name}-{split}-{index:06d}"
         text = column(row, names.question, "data.custom.question", where)
         return Question(identity, text, reference, gold.strip(), self.name)

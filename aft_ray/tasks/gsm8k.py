@@ -29,8 +29,8 @@ _CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")
 class Gsm8kTask(MarkedTask):
     """See the module."""
 
-    def __init__(self, data: DataConfig) -> None:
-        super().__init__("gsm8k", data.prompt or "Question: {question}\nAnswer:", data.answer_marker)
+    def __init__(self, data: DataConfig, name: str) -> None:
+        super().__init__(name, data.prompt or "Question: {question}\nAnswer:", data.answer_marker)
         self._path = data.path
 
     def load(self, split: Split) -> Dataset:
@@ -57,4 +57,4 @@ class Gsm8kTask(MarkedTask):
         if gold is None:
             raise ConfigError(f"{where} has no answer after {SOURCE_MARKER}")
         reasoning, _, answer = reference.rpartition(SOURCE_MARKER)
-        return Question(f"gsm8k-{source}-{index:06d}", text, f"{reasoning}{self.marker}{answer}", gold, self.name)
+        return Question(f"{self.name}-{source}-{index:06d}", text, f"{reasoning}{self.marker}{answer}", gold, self.name)

@@ -1,4 +1,4 @@
-"""Rows of local JSONL and Parquet files and of hub data sets, as plain dicts.
+"""Rows of local JSON-lines, TSV and Parquet files and of hub data sets, as plain dicts.
 
 Invariant: whatever is wrong with a source is one ConfigError naming the file, and the line where there is one.
 """
@@ -6,6 +6,8 @@ Invariant: whatever is wrong with a source is one ConfigError naming the file, a
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +15,23 @@ from aft_ray.config import ConfigError
 
 Row = dict[str, Any]
 
+SUFFIXES = (".jsonl", ".json", ".tsv", ".parquet")
+# How a newline is written inside a field of a TSV file; some files escape the backslash once more.
+_ESCAPED_NEWLINE = re.compile(r"\\+n")
 
-def read_file(path: Path) -> list[Row]:
-    """The rows of a `.jsonl` or `.parquet` file. Blank lines are skipped."""
+
+def read_file(path: Path, columns: Sequence[str] = ()) -> list[Row]:
+    """The rows of a JSON-lines (`.jsonl` or `.json`), `.tsv` or `.parquet` file. Blank lines are skipped.
+
+    columns: the names of a TSV file's columns; without them its first line has them. A `\\n` in a field is a newline.
+    """
     if not path.is_file():
-        there = sorted(p.name for p in path.parent.glob("*") if p.suffix in (".jsonl", ".parquet"))
+        there = sorted(p.name for p in path.parent.glob("*") if p.suffix in SUFFIXES)
         raise ConfigError(f"there is no file {path}; data files in {path.parent}: {', '.join(there) or 'none'}")
-    if path.suffix == ".jsonl":
-        return _read_jsonl(path)
+    if path.suffix in (".jsonl", ".json"):
+        return [_read_json(line, f"{path}, line {number}") for number, line in _lines(path)]
+    if path.suffix == ".tsv":
+        return _read_tsv(path, columns)
     if path.suffix == ".parquet":
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -30,7 +41,14 @@ def read_file(path: Path) -> list[Row]:
         except pa.ArrowException as error:
             raise ConfigError(f"{path} is not a readable Parquet file: {_one_line(error)}") from error
         return rows
-    raise ConfigError(f"{path} is neither a .jsonl nor a .parquet file")
+    raise ConfigError(f"{path} is none of the files that can be read: {', '.join(SUFFIXES)}")
+
+
+def read_first(root: str, names: Sequence[str], columns: Sequence[str] = ()) -> tuple[list[Row], str]:
+    """The rows of the first of `names` that is a file in the directory `root`, and its path for messages."""
+    directory = Path(root).expanduser()
+    path = next((directory / name for name in names if (directory / name).is_file()), directory / names[0])
+    return read_file(path, columns), str(path)
 
 
 def read_hub(name: str, split: str, config: str | None = None) -> list[Row]:
@@ -56,19 +74,39 @@ def column(row: Row, name: str, key: str, where: str) -> str:
     return str(row[name])
 
 
-def _read_jsonl(path: Path) -> list[Row]:
-    rows = []
+def texts(row: Row, name: str, where: str) -> list[str]:
+    """The value of a column that is a list of texts."""
+    values = row.get(name)
+    if not isinstance(values, list):
+        raise ConfigError(f"{where} has no list of texts in the column {name!r}; it has {', '.join(sorted(row))}")
+    return [str(value) for value in values]
+
+
+def _lines(path: Path) -> list[tuple[int, str]]:
+    """The lines of a file that are not blank, with their numbers."""
     try:
         with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    rows.append(_read_line(line, f"{path}, line {number}"))
+            return [(number, line.rstrip("\n")) for number, line in enumerate(lines, 1) if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {path}: {_one_line(error)}") from error
-    return rows
 
 
-def _read_line(line: str, where: str) -> Row:
+def _read_tsv(path: Path, columns: Sequence[str]) -> list[Row]:
+    lines = [(number, line.split("\t")) for number, line in _lines(path)]
+    if not columns and lines:
+        columns = lines.pop(0)[1]
+    for number, fields in lines:
+        if len(fields) != len(columns):
+            raise ConfigError(
+                f"{path}, line {number} has {len(fields)} columns, not the {len(columns)} of {', '.join(columns)}; "
+                f"columns are separated by one tab each"
+            )
+    return [
+        dict(zip(columns, (_ESCAPED_NEWLINE.sub("\n", field) for field in fields), strict=True)) for _, fields in lines
+    ]
+
+
+def _read_json(line: str, where: str) -> Row:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:

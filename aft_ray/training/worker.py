@@ -11,6 +11,7 @@ import math
 import os
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,12 +37,12 @@ from aft_ray.weights.transport import OFFERS
 
 @dataclass(frozen=True)
 class WorkerConfig:
-    """What a worker is given. questions: training questions of the run, from which the step counts follow."""
+    """What a worker is given. questions: of each task, how many the run trains on; the step counts follow from them."""
 
     config: RunConfig
     run_dir: RunDir
     board: Any
-    questions: int
+    questions: dict[str, int]
 
 
 def worker_main(given: dict[str, Any]) -> None:
@@ -252,10 +253,10 @@ class _Schedule:
     total_steps: int
 
 
-def _schedule(config: RunConfig, questions: int, round_number: int) -> _Schedule:
+def _schedule(config: RunConfig, questions: Mapping[str, int], round_number: int) -> _Schedule:
     if round_number == 0:
         vft = config.vft
-        total = batching.steps_of(questions, vft.questions_per_step, vft.epochs)
+        total = batching.steps_of(round_size(config, questions, 0), vft.questions_per_step, vft.epochs)
         return _Schedule(build_objective("vft"), vft.epochs, vft.questions_per_step, vft.learning_rate, 0, total)
     training = config.training
     steps = batching.steps_of(round_size(config, questions, round_number), training.groups_per_step, training.epochs)

@@ -46,7 +46,7 @@ def test_a_sampler_that_is_killed_catches_up_and_the_round_is_whole(tiny_model, 
         sampling={"samplers": 2, "batch_size": 4, "in_flight": 2, "groups_per_file": 4, "max_tokens": 60},
     )
     run_dir, tokenizer = RunDir(config.run_dir), load_tokenizer(config)
-    questions = questions_of_round(config, prepare(config, "train", tokenizer, 64).groups, 1)
+    questions = questions_of_round(config, prepare(config, "train", tokenizer).groups, 1)
     ledger, publication = Ledger(run_dir), read_publication(1, tiny_model)
     pool = SamplerPool.start(config, str(tiny_model), tokenizer.eos_token_id, None, None)
     pool.wait_ready()

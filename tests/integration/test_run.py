@@ -47,7 +47,7 @@ def groups_of(config, number):
 def assert_each_question_once(config, number, k):
     """Every question of the round has exactly one group, labelled, with k candidates."""
     tokenizer = load_tokenizer(config)
-    questions = prepare(config, "train", tokenizer, config.data.train_limit).groups
+    questions = prepare(config, "train", tokenizer).groups
     wanted = {group.question.id: group for group in questions_of_round(config, questions, number)}
     groups = groups_of(config, number)
     assert [group.question.id for group in groups] == sorted(wanted)
@@ -187,7 +187,7 @@ def test_rft_goes_on_around_a_question_that_the_engine_refuses(tiny_model, tmp_p
 def run_with_refused(config, refused) -> None:
     """A run whose preparation let questions through that are longer than the context."""
     tokenizer = load_tokenizer(config)
-    groups = prepare(config, "train", tokenizer, config.data.train_limit).groups
+    groups = prepare(config, "train", tokenizer).groups
     groups += [too_long(groups[0], number) for number in range(refused)]
     run_dir = RunDir(config.run_dir)
     with quiet_reporter(config) as reporter:
@@ -256,7 +256,7 @@ def test_a_wrong_publication_is_refused_and_the_right_one_then_taken(overlapped,
 def test_more_refused_questions_than_allowed_end_the_round_in_one_sentence(overlapped, pool, tmp_path):
     config = overlapped.model_copy(update={"run_dir": str(tmp_path / "run")})
     tokenizer = load_tokenizer(config)
-    groups = prepare(config, "train", tokenizer, 10).groups
+    groups = prepare(config, "train", tokenizer).groups[:10]
     groups += [too_long(groups[0], number) for number in range(3)]
     run_dir = RunDir(config.run_dir)
     ledger, publication = Ledger(run_dir), published(overlapped, 2)

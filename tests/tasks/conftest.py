@@ -8,12 +8,26 @@ from transformers import PreTrainedTokenizerFast
 from aft_ray.tasks.arithmetic_model import build_tokenizer
 
 
+def real_data(name: str) -> Path:
+    path = Path(__file__).parents[2].parent / "shared/data" / name
+    if not path.is_dir():
+        pytest.skip(f"the files of {name} are not here")
+    return path
+
+
 @pytest.fixture(scope="session")
 def gsm8k_path() -> Path:
-    path = Path(__file__).parents[2].parent / "shared/data/gsm8k"
-    if not path.is_dir():
-        pytest.skip("the GSM8K files are not here")
-    return path
+    return real_data("gsm8k")
+
+
+@pytest.fixture(scope="session")
+def aqua_rat_path() -> Path:
+    return real_data("aqua_rat")
+
+
+@pytest.fixture(scope="session")
+def ecqa_path() -> Path:
+    return real_data("ecqa")
 
 
 @pytest.fixture(scope="session")

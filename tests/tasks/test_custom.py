@@ -89,7 +89,7 @@ def test_mistakes_are_one_clear_sentence(tmp_path: Path, lines: str, columns: di
 
 def test_files_of_another_kind_and_torn_files(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text("question,answer\n")
-    with pytest.raises(ConfigError, match="neither a"):
+    with pytest.raises(ConfigError, match="none of the files that can be read"):
         load_split(task(tmp_path, train="train.csv"), "train", None, 0)
     (tmp_path / "train.parquet").write_bytes(b"PAR1 torn")
     with pytest.raises(ConfigError, match="not a readable Parquet file"):

@@ -1,0 +1,65 @@
+"""MMLU: questions of 57 subjects with four choices, asked without examples; for evaluation only.
+
+From the hub, or from `validation` and `test` files (JSON-lines or Parquet) in data.path with the hub's columns:
+`question`, `subject`, `choices`, and `answer`, the number of the right choice from 0, or its letter.
+
+Invariant: there is no training split, so no run can train on it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING
+
+from aft_ray.config import ConfigError, DataConfig
+from aft_ray.tasks.base import Split, dataset
+from aft_ray.tasks.choices import ChoiceTask, Problem
+from aft_ray.tasks.sources import Row, column, read_first, read_hub, texts
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+HUB = "cais/mmlu"
+
+
+class MmluTask(ChoiceTask):
+    """See the module."""
+
+    def __init__(self, data: DataConfig, name: str) -> None:
+        super().__init__(name, data, "ABCD")
+        self._path = data.path
+        self._subjects = data.mmlu.subjects
+
+    def load(self, split: Split) -> Dataset:
+        if split == "train":
+            raise ConfigError(
+                f"{self.name} is MMLU, which is for evaluation only and has no training split; train on another task, "
+                f"and measure the model with `aft-ray evaluate MODEL` and data.task=mmlu"
+            )
+        if self._path is None:
+            rows, source = read_hub(HUB, split, config="all"), f"{HUB}'s {split} split"
+        else:
+            rows, source = read_first(self._path, [f"{split}.{kind}" for kind in ("jsonl", "json", "parquet")])
+        places = [f"row {index + 1} of {source}" for index in range(len(rows))]
+        subjects = [column(row, "subject", "mmlu", where) for row, where in zip(rows, places, strict=True)]
+        self._check_subjects(set(subjects), source)
+        problems = [
+            self._problem(f"{split}-{index:06d}", rows[index], places[index])
+            for index, subject in enumerate(subjects)
+            if not self._subjects or subject in self._subjects
+        ]
+        return dataset(self.questions(problems), source)
+
+    def _check_subjects(self, known: set[str], source: str) -> None:
+        for subject in self._subjects:
+            if subject not in known:
+                close = difflib.get_close_matches(subject, known, n=1)
+                hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(sorted(known))}"
+                raise ConfigError(f"data.mmlu.subjects names {subject!r}, which is no subject of {source}; {hint}")
+
+    def _problem(self, identity: str, row: Row, where: str) -> Problem:
+        answer = column(row, "answer", "mmlu", where).strip()
+        gold = self.letters[int(answer)] if answer in ("0", "1", "2", "3") else answer
+        return self.problem(
+            identity, column(row, "question", "mmlu", where), texts(row, "choices", where), gold, "", where
+        )
