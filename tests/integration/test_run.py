@@ -9,19 +9,21 @@ import pandas as pd
 import pytest
 import torch
 from rich.console import Console
-from tiny import tiny_config
+from tiny import tiny_config, tiny_tree
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from aft_ray import rounds
 from aft_ray.board import start_board
+from aft_ray.config import parse_config
 from aft_ray.ledger import Ledger
 from aft_ray.observe.reporter import Reporter
 from aft_ray.observe.summary import read_events, state_lines
-from aft_ray.questions import load_tokenizer, prepare, questions_of_round
+from aft_ray.questions import count_by_task, load_tokenizer, prepare, questions_of_round
 from aft_ray.records import Verdict
 from aft_ray.rounds import Conductor, RunFailed
 from aft_ray.run_dir import RunDir
 from aft_ray.sampling.pool import SamplerPool
+from aft_ray.verify.numbers import extract_after_marker
 from aft_ray.weights.publication import PublicationFailed, read_publication
 
 pytestmark = [pytest.mark.usefixtures("ray_here"), pytest.mark.timeout(1200)]
@@ -207,6 +209,31 @@ def test_vft_alone_starts_no_samplers(tiny_model, tmp_path, monkeypatch):
     assert [event["round"] for event in events(config, "trained")] == [0, 1, 2]
     assert [len(groups_of(config, number)) for number in (0, 1, 2)] == [40, 40, 40]
     assert_model_scores_its_probes(config, 2)
+
+
+@pytest.mark.timeout(900)
+def test_two_tasks_share_every_round_by_weight_and_are_both_validated(tiny_model, tmp_path):
+    tree = tiny_tree(tmp_path / "run", tiny_model, rounds={"questions_per_round": 12, "evaluate_every": 1})
+    del tree["data"]
+    tree["tasks"] = {
+        "easy": {"task": "arithmetic", "arithmetic": {"min_steps": 1, "max_steps": 1}},
+        "hard": {"task": "arithmetic", "arithmetic": {"max_steps": 2, "seed": 1}, "answer_marker": "=", "weight": 2},
+    }
+    for entry, limit in zip(tree["tasks"].values(), (4, 5), strict=True):
+        entry |= {"train_limit": 24, "validation_limit": limit}
+    config = parse_config(tree)
+    assert run(config)
+    assert count_by_task(groups_of(config, 0)) == {"easy": 24, "hard": 24}
+    groups = assert_each_question_once(config, 1, config.sampling.k)
+    assert count_by_task(groups) == {"easy": 4, "hard": 8}
+    for group in groups:  # each was read as its own task reads
+        marker = config.tasks[group.question.task].answer_marker
+        assert group.question.reference.rpartition(marker)[2].strip() == group.question.gold
+        assert [c.answer for c in group.candidates] == [extract_after_marker(c.text, marker) for c in group.candidates]
+    assert [event["steps"] for event in events(config, "trained")] == [3, 1]
+    record = json.loads(RunDir(config.run_dir).read_bytes("evaluations/validation-0001.json"))
+    assert record["questions"] == 9
+    assert run(config) is False
 
 
 def test_weights_that_are_not_finite_end_the_run_in_one_sentence_with_the_questions(tiny_model, tmp_path):
