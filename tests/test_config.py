@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -20,6 +21,7 @@ from aft_ray.config import (
 )
 
 HEAVY = {"torch", "ray", "vllm", "pyarrow", "transformers", "deepspeed", "datasets", "numpy"}
+CONFIGS = Path(__file__).parents[1] / "jobs/configs"
 MINIMAL = {"run_dir": "runs/x", "model": {"name": "some/model"}}
 
 
@@ -244,6 +246,13 @@ def test_a_file_that_is_no_config_is_refused(tmp_path, text, words):
     said = refusal(file=path)
     assert words in said
     assert str(path) in said
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[1] / "jobs/configs").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_the_configs_that_come_along_load(path):
+    assert load_config(path).task_configs
 
 
 def test_the_default_tolerance_follows_the_precision():
