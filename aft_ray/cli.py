@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from aft_ray.config import ConfigError, RunConfig, dump_config, load_config, parse_config
+from aft_ray.config import ConfigError, RunConfig, dump_config, load_config
 
 app = typer.Typer(
     help="Alignment Fine-Tuning of language models into better reasoners, on a Ray cluster.",
@@ -76,59 +76,58 @@ def train_run(config: RunConfig) -> None:
 
 @app.command()
 def evaluate(
-    target: Annotated[str, typer.Argument(help="a run directory, or a model directory with --config")],
-    overrides: Overrides = None,
+    targets: Annotated[
+        list[str],
+        typer.Argument(
+            help="what to measure: a run directory (its last model), RUN@VERSION, a model directory (with --config), "
+            "a generations file, a Parquet file of groups; and `key.sub=value` overrides of the config",
+            metavar="TARGET... [KEY=VALUE]...",
+        ),
+    ],
     config: Annotated[Path | None, typer.Option(help="YAML config that names the task; a run has its own")] = None,
-    version: Annotated[int | None, typer.Option(help="of a run: which policy version; default the last")] = None,
-    output: Annotated[Path | None, typer.Option(help="JSON file; default in the run's evaluations/")] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="which target the others are compared with; default the first")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="JSON file; default in the run's evaluations/, else in this directory")
+    ] = None,
+    plots: Annotated[bool, typer.Option("--plots/--no-plots", help="draw PNG and SVG pictures beside the JSON")] = True,
 ) -> None:
-    """Measure a model: greedy accuracy, pass@k, maj@k, best-of-k by score, weighted vote, assessment, perplexity.
+    """Measure a model, or compare several on the same questions and the same draws.
 
-    Examples:
+    Greedy accuracy, pass@k, maj@k, best-of-k by score, weighted vote, assessment accuracy and perplexity, each with a
+    95 % interval; for every target but the baseline also the paired difference with its interval and p-value. Writes a
+    JSON file, the answers as JSONL and pictures. What each figure means and the formats: docs/evaluation.md.
 
-        aft-ray evaluate runs/gsm8k evaluation.k=8
+    One model of a run, with 8 samples a question drawn by each of 3 seeds:
 
-        aft-ray evaluate runs/gsm8k --version 0 evaluation.split=validation data.validation_limit=100
+        aft-ray evaluate runs/gsm8k evaluation.k=8 evaluation.seeds=3
 
-        aft-ray evaluate /path/to/model --config jobs/configs/gsm8k_smoke.yaml data.path=/path/to/gsm8k
+    Did the rounds help? Version 0 (fine-tuned) against 1 and 3, on 100 validation questions:
+
+        aft-ray evaluate runs/gsm8k@0 runs/gsm8k@1 runs/gsm8k@3 evaluation.split=validation data.validation_limit=100
+
+    Model directories, with the task of a config:
+
+        aft-ray evaluate /models/vft /models/aft --config jobs/configs/gsm8k_smoke.yaml data.path=/path/to/gsm8k
+
+    Answers that exist already, from here or from elsewhere; no engine is started:
+
+        aft-ray evaluate ours.jsonl theirs.jsonl --baseline theirs --config jobs/configs/gsm8k_smoke.yaml
     """
-    from aft_ray.evaluation.standalone import Target, evaluate_targets, run_target, write_result
+    from aft_ray.evaluation.command import evaluate_targets
     from aft_ray.evaluation.table import results_table
-    from aft_ray.observe.reporter import Reporter, chatter_to
-    from aft_ray.run_dir import CONFIG, RunDir
+    from aft_ray.evaluation.targets import plan
 
-    directory = RunDir(target)
-    of_run = directory.exists(CONFIG)
-    if of_run:
-        import yaml
-
-        from aft_ray.config import apply_override
-
-        tree = yaml.safe_load(directory.read_bytes(CONFIG))
-        for override in overrides or []:
-            apply_override(tree, override)
-        parsed = parse_config(tree)
-        chosen = run_target(parsed, directory, version)
-    else:
-        if config is None:
-            raise ConfigError(
-                f"{target} is not a run directory, so --config must name the task: "
-                f"aft-ray evaluate {target} --config jobs/configs/gsm8k_smoke.yaml"
-            )
-        parsed = load_config(config, [*(overrides or []), f"model.name={target}"])
-        chosen = Target(target, Path(target).name)
-    split = parsed.evaluation.split
-    if output is None and of_run and directory.is_local:
-        output = directory.local_path(directory.evaluation(f"{split}-{chosen.label.replace('version ', '')}"))
-    log = driver_log(directory if of_run else None)
-    with chatter_to(log) as console, Reporter(None, console) as reporter:
-        results = evaluate_targets(parsed, [chosen], reporter, directory if of_run else None)
-    result, facts = results[chosen.label]
-    output = output or Path(f"{chosen.label}-{split}.json")
-    write_result(output, chosen, parsed, result, facts)
+    planned = plan(targets, config)
+    run_dir = next((target.run_dir for target in planned.targets if target.run_dir is not None), None)
+    outcome, title, files = evaluate_targets(planned, baseline, output, plots, driver_log(run_dir))
     console = Console() if sys.stdout.isatty() else Console(width=200)
-    console.print(results_table({chosen.label: result}, f"{', '.join(parsed.task_configs)}, {split}"))
-    print(f"{facts['tokens']:,} tokens in {facts['seconds']:.0f} s; written to {output}")
+    console.print(results_table(outcome.results, title, outcome.comparisons))
+    for model in outcome.evaluated:
+        if "seconds" in model.facts:
+            print(f"{model.label}: {model.facts['tokens']:,} tokens in {model.facts['seconds']:.0f} s")
+    print("written: " + ", ".join(map(str, files)))
 
 
 @app.command()

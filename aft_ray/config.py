@@ -195,6 +195,9 @@ class EvaluationConfig(Section):
     k: Positive = Field(6, description="samples per question beside the greedy answer")
     temperature: float = Field(1.0, gt=0, le=5, description="of the samples")
     seed: Natural = Field(0, description="of the samples and of the bootstrap")
+    seeds: Positive = Field(
+        1, description="times k samples are drawn, by the seeds seed, seed + 1, ...; figures are means. Runs use one"
+    )
     resamples: int = Field(1000, ge=100, description="bootstrap resamples of the 95 % intervals")
     during_training_k: Natural = Field(0, description="samples per question in evaluations of a run; 0: greedy only")
 

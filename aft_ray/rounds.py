@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,15 @@ from aft_ray import board
 from aft_ray.board import BoardFailed
 from aft_ray.cluster import connected, needs_samplers, training_placement
 from aft_ray.config import ConfigError, RunConfig, config_difference, dump_config, load_config
-from aft_ray.evaluation.evaluator import evaluate, unanswered
+from aft_ray.evaluation.evaluator import ask, unanswered
+from aft_ray.evaluation.generations import generations_text
+from aft_ray.evaluation.metrics import measure
 from aft_ray.ledger import Ledger, write_group_file
 from aft_ray.observe.reporter import Reporter
 from aft_ray.preflight import check_model
 from aft_ray.questions import count_by_task, load_tokenizer, prepare, questions_of_round, round_shares
 from aft_ray.records import Group
-from aft_ray.run_dir import CONFIG, LOGS, RunDir
+from aft_ray.run_dir import CONFIG, EVALUATIONS, LOGS, RunDir
 from aft_ray.sampling.pool import SamplerPool, last_line
 from aft_ray.sampling.stream import Tally, sample_round, tally
 from aft_ray.training.worker import WorkerConfig, first_round, fit
@@ -190,23 +192,27 @@ class Conductor:
 
     def _evaluate(self, publication: Publication) -> None:
         """Step 5: the validation split, answered by a version that has reached the samplers."""
-        version, k = publication.version, self.config.evaluation.during_training_k
-        result, facts = evaluate(
+        version, evaluation = publication.version, self.config.evaluation
+        answered, cost = ask(
             self.config,
             self.samplers,
             publication,
             unanswered(self.validation, version),
-            k,
+            evaluation.during_training_k,
+            1,
             lambda done, total: self.reporter.progress(f"evaluating version {version}", done, total),
         )
+        result, facts = measure(answered, resamples=evaluation.resamples, seed=evaluation.seed), asdict(cost)
+        name = f"validation-{version:04d}"
+        self.run_dir.write_bytes(f"{EVALUATIONS}/generations-{name}.jsonl", generations_text(answered).encode())
         record = {"version": version, "split": "validation", **result.to_json(), **facts}
-        self.run_dir.write_json(self.run_dir.evaluation(f"validation-{version:04d}"), record)
-        figures = {name.replace("@", "_"): estimate.value for name, estimate in result.estimates.items()}
-        self.reporter.event("evaluated", split="validation", version=version, **facts, **figures)
+        self.run_dir.write_json(self.run_dir.evaluation(name), record)
+        self.reporter.event("evaluated", split="validation", version=version, **facts, **result.figures())
         greedy = result.estimates["greedy"]
+        by_task = "".join(f", {task} {part.estimates['greedy'].value:.1%}" for task, part in result.tasks.items())
         self.reporter.say(
             f"version {version}: {greedy.value:.1%} [{greedy.low:.1%}, {greedy.high:.1%}] of {result.questions} "
-            f"validation questions right, greedy"
+            f"validation questions right, greedy{by_task}"
         )
 
     def _publish_what_is_on_disk(self, version: int) -> None:

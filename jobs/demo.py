@@ -31,8 +31,10 @@ def demo(
     """Train and compare; about ten minutes on two cores."""
     from aft_ray.cluster import connected, training_placement
     from aft_ray.evaluation.metrics import Result
-    from aft_ray.evaluation.standalone import Target, evaluate_targets, write_result
+    from aft_ray.evaluation.outcome import work_out, write
+    from aft_ray.evaluation.standalone import ask_models
     from aft_ray.evaluation.table import comparison_table
+    from aft_ray.evaluation.targets import Target
     from aft_ray.observe.reporter import Reporter, chatter_to
     from aft_ray.run_dir import RunDir
 
@@ -46,9 +48,9 @@ def demo(
     compare = aft.model_copy(update={"sampling": aft.sampling.model_copy(update={"samplers": 2})})
     last = f"{aft.rounds.count:04d}"
     rows = {
-        "VFT": Target(str(vft_model), "VFT"),
-        "VFT, as many steps": Target(str(control_dir / "rounds" / last / "model"), "control"),
-        "AFT": Target(str(aft_dir / "rounds" / last / "model"), "AFT"),
+        "VFT": Target("VFT", str(vft_model)),
+        "VFT, as many steps": Target("control", str(control_dir / "rounds" / last / "model")),
+        "AFT": Target("AFT", str(aft_dir / "rounds" / last / "model")),
     }
     with chatter_to(driver_log(RunDir(place))) as console, Reporter(None, console) as reporter:
         reporter.say(f"Everything is written to {place}; libraries' output to its logs/.")
@@ -61,8 +63,9 @@ def demo(
             for target in rows.values():
                 path = place / f"{target.label}.json"
                 if not path.exists():
-                    ((result, facts),) = evaluate_targets(compare, [target], reporter, RunDir(place)).values()
-                    write_result(path, target, aft, result, facts)
+                    evaluated = ask_models(compare, [target], reporter, RunDir(place))
+                    outcome = work_out(evaluated, None, aft.evaluation.resamples, aft.evaluation.seed)
+                    write(outcome, path, {"split": aft.evaluation.split}, plots=True)
     results = {
         name: Result.from_json(json.loads((place / f"{target.label}.json").read_text()))
         for name, target in rows.items()
@@ -72,7 +75,7 @@ def demo(
     columns = [name.format(k=aft.evaluation.k) for name in COLUMNS]
     (Console() if sys.stdout.isatty() else Console(width=120)).print()
     (Console() if sys.stdout.isatty() else Console(width=120)).print(comparison_table(results, columns))
-    print(f"{time.monotonic() - started:.0f} s in all. The model: {rows['AFT'].model}")
+    print(f"{time.monotonic() - started:.0f} s in all. The model: {rows['AFT'].source}")
     print(f"Go on: aft-ray status {aft_dir} | aft-ray evaluate {aft_dir} | tensorboard --logdir {aft_dir}")
 
 

@@ -14,13 +14,13 @@ from aft_ray.rounds import adopt_config
 from aft_ray.run_dir import RunDir
 
 
-def command(*arguments, status=0):
+def command(*arguments, status=0, timeout=120):
     """The command's output; on a mistake, the sentence it ends with."""
     done = subprocess.run(
         [sys.executable, "-m", "aft_ray.cli", *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=timeout,
         env=None,
     )
     assert done.returncode == status, done.stdout + done.stderr
@@ -154,4 +154,4 @@ def test_the_status_of_a_finished_run_names_the_model(begun, file):
         train(begun, ledger, number)
     assert f"finished: 2 rounds; the model is in {begun.uri('rounds/0002/model')}" in command("status", begun.uri())
     assert "Nothing to do" in command("train", file, "rounds.count=2")
-    assert "no version 7; it has published: 0, 1, 2" in command("evaluate", begun.uri(), "--version", 7, status=2)
+    assert "no version 7; it has published: 0, 1, 2" in command("evaluate", f"{begun.uri()}@7", status=2)

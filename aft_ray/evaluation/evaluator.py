@@ -1,18 +1,19 @@
-"""Measures a model on a split with the run's own engines: one greedy answer and k samples a question.
+"""Asks a model the questions of a split with running engines: one greedy answer, and k samples a seed.
 
-Invariant: scores are the engine's log-probs of the very tokens it sampled, the same number as in training and serving.
+Invariant: scores are the engine's log-probs of the very tokens it sampled, the same number as in training and serving;
+and what a question's samples depend on is the seed of evaluation, never the model's run, so that models compare on the
+same draws.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 from aft_ray.config import RunConfig
-from aft_ray.evaluation.metrics import Answered, Result, Sample, measure
-from aft_ray.records import Candidate, Group, Verdict
+from aft_ray.evaluation.answers import Answered, Response, from_candidate, no_response
+from aft_ray.records import Group
 from aft_ray.sampling.engine import SamplingSpec
 from aft_ray.sampling.pool import SamplerPool, SamplersFailed
 from aft_ray.sampling.stream import answer_all
@@ -21,63 +22,65 @@ from aft_ray.weights.publication import Publication
 Progress = Callable[[int, int], None]
 
 
-def evaluate(
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What the answers took, and how many are no real answers.
+
+    truncated: responses cut off at sampling.max_tokens. parked: questions of which any response failed.
+    """
+
+    seconds: float
+    tokens: int
+    truncated: int
+    parked: int
+
+
+def ask(
     config: RunConfig,
     pool: SamplerPool,
     publication: Publication | None,
     questions: Sequence[Group],
     k: int,
+    seeds: int,
     progress: Progress | None = None,
-) -> tuple[Result, dict[str, Any]]:
-    """The metrics, and how they came about: tokens, seconds, truncated responses, questions that had no answer.
+) -> tuple[list[Answered], Cost]:
+    """Every question with its greedy response and, for each of the seeds evaluation.seed, +1, ..., k samples.
 
-    A parked question counts as not answered, undecided in every metric, so that failures cannot raise an accuracy.
+    A failed question is answered with undecided responses, so that failures cannot raise an accuracy. Raises
+    SamplersFailed when all failed.
     """
     started = time.monotonic()
-    max_tokens = config.sampling.max_tokens
-    greedy = SamplingSpec(1, 0.0, 1.0, max_tokens)
-    passes = [("greedy", greedy)]
-    if k:
-        passes.append(("samples", SamplingSpec(k, config.evaluation.temperature, 1.0, max_tokens)))
-    total, done = len(questions) * len(passes), 0
-    answers: dict[str, dict[str, Group]] = {}
+    first, max_tokens = config.evaluation.seed, config.sampling.max_tokens
+    sampled = SamplingSpec(k, config.evaluation.temperature, 1.0, max_tokens)
+    passes = [("greedy", first, SamplingSpec(1, 0.0, 1.0, max_tokens))]
+    passes += [("samples", seed, sampled) for seed in range(first, first + seeds if k else first)]
+    greedy: dict[str, Response] = {}
+    samples: dict[str, list[Response]] = {group.question.id: [] for group in questions}
     parked: dict[str, str] = {}
-    # The seed of evaluation is its own: two models are compared on the same draws whatever their runs' seeds.
-    seeded = config.model_copy(update={"seed": config.evaluation.seed})
-    for name, how in passes:
-        answers[name] = {}
+    done = tokens = truncated = 0
+    for name, seed, how in passes:
+        seeded = config.model_copy(update={"seed": seed})
         for group, reason in answer_all(seeded, pool, publication, questions, how, f"evaluation {name}"):
-            answers[name][group.question.id] = group
+            id = group.question.id
             if reason is not None:
-                parked[group.question.id] = reason
+                parked[id] = reason
+            if name == "greedy":
+                greedy[id] = next((from_candidate(candidate) for candidate in group.candidates), no_response())
+            else:
+                drawn = [from_candidate(candidate, seed) for candidate in group.candidates]
+                samples[id] += drawn or [no_response(seed)] * k
+            tokens += sum(len(candidate.token_ids) for candidate in group.candidates)
+            truncated += sum(candidate.finish_reason == "length" for candidate in group.candidates)
             done += 1
             if progress:
-                progress(done, total)
+                progress(done, len(questions) * len(passes))
     if len(parked) == len(questions):
         raise SamplersFailed(f"no question could be answered; the last reason: {next(reversed(parked.values()))}")
-    records = [
-        _answered(group, answers["greedy"][group.question.id], answers.get("samples", {}).get(group.question.id))
-        for group in questions
+    answered = [
+        Answered(one.id, greedy[one.id], samples[one.id], one.task, one.text, one.gold)
+        for one in (group.question for group in questions)
     ]
-    result = measure(records, resamples=config.evaluation.resamples, seed=config.evaluation.seed)
-    candidates = [c for groups in answers.values() for group in groups.values() for c in group.candidates]
-    facts = {
-        "seconds": time.monotonic() - started,
-        "tokens": sum(len(candidate.token_ids) for candidate in candidates),
-        "truncated": sum(candidate.finish_reason == "length" for candidate in candidates),
-        "parked": len(parked),
-    }
-    return result, facts
-
-
-def _answered(question: Group, greedy: Group, sampled: Group | None) -> Answered:
-    (verdict,) = [_verdict(candidate) for candidate in greedy.candidates] or [None]
-    samples = [Sample(_verdict(c), c.answer, c.score) for c in (sampled.candidates if sampled else [])]
-    return Answered(question.question.id, verdict, samples)
-
-
-def _verdict(candidate: Candidate) -> bool | None:
-    return None if candidate.verdict is Verdict.UNDECIDED else candidate.verdict is Verdict.RIGHT
+    return answered, Cost(time.monotonic() - started, tokens, truncated, len(parked))
 
 
 def unanswered(questions: Sequence[Group], version: int) -> list[Group]:

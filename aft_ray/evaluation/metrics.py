@@ -1,8 +1,7 @@
 """What a model's answers to a split are worth, each figure with a 95 % bootstrap interval over the questions.
 
-Every metric is a ratio of two sums over questions (for an accuracy: right answers over questions), so one seeded
-bootstrap serves them all and their intervals rest on the same resamples. An undecided answer is not counted as right,
-stays in the denominator of the accuracies, forms no pair in the assessment, and is shown as a number of its own.
+An undecided answer is not counted as right, stays in the denominator of the accuracies, forms no pair in the
+assessment, and is shown as a number of its own. Invariant: no figure depends on the order of the questions.
 """
 
 from __future__ import annotations
@@ -10,99 +9,77 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from decimal import Decimal, InvalidOperation
-from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-Floats = npt.NDArray[np.float64]
+from aft_ray.evaluation.answers import Answered, Response
+from aft_ray.evaluation.bootstrap import Estimate, Floats, estimates, finite, interval, resampled
+from aft_ray.evaluation.voting import BY_SCORE, RULES, ballot
+from aft_ray.records import Verdict
+
+Canonical = Callable[[str], Hashable]
 
 # METHOD: the assessment compares 3 right with 3 wrong samples.
 ASSESSED = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
-    """A sampled response: right, wrong or undecided (None); its extracted answer; its score in nats per token."""
-
-    verdict: bool | None
-    answer: str | None
-    score: float
-
-
-@dataclass(frozen=True, slots=True)
-class Answered:
-    """A question with its greedy answer's verdict and its samples in the order they were drawn."""
-
-    question_id: str
-    greedy: bool | None
-    samples: Sequence[Sample] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """A figure with its 95 % interval, over the `questions` that it could be computed for; nan when there are none."""
-
-    value: float
-    low: float
-    high: float
-    questions: int
-
-
-@dataclass(frozen=True, slots=True)
 class Result:
-    """The metrics of one model on one split.
+    """The metrics of one model on one split, or on one task of it.
 
-    estimates: "greedy"; with samples also "pass@1", "pass@k", "maj@k", "best-of-k", "vote@k", "assessment" and
-        "perplexity", with k as a number. Shares of 1, but for the perplexity.
-    k: samples used of every question: as many as the question with the fewest has, questions without any left out.
+    estimates: over the questions. "greedy"; with samples also "pass@1", "pass@k", "maj@k", "best-of-k", "vote@k",
+        "assessment" and "perplexity", with k as a number; those that need scores only when every sample has one.
+        Shares of 1, but for the perplexity.
+    seeds: sampling seeds, each of which drew its own k samples of a question.
+    k: samples used of every question and seed: as many as the question with the fewest has.
     assessed: right and as many wrong samples that the assessment compares: 3, or k // 2 when k is less than 6 (at
         least 1), so that a question can still qualify; figures with different `assessed` are not comparable.
+    tasks: when the questions are of several tasks, the metrics of each.
+    macro: likewise, the mean over the tasks of each figure, whatever their sizes.
     """
 
     questions: int
+    seeds: int
     k: int
     assessed: int
     undecided_greedy: int
     undecided_samples: int
     estimates: dict[str, Estimate]
+    tasks: dict[str, Result] = field(default_factory=dict)
+    macro: dict[str, Estimate] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """A dict for `json.dump`; a figure that does not exist is null."""
-        estimates = {
-            name: {
-                "value": _finite(estimate.value),
-                "low": _finite(estimate.low),
-                "high": _finite(estimate.high),
-                "questions": estimate.questions,
-            }
-            for name, estimate in self.estimates.items()
-        }
-        return {
-            "questions": self.questions,
-            "k": self.k,
-            "assessed": self.assessed,
-            "undecided_greedy": self.undecided_greedy,
-            "undecided_samples": self.undecided_samples,
-            "estimates": estimates,
-        }
+        counts = {name: getattr(self, name) for name in _COUNTS}
+        figures = {name: estimate.to_json() for name, estimate in self.estimates.items()}
+        record = {**counts, "estimates": figures}
+        if self.tasks:
+            record["macro"] = {name: estimate.to_json() for name, estimate in self.macro.items()}
+            record["tasks"] = {task: result.to_json() for task, result in self.tasks.items()}
+        return record
+
+    def figures(self) -> dict[str, float | None]:
+        """All values by a flat name, for a line of metrics: "greedy", "maj_6", and "gsm8k/maj_6" of a task."""
+        flat = {name.replace("@", "_"): finite(estimate.value) for name, estimate in self.estimates.items()}
+        for task, result in self.tasks.items():
+            flat |= {f"{task}/{name}": value for name, value in result.figures().items()}
+        return flat
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Result:
         """The inverse of `to_json`; what else a record holds is left aside."""
+        return cls(
+            **{name: value[name] for name in _COUNTS},
+            estimates={name: Estimate.from_json(e) for name, e in value["estimates"].items()},
+            tasks={task: cls.from_json(result) for task, result in value.get("tasks", {}).items()},
+            macro={name: Estimate.from_json(e) for name, e in value.get("macro", {}).items()},
+        )
 
-        def number(figure: float | None) -> float:
-            return math.nan if figure is None else figure
 
-        estimates = {
-            name: Estimate(number(e["value"]), number(e["low"]), number(e["high"]), e["questions"])
-            for name, e in value["estimates"].items()
-        }
-        counts = {name: value[name] for name in cls.__dataclass_fields__ if name != "estimates"}
-        return cls(**counts, estimates=estimates)
+_COUNTS = ("questions", "seeds", "k", "assessed", "undecided_greedy", "undecided_samples")
 
 
 def normalise(answer: str) -> str:
@@ -122,42 +99,110 @@ def normalise(answer: str) -> str:
 def measure(
     answered: Sequence[Answered],
     *,
-    canonical: Callable[[str], Hashable] = normalise,
+    k: int | None = None,
+    canonical: Canonical = normalise,
     resamples: int = 1000,
     seed: int = 0,
 ) -> Result:
-    """All metrics. `canonical` maps equal answers to equal keys. Raises ValueError when there is no question."""
+    """All metrics. `canonical` maps equal answers to equal keys; `k` limits the samples that are used, so that models
+    with different numbers of them compare. Raises ValueError when there is no question."""
     if not answered:
         raise ValueError("there is nothing to measure: no question was answered")
-    sampled = [question for question in answered if question.samples]
-    k = min((len(question.samples) for question in sampled), default=0)
-    assessed = max(1, min(ASSESSED, k // 2))
+    answered = sorted(answered, key=lambda question: question.id)
+    k = smallest_k(answered) if k is None else min(k, smallest_k(answered))
+    names, columns = columns_of(answered, k, canonical)
+    whole, _ = _result(answered, names, columns, k, resamples, np.random.default_rng(seed))
+    tasks = sorted({question.task for question in answered})
+    if len(tasks) < 2:
+        return whole
+    parts: dict[str, Result] = {}
+    draws = []
+    for number, task in enumerate(tasks):
+        chosen = [i for i, question in enumerate(answered) if question.task == task]
+        # Tasks are resampled independently of each other.
+        rng = np.random.default_rng([seed, number])
+        of_task = [answered[i] for i in chosen]
+        parts[task], drawn = _result(of_task, names, columns[:, :, chosen], k, resamples, rng)
+        draws.append(drawn)
+    mean = np.mean(draws, axis=0)  # nan where any task has no figure
+    macro = {}
+    for i, name in enumerate(names):
+        value = float(np.mean([part.estimates[name].value for part in parts.values()]))
+        macro[name] = Estimate(value, *interval(mean[:, i]), whole.estimates[name].questions)
+    return replace(whole, tasks=parts, macro=macro)
 
-    def first(question: Answered) -> Sequence[Sample]:
-        return question.samples[:k]
 
-    def column(of: Callable[[Answered], float | bool]) -> list[tuple[float, float]]:
-        """(numerator, denominator) of every question: the value and 1, or nothing for a question without samples."""
-        return [(float(of(question)), 1.0) if question.samples else (0.0, 0.0) for question in answered]
+def smallest_k(answered: Sequence[Answered]) -> int:
+    """The fewest samples that any seed drew of any question; questions without any are left out. 0: none has any."""
+    seeds = seeds_of(answered)
+    counts = [len(question.drawn_by(seed)) for question in answered if question.samples for seed in seeds]
+    return min(filter(None, counts), default=0)
 
-    ratios: dict[str, list[tuple[float, float]]] = {"greedy": [(float(a.greedy is True), 1.0) for a in answered]}
-    if k:
-        for size in sorted({1, k}):
-            ratios[f"pass@{size}"] = column(partial(_pass_at, k=size))
-        ratios[f"maj@{k}"] = column(lambda q: majority_is_right(first(q), canonical))
-        ratios[f"best-of-{k}"] = column(lambda q: best_is_right(first(q)))
-        ratios[f"vote@{k}"] = column(lambda q: weighted_vote_is_right(first(q), canonical))
-        shares = [assessment(question.samples, assessed) for question in answered]
-        ratios["assessment"] = [(0.0, 0.0) if share is None else (share, 1.0) for share in shares]
-        ratios["perplexity"] = [right_perplexity(question.samples) for question in answered]
-    return Result(
+
+def seeds_of(answered: Sequence[Answered]) -> list[int]:
+    return sorted({sample.seed for question in answered for sample in question.samples})
+
+
+def columns_of(answered: Sequence[Answered], k: int, canonical: Canonical = normalise) -> tuple[list[str], Floats]:
+    """The figures' names, and their columns (`bootstrap`); a question without samples of a seed adds nothing to it."""
+    seeds = seeds_of(answered) if k else []
+    scored = all(sample.score is not None for question in answered for sample in question.samples)
+    names = ["greedy"] if any(question.greedy is not None for question in answered) else []
+    if seeds:
+        names += [f"pass@{size}" for size in sorted({1, k})]
+        names += [rule.format(n=k) for rule in RULES if scored or rule not in BY_SCORE]
+        names += ["assessment", "perplexity"] if scored else []
+    columns = np.zeros((len(names), max(1, len(seeds)), len(answered), 2))
+    place = {name: i for i, name in enumerate(names)}
+    for q, question in enumerate(answered):
+        if question.greedy is not None:
+            columns[place["greedy"], 0, q] = question.greedy.right, 1
+        for s, seed in enumerate(seeds):
+            if samples := question.drawn_by(seed):
+                for name, value in _figures(samples, k, canonical, scored).items():
+                    columns[place[name], s, q] = value
+    return names, columns
+
+
+def _figures(samples: Sequence[Response], k: int, canonical: Canonical, scored: bool) -> dict[str, tuple[float, float]]:
+    """Numerator and denominator of every figure of one question's samples by one seed."""
+    right = sum(sample.right for sample in samples)
+    figures = {f"pass@{size}": (pass_at(len(samples), right, size), 1.0) for size in sorted({1, k})}
+    cast, everyone = ballot(samples[:k], canonical), np.arange(k)[None]
+    for name, rule in RULES.items():
+        if scored or name not in BY_SCORE:
+            figures[name.format(n=k)] = float(rule(cast, everyone)[0]), 1.0
+    if scored:
+        share = assessment(samples, assessed_of(k))
+        figures["assessment"] = (0.0, 0.0) if share is None else (share, 1.0)
+        figures["perplexity"] = right_perplexity(samples)
+    return figures
+
+
+def _result(
+    answered: Sequence[Answered],
+    names: Sequence[str],
+    columns: Floats,
+    k: int,
+    resamples: int,
+    rng: np.random.Generator,
+) -> tuple[Result, Floats]:
+    draws = resampled(columns, resamples, rng)
+    undecided = Verdict.UNDECIDED
+    result = Result(
         questions=len(answered),
+        seeds=len(seeds_of(answered)),
         k=k,
-        assessed=assessed,
-        undecided_greedy=sum(question.greedy is None for question in answered),
-        undecided_samples=sum(sample.verdict is None for question in answered for sample in question.samples),
-        estimates=_estimates(ratios, resamples, seed),
+        assessed=assessed_of(k),
+        undecided_greedy=sum(q.greedy is not None and q.greedy.verdict is undecided for q in answered),
+        undecided_samples=sum(sample.verdict is undecided for question in answered for sample in question.samples),
+        estimates=estimates(names, columns, draws, unseeded=("greedy",)),
     )
+    return result, draws
+
+
+def assessed_of(k: int) -> int:
+    return max(1, min(ASSESSED, k // 2))
 
 
 def pass_at(n: int, right: int, k: int) -> float:
@@ -167,80 +212,20 @@ def pass_at(n: int, right: int, k: int) -> float:
     return 1.0 - math.comb(n - right, k) / math.comb(n, k)
 
 
-def _pass_at(question: Answered, k: int) -> float:
-    return pass_at(len(question.samples), sum(sample.verdict is True for sample in question.samples), k)
-
-
-def majority_is_right(samples: Sequence[Sample], canonical: Callable[[str], Hashable]) -> bool:
-    """Self-consistency: the answer given most often; a tie goes to the larger sum of scores, then to the first."""
-    return _winner_is_right(samples, canonical, lambda votes: (len(votes), math.fsum(s.score for s in votes)))
-
-
-def weighted_vote_is_right(samples: Sequence[Sample], canonical: Callable[[str], Hashable]) -> bool:
-    """The answer with the largest sum of exp(score), the geometric mean token probability; a tie goes to the first."""
-    return _winner_is_right(samples, canonical, lambda votes: (math.fsum(math.exp(s.score) for s in votes),))
-
-
-def best_is_right(samples: Sequence[Sample]) -> bool:
-    """Reranking: the sample with the highest score, the first of equals, whether or not it came to an answer."""
-    return max(samples, key=lambda sample: sample.score).verdict is True
-
-
-def assessment(samples: Sequence[Sample], assessed: int = ASSESSED) -> float | None:
+def assessment(samples: Sequence[Response], assessed: int = ASSESSED) -> float | None:
     """Of the pairs of the first `assessed` right and wrong samples, the share in which the right one scores higher.
 
     Equal scores count half. None when there are fewer than `assessed` of either.
     """
-    right = np.array([s.score for s in samples if s.verdict is True][:assessed])
-    wrong = np.array([s.score for s in samples if s.verdict is False][:assessed])
+    right = np.array([s.score for s in samples if s.verdict is Verdict.RIGHT][:assessed], dtype=np.float64)
+    wrong = np.array([s.score for s in samples if s.verdict is Verdict.WRONG][:assessed], dtype=np.float64)
     if len(right) < assessed or len(wrong) < assessed:
         return None
     above, equal = right[:, None] > wrong, right[:, None] == wrong
     return float(above.mean() + equal.mean() / 2)
 
 
-def right_perplexity(samples: Sequence[Sample]) -> tuple[float, float]:
+def right_perplexity(samples: Sequence[Response]) -> tuple[float, float]:
     """Sum of exp(-score) over the right samples, and their number."""
-    scores = [sample.score for sample in samples if sample.verdict is True]
+    scores = [sample.score for sample in samples if sample.right and sample.score is not None]
     return math.fsum(math.exp(min(-score, 700.0)) for score in scores), float(len(scores))
-
-
-def _winner_is_right(
-    samples: Sequence[Sample], canonical: Callable[[str], Hashable], weight: Callable[[list[Sample]], tuple[float, ...]]
-) -> bool:
-    """Whether the answer of most weight is right. Samples without an answer have no vote."""
-    votes: dict[Hashable, list[Sample]] = {}
-    for sample in samples:
-        if sample.answer is not None:
-            votes.setdefault(canonical(sample.answer), []).append(sample)
-    # Equal answers have equal verdicts, but for one whose verification timed out. max() keeps the first of equals.
-    return bool(votes) and any(sample.verdict is True for sample in max(votes.values(), key=weight))
-
-
-def _estimates(ratios: dict[str, list[tuple[float, float]]], resamples: int, seed: int) -> dict[str, Estimate]:
-    """Ratios of sums, with percentile bootstrap intervals over the questions."""
-    columns = np.array(list(ratios.values()), dtype=np.float64)  # [metric, question, numerator and denominator]
-    metrics, questions, _ = columns.shape
-    flat = columns.transpose(1, 0, 2).reshape(questions, 2 * metrics)
-    rng = np.random.default_rng(seed)
-    totals = np.empty((resamples, 2 * metrics))
-    for i in range(resamples):  # a row at a time: the matrix of all draws would not fit for a large split
-        totals[i] = np.bincount(rng.integers(questions, size=questions), minlength=questions) @ flat
-    values, draws = _ratio(flat.sum(axis=0)[None])[0], _ratio(totals)
-    estimates = {}
-    for i, name in enumerate(ratios):
-        drawn = draws[:, i][~np.isnan(draws[:, i])]
-        low, high = np.percentile(drawn, [2.5, 97.5]) if len(drawn) else (math.nan, math.nan)
-        defined = int((columns[i, :, 1] > 0).sum())
-        estimates[name] = Estimate(float(values[i]), float(low), float(high), defined)
-    return estimates
-
-
-def _ratio(sums: Floats) -> Floats:
-    """[rows, 2 × metrics] of alternating numerators and denominators → [rows, metrics]; nan where there is nothing."""
-    numerators, denominators = sums[:, 0::2], sums[:, 1::2]
-    return np.divide(numerators, denominators, out=np.full_like(numerators, np.nan), where=denominators > 0)
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

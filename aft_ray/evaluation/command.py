@@ -1,0 +1,86 @@
+"""What `aft-ray evaluate` does once its arguments are understood: answers, figures, files.
+
+Invariant: files of answers alone are measured without an engine, and without importing one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from aft_ray.config import ConfigError, EvaluationConfig, RunConfig
+from aft_ray.evaluation.generations import read_answered
+from aft_ray.evaluation.outcome import Evaluated, Outcome, work_out, write
+from aft_ray.evaluation.targets import Plan, Target
+from aft_ray.observe.reporter import Reporter, chatter_to
+
+
+def evaluate_targets(
+    plan: Plan, baseline: str | None, output: Path | None, plots: bool, log: Path
+) -> tuple[Outcome, str | None, list[Path]]:
+    """Measures all targets; returns the figures, a title for their table, and the files written, the JSON first."""
+    chosen = _baseline(plan.targets, baseline)
+    evaluation = plan.config.evaluation if plan.config else EvaluationConfig()
+    with chatter_to(log) as console, Reporter(None, console) as reporter:
+        # Files first: a malformed line is found before an engine has worked for an hour.
+        read = {target.label: _read(target, plan.config, reporter) for target in plan.targets if target.kind == "file"}
+        models = [target for target in plan.targets if target.kind == "model"]
+        if models:
+            from aft_ray.evaluation.standalone import ask_models
+
+            assert plan.config is not None, "models are planned with a config"
+            log_dir = next((target.run_dir for target in models if target.run_dir is not None), None)
+            read |= {one.label: one for one in ask_models(plan.config, models, reporter, log_dir)}
+        evaluated = [read[target.label] for target in plan.targets]
+        if len(evaluated) > 1 or plots:
+            reporter.say("working out the figures")
+        outcome = work_out(evaluated, chosen, evaluation.resamples, evaluation.seed)
+        path = output or _default_output(plan)
+        files = write(outcome, path, _facts(plan, bool(models)), plots)
+    title = f"{plan.config.data.task}, {evaluation.split}" if plan.config and models else None
+    return outcome, title, files
+
+
+def _read(target: Target, config: RunConfig | None, reporter: Reporter) -> Evaluated:
+    what = f"verifying {target.label}"
+    answered = read_answered(Path(target.source), config, lambda done, total: reporter.progress(what, done, total))
+    return Evaluated(target.label, target.source, answered, on_file=config is None)
+
+
+def _baseline(targets: Sequence[Target], given: str | None) -> str:
+    """The label of the baseline, which may be given as a label or as the target was."""
+    if given is None:
+        return targets[0].label
+    for target in targets:
+        place = target.run_dir.uri() if target.run_dir is not None else target.source
+        if given in (target.label, target.source, target.argument) or given.rstrip("/") == place.rstrip("/"):
+            return target.label
+    raise ConfigError(f"--baseline {given} is none of the targets; they are {', '.join(t.label for t in targets)}")
+
+
+def _default_output(plan: Plan) -> Path:
+    """A run's own evaluation lies in the run; everything else where the command is given."""
+    split = plan.config.evaluation.split if plan.config else "answers"
+    if len(plan.targets) > 1:
+        return Path(f"comparison-{split}.json")
+    (target,) = plan.targets
+    if target.run_dir is not None and target.run_dir.is_local:
+        return target.run_dir.local_path(target.run_dir.evaluation(f"{split}-{target.name}"))
+    # "answers" for a file: beside generations-X.jsonl an evaluation of it must not take the place of X.json.
+    return Path(f"{target.name}-{'answers' if target.kind == 'file' else split}.json")
+
+
+def _facts(plan: Plan, sampled: bool) -> dict[str, Any]:
+    """What is needed to make the evaluation again."""
+    if plan.config is None:
+        return {}
+    evaluation = plan.config.evaluation
+    if not sampled:
+        return {"task": plan.config.data.task}
+    return {
+        "task": plan.config.data.task,
+        "split": evaluation.split,
+        "temperature": evaluation.temperature,
+        "seed": evaluation.seed,
+    }

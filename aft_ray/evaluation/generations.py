@@ -1,0 +1,217 @@
+"""Answered questions as files: what an evaluation leaves behind, and what it takes from anywhere else.
+
+A line of a generations file is one question as JSON; `docs/evaluation.md` lists the fields. Invariant: what is written
+here reads back equal, and what is missing from a file stays unknown: it is never made up.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from aft_ray.config import ConfigError, RunConfig
+from aft_ray.evaluation.answers import Answered, Response, from_candidate
+from aft_ray.evaluation.bootstrap import finite
+from aft_ray.records import Candidate, Verdict, table_to_groups
+
+# A field of a response that a line may give for all of its responses at once.
+_LISTS = {"scores": "score", "logprobs": "logprobs", "verdicts": "verdict", "seeds": "seed"}
+_VERDICTS: dict[Any, Verdict] = {True: Verdict.RIGHT, False: Verdict.WRONG, None: Verdict.UNDECIDED} | {
+    verdict.value: verdict for verdict in Verdict
+}
+
+
+class _Malformed(ValueError):
+    """What is wrong with a line."""
+
+
+def generations_text(answered: Iterable[Answered]) -> str:
+    """The file: one line a question."""
+    return "".join(json.dumps(_row(question), ensure_ascii=False) + "\n" for question in answered)
+
+
+def _row(question: Answered) -> dict[str, Any]:
+    return {
+        "id": question.id,
+        "task": question.task,
+        "question": question.question,
+        "gold": question.gold,
+        "greedy": None if question.greedy is None else _response_row(question.greedy),
+        "responses": [_response_row(sample) for sample in question.samples],
+    }
+
+
+def _response_row(response: Response) -> dict[str, Any]:
+    return {
+        "text": response.text,
+        "answer": response.answer,
+        "verdict": response.verdict.value,
+        "score": None if response.score is None else finite(response.score),
+        "tokens": response.tokens,
+        "seed": response.seed,
+    }
+
+
+def read_answered(
+    path: Path, config: RunConfig | None, progress: Callable[[int, int], None] | None = None
+) -> list[Answered]:
+    """A generations file, a Parquet file of groups, or a directory of them.
+
+    config: names the task, which then extracts and verifies every answer anew; without it the file's answers and
+    verdicts are taken. Raises ConfigError, one sentence that names the line.
+    """
+    read = _read_groups(path) if path.is_dir() or path.suffix == ".parquet" else _read_lines(path, config is None)
+    if config is None:
+        return read
+    from aft_ray.tasks import build_task
+    from aft_ray.verify.label import label
+
+    task = build_task(config.data, config.seed)
+
+    def verified(response: Response, gold: str) -> Response:
+        if response.tokens == 0 or not response.text:
+            return response  # no response came, or the file has verdicts alone
+        labelled = label(task, Candidate([], 0.0, "", response.text), gold)
+        return replace(response, answer=labelled.answer, verdict=labelled.verdict)
+
+    anew = []
+    for done, question in enumerate(read, 1):
+        greedy = question.greedy and verified(question.greedy, question.gold)
+        samples = [verified(sample, question.gold) for sample in question.samples]
+        anew.append(replace(question, greedy=greedy, samples=samples))
+        if progress:
+            progress(done, len(read))
+    return anew
+
+
+def _read_groups(path: Path) -> list[Answered]:
+    """The training samples of a round; groups have no greedy response."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    answered: dict[str, Answered] = {}
+    for file in files:
+        try:
+            groups = table_to_groups(pq.read_table(file))
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise ConfigError(f"{file} cannot be read as a file of groups: {str(error).splitlines()[0]}") from error
+        for group in groups:
+            one, samples = group.question, [from_candidate(candidate) for candidate in group.candidates]
+            answered[one.id] = Answered(one.id, None, samples, one.task, one.text, one.gold)
+    if not any(question.samples for question in answered.values()):
+        raise ConfigError(f"{path} holds no group with samples; round 0 has none, give the groups of a later round")
+    return list(answered.values())
+
+
+def _read_lines(path: Path, verdicts_needed: bool) -> list[Answered]:
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines(): JSON may hold other line separators
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the generations file {path}: {error}") from error
+    answered: dict[str, Answered] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            question = _question(_object(line), verdicts_needed)
+            if question.id in answered:
+                raise _Malformed(f"the question {question.id!r} was answered by an earlier line already")
+        except _Malformed as error:
+            raise ConfigError(f"{path}, line {number}: {error}") from None
+        answered[question.id] = question
+    if not answered:
+        raise ConfigError(f"{path} has no line")
+    return list(answered.values())
+
+
+def _object(line: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise _Malformed(f"not JSON: {error.msg} at character {error.pos + 1}") from None
+    if not isinstance(value, dict):
+        raise _Malformed(f"a line must be an object of fields, not a {type(value).__name__}")
+    return value
+
+
+def _question(row: Mapping[str, Any], verdicts_needed: bool) -> Answered:
+    text = _text(row, "question") or ""
+    if row.get("id") is None and not text:
+        raise _Malformed("it has neither an id nor a question")
+    gold = row.get("gold", row.get("answer_key"))
+    if gold is None:
+        raise _Malformed("it has no gold answer (gold or answer_key)")
+    responses = row.get("responses", [])
+    if not isinstance(responses, list):
+        raise _Malformed("responses must be a list")
+    columns = {one: row[many] for many, one in _LISTS.items() if row.get(many) is not None}
+    for many, one in _LISTS.items():
+        if one in columns and (not isinstance(columns[one], list) or len(columns[one]) != len(responses)):
+            raise _Malformed(f"{many} must be a list as long as responses")
+    samples = []
+    for index, value in enumerate(responses):
+        fields = dict(value) if isinstance(value, dict) else {"text": value}
+        fields |= {name: values[index] for name, values in columns.items()}
+        samples.append(_response(fields, f"response {index + 1}", verdicts_needed))
+    greedy = row.get("greedy")
+    if greedy is not None:
+        fields = greedy if isinstance(greedy, dict) else {"text": greedy}
+        greedy = _response(fields, "the greedy response", verdicts_needed)
+    if greedy is None and not samples:
+        raise _Malformed("it has no responses and no greedy response")
+    id = str(row["id"]) if row.get("id") is not None else hashlib.sha256(text.encode()).hexdigest()[:16]
+    return Answered(id, greedy, samples, _text(row, "task") or "", text, str(gold))
+
+
+def _response(fields: Mapping[str, Any], name: str, verdict_needed: bool) -> Response:
+    text, answer = _text(fields, "text", name), fields.get("answer")
+    if text is None and "verdict" not in fields:
+        raise _Malformed(f"{name} has neither a text nor a verdict")
+    if "verdict" not in fields and verdict_needed:
+        raise _Malformed(f"{name} has no verdict; add --config CONFIG, whose task then verifies the answers")
+    verdict = fields.get("verdict")
+    if not isinstance(verdict, str | bool | None) or verdict not in _VERDICTS:
+        raise _Malformed(f"{name} has the verdict {verdict!r}; it must be right, wrong or undecided")
+    tokens = _number(fields, "tokens", name)
+    score = _number(fields, "score", name)
+    logprobs = fields.get("logprobs")
+    if logprobs is not None:
+        if not isinstance(logprobs, list) or not all(_is_number(value) for value in logprobs):
+            raise _Malformed(f"{name}: logprobs must be a list of numbers, one a token")
+        tokens = len(logprobs) if tokens is None else tokens
+        score = math.fsum(logprobs) / len(logprobs) if score is None and logprobs else score
+    if tokens == 0:
+        score = -math.inf
+    seed = _number(fields, "seed", name)
+    return Response(
+        _VERDICTS[verdict],
+        None if answer is None else str(answer),
+        score,
+        0 if seed is None else int(seed),
+        text or "",
+        None if tokens is None else int(tokens),
+    )
+
+
+def _text(fields: Mapping[str, Any], field: str, of: str = "it") -> str | None:
+    value = fields.get(field)
+    if value is not None and not isinstance(value, str):
+        raise _Malformed(f"{of}: {field} must be text, not {value!r:.40}")
+    return value
+
+
+def _number(fields: Mapping[str, Any], field: str, of: str) -> float | None:
+    value = fields.get(field)
+    if value is not None and not _is_number(value):
+        raise _Malformed(f"{of}: {field} must be a finite number, not {value!r:.40}")
+    return value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

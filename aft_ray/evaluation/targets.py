@@ -1,0 +1,139 @@
+"""What the arguments of `aft-ray evaluate` mean: runs, models, files of answers, and the config they are measured with.
+
+Invariant: all that can be wrong with an argument is found here, before any engine starts; and whatever is compared is
+asked the same questions, those of one config.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from aft_ray.config import ConfigError, ModelConfig, RunConfig, apply_override, load_config, parse_config
+from aft_ray.ledger import Ledger
+from aft_ray.run_dir import CONFIG, RunDir
+
+_OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)*=")
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One thing to measure.
+
+    source: a model directory or hub name, or for kind "file" the path of the file (or directory) of answers.
+    label: its column in tables.
+    name: its part in names of files.
+    argument: how it was named on the command line.
+    model: of a run, how its model is to be loaded and asked; None: as the common config says.
+    """
+
+    label: str
+    source: str
+    kind: Literal["model", "file"] = "model"
+    name: str = ""
+    argument: str = ""
+    model: ModelConfig | None = None
+    run_dir: RunDir | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All targets in their order, and the config that they share; None when there are only files and no config."""
+
+    targets: list[Target]
+    config: RunConfig | None
+
+
+def plan(arguments: Sequence[str], config_file: Path | None) -> Plan:
+    """Reads the command line: targets and `key.sub=value` overrides. Raises ConfigError, one sentence."""
+    overrides = [argument for argument in arguments if _OVERRIDE.match(argument) and not Path(argument).exists()]
+    named = [argument for argument in arguments if argument not in overrides]
+    if not named:
+        raise ConfigError(
+            "name what to evaluate: a run directory, RUN@VERSION, a model directory or a generations file"
+        )
+    runs = {argument: run for argument in named if (run := _run(argument)) is not None}
+    files = {argument for argument in named if argument not in runs and _is_file(argument)}
+    models = [argument for argument in named if argument not in runs and argument not in files]
+    config = None
+    if config_file is not None:
+        base = [f"model.name={models[0]}"] if models else []
+        config = load_config(config_file, [*base, *overrides])
+    elif runs:
+        config = _config_of(next(iter(runs.values()))[0], overrides)
+    elif models:
+        raise ConfigError(
+            f"{models[0]} is not a run directory, so --config must name the task: "
+            f"aft-ray evaluate {' '.join(named)} --config jobs/configs/gsm8k_smoke.yaml"
+        )
+    elif overrides:
+        raise ConfigError(f"{overrides[0]} changes a config, and there is none: give one with --config")
+    targets = []
+    for argument in named:
+        if argument in runs:
+            run_dir, version = runs[argument]
+            targets.append(_of_run(argument, run_dir, version, _config_of(run_dir, overrides)))
+        else:
+            path = Path(argument)
+            kind: Literal["model", "file"] = "file" if argument in files else "model"
+            label = path.name.removesuffix(path.suffix).removeprefix("generations-") if kind == "file" else path.name
+            targets.append(Target(label or argument, argument, kind, label, argument))
+    return Plan(_distinct(targets), config)
+
+
+def _run(argument: str) -> tuple[RunDir, int | None] | None:
+    """The run directory that an argument names, and which version of it; None when it names none."""
+    place, at, version = argument.rpartition("@")
+    if at and version.isdigit() and (run_dir := RunDir(place)).exists(CONFIG):
+        return run_dir, int(version)
+    run_dir = RunDir(argument)
+    return (run_dir, None) if run_dir.exists(CONFIG) else None
+
+
+def _is_file(argument: str) -> bool:
+    path = Path(argument)
+    if path.suffix in {".jsonl", ".parquet"}:
+        if not path.exists():
+            raise ConfigError(f"there is no file {argument}")
+        return path.is_file()
+    return path.is_dir() and not (path / "config.json").exists() and any(path.glob("*.parquet"))
+
+
+def _config_of(run_dir: RunDir, overrides: Sequence[str]) -> RunConfig:
+    tree: dict[str, Any] = yaml.safe_load(run_dir.read_bytes(CONFIG))
+    for override in overrides:
+        apply_override(tree, override)
+    return parse_config(tree)
+
+
+def _of_run(argument: str, run_dir: RunDir, version: int | None, config: RunConfig) -> Target:
+    """The model that a run published as `version`; None: the last."""
+    trained = Ledger(run_dir).trained_rounds()
+    if version is None:
+        if not trained:
+            raise ConfigError(f"{run_dir.uri()} has no trained round yet; wait for one, or evaluate a model directory")
+        version = trained[-1]
+    if version == 0 and not config.vft.epochs:
+        source = config.model.name
+    elif version in trained:
+        source = str(run_dir.fetch_directory(run_dir.model(version)))
+    else:
+        known = ", ".join(map(str, trained)) or "none"
+        raise ConfigError(f"{run_dir.uri()} has no version {version}; it has published: {known}")
+    label = f"{run_dir.uri().rpartition('/')[2]}@{version}"
+    return Target(label, source, "model", str(version), argument, config.model, run_dir)
+
+
+def _distinct(targets: Sequence[Target]) -> list[Target]:
+    """Targets with labels that differ: an argument in full where the short names are the same."""
+    arguments = Counter(target.argument for target in targets)
+    if max(arguments.values()) > 1:
+        raise ConfigError(f"{arguments.most_common(1)[0][0]} is named twice; name each target once")
+    labels = Counter(target.label for target in targets)
+    return [replace(target, label=target.argument) if labels[target.label] > 1 else target for target in targets]

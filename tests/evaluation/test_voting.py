@@ -1,0 +1,108 @@
+import itertools
+import math
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aft_ray.evaluation.answers import Response
+from aft_ray.evaluation.curves import subsets
+from aft_ray.evaluation.metrics import normalise
+from aft_ray.evaluation.voting import ballot, best, majority, weighted_vote
+from aft_ray.records import Verdict
+
+RIGHT, WRONG, UNDECIDED = Verdict.RIGHT, Verdict.WRONG, Verdict.UNDECIDED
+VERDICTS = {"4": RIGHT, "5": WRONG, "6": WRONG, "7": UNDECIDED, None: UNDECIDED}
+SAMPLES = st.builds(
+    lambda answer, score: Response(VERDICTS[answer], answer, score),
+    st.sampled_from([*VERDICTS]),
+    st.sampled_from([-2.0, -1.5, -1.0, -0.5, -0.25]),
+)
+
+
+def one(rule, samples, canonical=normalise) -> bool:
+    (outcome,) = rule(ballot(samples, canonical), np.arange(len(samples))[None])
+    return bool(outcome)
+
+
+def slow(samples, weights) -> bool:
+    """The first answer that no later one beats."""
+    winner = None
+    for answer in dict.fromkeys(s.answer for s in samples if s.answer is not None):
+        if winner is None or weights(samples, answer) > weights(samples, winner):
+            winner = answer
+    return winner == "4"
+
+
+def count_then_score(samples, answer):
+    of = [s.score for s in samples if s.answer == answer]
+    return len(of), sum(of)
+
+
+def sum_of_probabilities(samples, answer):
+    return round(math.fsum(math.exp(s.score) for s in samples if s.answer == answer), 12)
+
+
+def slow_best(samples) -> bool:
+    chosen = samples[0]
+    for sample in samples:
+        if sample.score > chosen.score:
+            chosen = sample
+    return chosen.right
+
+
+@settings(deadline=None)
+@given(st.lists(SAMPLES, min_size=1, max_size=6), st.data())
+def test_every_subset_votes_as_slow_loops_say(samples, data):
+    n = data.draw(st.integers(1, len(samples)))
+    every = list(itertools.combinations(range(len(samples)), n))
+    cast, chosen = ballot(samples, str), np.array(every)
+    for subset, by_count, by_weight, by_score in zip(
+        every, majority(cast, chosen), weighted_vote(cast, chosen), best(cast, chosen), strict=True
+    ):
+        drawn = [samples[i] for i in subset]
+        assert by_count == slow(drawn, count_then_score)
+        assert by_weight == slow(drawn, sum_of_probabilities)
+        assert by_score == slow_best(drawn)
+
+
+def test_a_majority_tie_goes_to_the_larger_summed_score_then_to_the_first():
+    def right(score):
+        return Response(RIGHT, "4", score)
+
+    def wrong(score):
+        return Response(WRONG, "5", score)
+
+    assert one(majority, [wrong(-1.0), right(-0.5)])
+    assert not one(majority, [wrong(-0.5), right(-1.0)])
+    assert not one(majority, [wrong(-1.0), right(-1.0)])
+    assert one(majority, [right(-1.0), wrong(-1.0)])
+    # Without scores, to the first at once.
+    assert not one(majority, [wrong(None), right(None)])
+
+
+def test_answers_that_are_the_same_vote_together():
+    samples = [Response(RIGHT, "1,000.0", -1.0), Response(RIGHT, "$1000", -1.0)]
+    samples += [Response(WRONG, "5", -0.1), Response(WRONG, "6", -0.1)]
+    assert one(majority, samples)
+    assert not one(majority, samples, str)
+
+
+def test_a_response_that_never_came_neither_votes_nor_is_chosen():
+    lost = Response(UNDECIDED, None, -math.inf, 0, "", 0)
+    right = Response(RIGHT, "4", -3.0)
+    for rule in (majority, weighted_vote, best):
+        assert one(rule, [lost, lost, right])
+        assert not one(rule, [lost])
+
+
+def test_subsets_are_all_there_are_or_a_seeded_draw_of_distinct_samples():
+    assert subsets(4, 2).tolist() == [list(pair) for pair in itertools.combinations(range(4), 2)]
+    assert subsets(6, 6).tolist() == [[0, 1, 2, 3, 4, 5]]
+    drawn = subsets(32, 8)
+    assert drawn.shape == (64, 8)
+    assert (np.diff(drawn, axis=1) > 0).all()
+    assert drawn.min() >= 0
+    assert drawn.max() < 32
+    assert (drawn == subsets(32, 8)).all()
+    assert (drawn != subsets(32, 8, seed=1)).any()
