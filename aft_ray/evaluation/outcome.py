@@ -58,11 +58,9 @@ class Outcome:
 
 
 def work_out(evaluated: Sequence[Evaluated], baseline: str | None, resamples: int, seed: int) -> Outcome:
-    """All figures. baseline: a label; None: the first model's. Raises ConfigError when there is no such model."""
-    labels = [model.label for model in evaluated]
-    baseline = labels[0] if baseline is None else baseline
-    if baseline not in labels:
-        raise ConfigError(f"--baseline {baseline} is none of the models; they are {', '.join(labels)}")
+    """All figures. baseline: a label; None: the first model's. Raises ConfigError when models have no question in
+    common."""
+    baseline = evaluated[0].label if baseline is None else baseline
     # A model without samples has greedy figures alone; it does not take the others' samples away.
     k = min(filter(None, (smallest_k(model.answered) for model in evaluated)), default=0)
     answers = {model.label: model.answered for model in evaluated}

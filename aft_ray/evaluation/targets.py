@@ -63,8 +63,8 @@ def plan(arguments: Sequence[str], config_file: Path | None) -> Plan:
     models = [argument for argument in named if argument not in runs and argument not in files]
     config = None
     if config_file is not None:
-        base = [f"model.name={models[0]}"] if models else []
-        config = load_config(config_file, [*base, *overrides])
+        # A config needs a model and answers on file need none, so that any name will do for them.
+        config = load_config(config_file, [f"model.name={(models or named)[0]}", *overrides])
     elif runs:
         config = _config_of(next(iter(runs.values()))[0], overrides)
     elif models:
@@ -80,10 +80,10 @@ def plan(arguments: Sequence[str], config_file: Path | None) -> Plan:
             run_dir, version = runs[argument]
             targets.append(_of_run(argument, run_dir, version, _config_of(run_dir, overrides)))
         else:
-            path = Path(argument)
             kind: Literal["model", "file"] = "file" if argument in files else "model"
-            label = path.name.removesuffix(path.suffix).removeprefix("generations-") if kind == "file" else path.name
-            targets.append(Target(label or argument, argument, kind, label, argument))
+            path = Path(argument)
+            label = path.stem.removeprefix("generations-") if kind == "file" else path.name or path.resolve().name
+            targets.append(Target(label, argument, kind, label, argument))
     return Plan(_distinct(targets), config)
 
 

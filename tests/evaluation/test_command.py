@@ -73,7 +73,9 @@ def here(tmp_path):
     """A directory with the answers of two models and the config of a task."""
     for name, right in (("vft", 3), ("aft", 7)):
         (tmp_path / f"generations-{name}.jsonl").write_text(generations_text(answers(right)))
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tiny_tree(tmp_path / "run", tmp_path / "model")))
+    tree = tiny_tree(tmp_path / "run", tmp_path / "model")
+    del tree["model"]["name"]
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
     return tmp_path
 
 

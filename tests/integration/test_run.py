@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from aft_ray import rounds
 from aft_ray.board import start_board
 from aft_ray.config import parse_config
+from aft_ray.evaluation.generations import read_answered
+from aft_ray.evaluation.metrics import Result, measure
 from aft_ray.ledger import Ledger
 from aft_ray.observe.reporter import Reporter
 from aft_ray.observe.summary import read_events, state_lines
@@ -129,6 +131,11 @@ def test_each_validation_is_written_down(overlapped):
             RunDir(overlapped.run_dir).read_bytes(f"evaluations/validation-{version:04d}.json").decode()
         )
         assert (record["version"], record["parked"]) == (version, 0)
+        answers = RunDir(overlapped.run_dir).local_path(f"evaluations/generations-validation-{version:04d}.jsonl")
+        again = measure(read_answered(answers, overlapped), resamples=overlapped.evaluation.resamples)
+        assert again.to_json() == Result.from_json(record).to_json()
+        (event,) = (event for event in events(overlapped, "evaluated") if event["version"] == version)
+        assert event["greedy"] == again.estimates["greedy"].value
 
 
 def test_each_published_model_loads_anywhere_and_scores_as_the_trainer_said(overlapped):
