@@ -38,7 +38,7 @@ def evaluate_targets(
         outcome = work_out(evaluated, chosen, evaluation.resamples, evaluation.seed)
         path = output or _default_output(plan)
         files = write(outcome, path, _facts(plan, bool(models)), plots)
-    title = f"{plan.config.data.task}, {evaluation.split}" if plan.config and models else None
+    title = f"{', '.join(plan.config.task_configs)}, {evaluation.split}" if plan.config and models else None
     return outcome, title, files
 
 
@@ -76,10 +76,11 @@ def _facts(plan: Plan, sampled: bool) -> dict[str, Any]:
     if plan.config is None:
         return {}
     evaluation = plan.config.evaluation
+    task = ", ".join(plan.config.task_configs)
     if not sampled:
-        return {"task": plan.config.data.task}
+        return {"task": task}
     return {
-        "task": plan.config.data.task,
+        "task": task,
         "split": evaluation.split,
         "temperature": evaluation.temperature,
         "seed": evaluation.seed,

@@ -9,16 +9,21 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aft_ray.config import ConfigError, RunConfig
 from aft_ray.evaluation.answers import Answered, Response, from_candidate
 from aft_ray.evaluation.bootstrap import finite
-from aft_ray.records import Candidate, Verdict, table_to_groups
+from aft_ray.records import Verdict, table_to_groups
 
+if TYPE_CHECKING:
+    from aft_ray.tasks import Task
+    from aft_ray.verify.outcome import Outcome
+
+_QUESTIONS_AT_ONCE = 500  # between two signs of progress of verification
 # A field of a response that a line may give for all of its responses at once.
 _LISTS = {"scores": "score", "logprobs": "logprobs", "verdicts": "verdict", "seeds": "seed"}
 _VERDICTS: dict[Any, Verdict] = {True: Verdict.RIGHT, False: Verdict.WRONG, None: Verdict.UNDECIDED} | {
@@ -68,24 +73,53 @@ def read_answered(
     read = _read_groups(path) if path.is_dir() or path.suffix == ".parquet" else _read_lines(path, config is None)
     if config is None:
         return read
-    from aft_ray.tasks import build_task
-    from aft_ray.verify.label import label
+    return _verified(read, config, str(path), progress or (lambda done, total: None))
 
-    task = build_task(config.data, config.seed)
 
-    def verified(response: Response, gold: str) -> Response:
-        if response.tokens == 0 or not response.text:
-            return response  # no response came, or the file has verdicts alone
-        labelled = label(task, Candidate([], 0.0, "", response.text), gold)
-        return replace(response, answer=labelled.answer, verdict=labelled.verdict)
+def _verified(
+    read: list[Answered], config: RunConfig, file: str, progress: Callable[[int, int], None]
+) -> list[Answered]:
+    """The same responses with answers and verdicts of the config's tasks."""
+    from aft_ray.tasks import build_tasks
+    from aft_ray.verify.pool import Item, shared_verifier
 
-    anew = []
-    for done, question in enumerate(read, 1):
-        greedy = question.greedy and verified(question.greedy, question.gold)
-        samples = [verified(sample, question.gold) for sample in question.samples]
-        anew.append(replace(question, greedy=greedy, samples=samples))
-        if progress:
-            progress(done, len(read))
+    tasks = build_tasks(config)
+
+    def task_of(question: Answered) -> Task:
+        if len(tasks) == 1:
+            return next(iter(tasks.values()))  # whatever a file from elsewhere calls it
+        if question.task not in tasks:
+            raise ConfigError(
+                f"{file}: the question {question.id!r} is of the task {question.task!r}, and the config has "
+                f"{', '.join(tasks)}; name the task in the line, or give a config of one task"
+            )
+        return tasks[question.task]
+
+    def readable(response: Response) -> bool:
+        return bool(response.text) and response.tokens != 0  # else no response came, or the file has verdicts alone
+
+    anew: list[Answered] = []
+    for start in range(0, len(read), _QUESTIONS_AT_ONCE):
+        some = read[start : start + _QUESTIONS_AT_ONCE]
+        all_responses = [(q, r) for q in some for r in ([q.greedy] if q.greedy else []) + list(q.samples)]
+        items = [Item(task_of(q), r.text, q.gold) for q, r in all_responses if readable(r)]
+        outcomes = iter(shared_verifier().verify(items))
+
+        def labelled(response: Response, outcomes: Iterator[Outcome] = outcomes) -> Response:
+            if not readable(response):
+                return response
+            outcome = next(outcomes)
+            return replace(response, answer=outcome.answer, verdict=outcome.verdict)
+
+        anew += [
+            replace(
+                question,
+                greedy=question.greedy and labelled(question.greedy),
+                samples=[labelled(sample) for sample in question.samples],
+            )
+            for question in some
+        ]
+        progress(len(anew), len(read))
     return anew
 
 
