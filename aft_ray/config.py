@@ -91,10 +91,15 @@ class JudgeConfig(Section):
     api_key_env: str | None = Field(None, description="environment variable that holds the API key; none: no key")
     ratings: int = Field(3, ge=1, le=16, description="ratings a candidate gets; their mean is its reward")
     temperature: float = Field(1.0, ge=0, le=5, description="of the judge's sampling")
+    seed: Natural | None = Field(
+        0, description="of a candidate's first rating, one more for each other; none: not sent"
+    )
+    guided: bool = Field(False, description="have the endpoint hold replies to the form; vLLM and a few others can")
     max_tokens: Positive = Field(512, description="longest reply of the judge")
     concurrency: Positive = Field(16, description="requests in flight at once")
     timeout_s: Seconds = Field(120, description="deadline of one request, seconds")
     attempts: Positive = Field(5, description="times a request is sent before the round fails")
+    cache: str | None = Field(None, description="SQLite file of the replies; none: judge.sqlite in the run directory")
     max_unparsable: float = Field(0.1, ge=0, le=1, description="share of replies without a rating that is tolerated")
 
 
@@ -269,6 +274,13 @@ class RunConfig(Section):
             raise ConfigError(
                 f"sampling.max_tokens ({self.sampling.max_tokens}) leaves no room for a prompt in "
                 f"model.max_length ({self.model.max_length}); lower the first or raise the second"
+            )
+        if self.feedback.kind == "steps" and self.data.task != "arithmetic":
+            raise ConfigError(f"feedback.kind=steps grades data.task=arithmetic alone, not {self.data.task}")
+        if self.feedback.kind != "binary" and self.objective.name == "rft":
+            raise ConfigError(
+                f"objective.name=rft trains on right samples, which feedback.kind={self.feedback.kind} does not tell; "
+                "take feedback.kind=binary"
             )
         if self.vft.epochs == 0 and self.rounds.count == 0:
             raise ConfigError("vft.epochs=0 and rounds.count=0 leave nothing to train")
