@@ -179,7 +179,7 @@ class _Batch:
                 self._replies[ask.key] = await self._reply(ask)
             except JudgeFailed as error:
                 self._failure = self._failure or error
-                self._endpoint.halted = True
+                self._endpoint.halt()
 
     async def _reply(self, ask: _Ask) -> Reply:
         if reply := self._cache.get(ask.key):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import threading
 import time
 from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
@@ -21,6 +22,7 @@ from tenacity import (
     RetryCallState,
     retry_if_exception,
     stop_after_attempt,
+    stop_when_event_set,
     wait_exponential_jitter,
 )
 
@@ -42,8 +44,7 @@ class Refused(RuntimeError):
 class Endpoint:
     """An OpenAI-compatible endpoint; an asynchronous context manager of one event loop.
 
-    calls, retries: requests for replies sent, and those of them that repeat a failed one. `halted`, set by the caller:
-    nothing is sent again any more.
+    calls, retries: requests for replies sent, and those of them that repeat a failed one.
     """
 
     def __init__(self, config: JudgeConfig) -> None:
@@ -61,7 +62,7 @@ class Endpoint:
         self._client = AsyncOpenAI(base_url=config.url, api_key=api_key, max_retries=0, timeout=config.timeout_s)
         self.calls = 0
         self.retries = 0
-        self.halted = False
+        self._halted = threading.Event()
 
     async def __aenter__(self) -> Self:
         return self
@@ -70,6 +71,10 @@ class Endpoint:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self._client.close()
+
+    def halt(self) -> None:
+        """From now on no failed request is sent again."""
+        self._halted.set()
 
     async def models(self, attempts: int) -> list[str]:
         """The names of the models there, at least one. Raises JudgeFailed."""
@@ -94,7 +99,7 @@ class Endpoint:
             return await AsyncRetrying(
                 retry=retry_if_exception(_passing),
                 wait=_wait,
-                stop=stop_after_attempt(self._config.attempts) | (lambda _: self.halted),
+                stop=stop_after_attempt(self._config.attempts) | stop_when_event_set(self._halted),
                 before_sleep=self._count_retry,
                 reraise=True,
             )(self._send, request)
