@@ -115,7 +115,9 @@ class Endpoint:
         async with asyncio.timeout(self._config.timeout_s):
             completion = await self._client.chat.completions.create(**request)
         usage = completion.usage
-        if not completion.choices:  # as when a filter stopped the judge
+        if (
+            len(completion.choices) == 0
+        ):  # as when a filter stopped the judge; an answer of another kind has none at all
             return Reply("", True, usage.prompt_tokens if usage else 0, 0)
         choice = completion.choices[0]
         return Reply(
