@@ -15,7 +15,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-_BUSY_S = 60.0  # how long a process waits for another one's commit; a commit takes milliseconds
+from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random
+
+_BUSY_S = 60.0  # how long a process waits for others; what they do takes milliseconds
 _TABLE = """
 CREATE TABLE IF NOT EXISTS replies (
     request TEXT PRIMARY KEY, text TEXT NOT NULL, complete INTEGER NOT NULL,
@@ -52,11 +54,10 @@ class JudgeCache:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._connection = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None)
-            self._connection.execute("PRAGMA journal_mode=WAL")
-            self._connection.execute("PRAGMA synchronous=FULL")
-            self._connection.execute(_TABLE)
         except (OSError, sqlite3.Error) as error:
             raise self._broken(error) from error
+        for statement in ("PRAGMA journal_mode=WAL", "PRAGMA synchronous=FULL", _TABLE):
+            self._execute(statement)
 
     def __enter__(self) -> Self:
         return self
@@ -67,25 +68,36 @@ class JudgeCache:
         self._connection.close()
 
     def get(self, key: str) -> Reply | None:
-        try:
-            row = self._connection.execute(
-                "SELECT text, complete, prompt_tokens, completion_tokens FROM replies WHERE request = ?", (key,)
-            ).fetchone()
-        except sqlite3.Error as error:
-            raise self._broken(error) from error
-        return Reply(row[0], bool(row[1]), row[2], row[3]) if row else None
+        rows = self._execute(
+            "SELECT text, complete, prompt_tokens, completion_tokens FROM replies WHERE request = ?", key
+        )
+        return next((Reply(text, bool(complete), asked, said) for text, complete, asked, said in rows), None)
 
     def put(self, key: str, reply: Reply) -> Reply:
         """Keeps a reply durably; returns the one that stands there: another process may have been faster."""
         row = (key, reply.text, reply.complete, reply.prompt_tokens, reply.completion_tokens)
+        self._execute("INSERT OR IGNORE INTO replies VALUES (?, ?, ?, ?, ?)", *row)
+        return self.get(key) or reply
+
+    def _execute(self, statement: str, *values: str | int) -> list[Any]:
+        # While another process opens or closes the file, SQLite says "busy" at once, whatever its own timeout.
+        patient = Retrying(
+            retry=retry_if_exception(_is_busy),
+            stop=stop_after_delay(_BUSY_S),
+            wait=wait_random(0.01, 0.1),
+            reraise=True,
+        )
         try:
-            self._connection.execute("INSERT OR IGNORE INTO replies VALUES (?, ?, ?, ?, ?)", row)
+            return patient(lambda: self._connection.execute(statement, values).fetchall())
         except sqlite3.Error as error:
             raise self._broken(error) from error
-        return self.get(key) or reply
 
     def _broken(self, error: Exception) -> CacheBroken:
         return CacheBroken(
             f"the judge's cache {self._path} cannot be used ({error}); make room or mend its permissions, or move the "
             "file away to pay for its replies again"
         )
+
+
+def _is_busy(error: BaseException) -> bool:
+    return isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY

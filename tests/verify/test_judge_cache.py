@@ -2,8 +2,10 @@
 
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -68,6 +70,20 @@ def test_several_processes_write_at_once_and_agree(tmp_path):
             winner = cache.get(f"shared-{index}").text
             assert all(said[name][2 * index + 1] == winner for name in writers)
             assert all(cache.get(f"{name}-{index}").text == name for name in writers)
+
+
+@pytest.mark.parametrize("begin", ["BEGIN", "BEGIN IMMEDIATE", "BEGIN EXCLUSIVE"])
+def test_opening_waits_for_another_process_that_is_making_the_file(tmp_path, begin):
+    path = tmp_path / "judge.sqlite"
+    other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    other.execute("CREATE TABLE other (x)")
+    other.execute(begin)
+    other.execute("SELECT * FROM other").fetchall()
+    release = threading.Timer(0.5, other.close)
+    release.start()
+    with JudgeCache(path) as cache:
+        assert cache.put("a", REPLY) == REPLY
+    release.join()
 
 
 def test_a_cache_that_cannot_be_used_is_one_sentence(tmp_path):
