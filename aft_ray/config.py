@@ -275,13 +275,6 @@ class RunConfig(Section):
                 f"sampling.max_tokens ({self.sampling.max_tokens}) leaves no room for a prompt in "
                 f"model.max_length ({self.model.max_length}); lower the first or raise the second"
             )
-        if self.feedback.kind == "steps" and self.data.task != "arithmetic":
-            raise ConfigError(f"feedback.kind=steps grades data.task=arithmetic alone, not {self.data.task}")
-        if self.feedback.kind != "binary" and self.objective.name == "rft":
-            raise ConfigError(
-                f"objective.name=rft trains on right samples, which feedback.kind={self.feedback.kind} does not tell; "
-                "take feedback.kind=binary"
-            )
         if self.vft.epochs == 0 and self.rounds.count == 0:
             raise ConfigError("vft.epochs=0 and rounds.count=0 leave nothing to train")
         if self.training.workers > self.training.groups_per_step:

@@ -31,6 +31,7 @@ from aft_ray.preflight import check_model
 from aft_ray.questions import count_by_task, load_tokenizer, prepare, questions_of_round, round_shares
 from aft_ray.records import Group
 from aft_ray.run_dir import CONFIG, EVALUATIONS, LOGS, RunDir
+from aft_ray.sampling.judging import RemoteJudge, check_judge, start_judge
 from aft_ray.sampling.pool import SamplerPool, last_line
 from aft_ray.sampling.stream import Tally, sample_round, tally
 from aft_ray.training.worker import WorkerConfig, first_round, fit
@@ -51,6 +52,7 @@ class Conductor:
     reporter: Reporter
     board: Any
     pool: SamplerPool | None  # none when the run neither samples nor evaluates
+    judge: RemoteJudge | None
     questions: list[Group]
     validation: list[Group]
 
@@ -117,7 +119,9 @@ class Conductor:
         what = f"round {number} sampling with version {publication.version}"
         try:
             for written in (
-                sample_round(self.config, self.samplers, publication, groups, self.run_dir) if groups else ()
+                sample_round(self.config, self.samplers, publication, groups, self.run_dir, self.judge)
+                if groups
+                else ()
             ):
                 if written.file is not None:
                     self.ledger.commit(written.file)
@@ -140,6 +144,10 @@ class Conductor:
         if total.groups < len(wanted):  # the rest was sampled before this run was resumed
             total = tally(self.ledger.read_groups(number))
         stats = _stats(total, seconds, waited, speed)
+        if self.judge is not None:
+            counts = self.judge.counts()
+            self.reporter.event("judged", round=number, **asdict(counts))
+            self.reporter.say(f"round {number}: {counts.line()}")
         closed = self.ledger.complete_sampling(number, publication.version, stats)
         self.reporter.event(
             "sampled",
@@ -249,6 +257,8 @@ def run(config: RunConfig, reporter: Reporter) -> bool:
         if first_round(config, ledger) > last and not evaluation_due(config, run_dir, last):
             return False
         check_model(config)
+        if config.samples:
+            check_judge(config.feedback, run_dir)
         tokenizer = load_tokenizer(config)
         training = prepare(config, "train", tokenizer)
         counts = count_by_task(training.groups)
@@ -289,7 +299,8 @@ def _run_on_cluster(
             try:
                 if pool is not None and first_round(config, ledger) > 0:
                     pool.wait_ready()
-                Conductor(config, run_dir, ledger, reporter, the_board, pool, questions, validation).conduct()
+                judge = start_judge(config.feedback, run_dir) if config.samples else None
+                Conductor(config, run_dir, ledger, reporter, the_board, pool, judge, questions, validation).conduct()
             except BoardFailed as error:
                 # Training failed: what Ray Train raised says more than the board does.
                 raise RunFailed(str(failures[0]) if failures else str(error)) from error

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from aft_ray.config import ArithmeticConfig, DataConfig, ModelConfig, RunConfig, TrainingConfig, parse_config
-from aft_ray.records import Candidate, Group, Verdict
+from aft_ray.records import Group, Verdict
 
 # Tokens: the model's context, and the longest response.
 LENGTH, MAX_TOKENS = 160, 56
@@ -121,6 +121,9 @@ class Laboratory:
         if path.exists():
             record: dict[str, Any] = json.loads(path.read_text())
             return record
+        from aft_ray.config import FeedbackConfig
+        from aft_ray.verify.feedback import reward_groups
+
         started = time.monotonic()
         trained: dict[str, Any] = {}
         start = self._vft_model(experiment.seed)
@@ -128,7 +131,8 @@ class Laboratory:
             model = start
             if experiment.objective is not None:
                 model = Path(scratch) / "model"
-                groups = [reward(group, experiment.feedback) for group in self._read_groups(experiment.seed)]
+                feedback = FeedbackConfig.model_validate({"kind": experiment.feedback})
+                groups = reward_groups(self._read_groups(experiment.seed), feedback, None)
                 trained = self._train(
                     start, groups, experiment.objective, dict(experiment.options), experiment.seed, model
                 )
@@ -251,47 +255,46 @@ class Laboratory:
     def _answer(self, questions: Sequence[Group], k: int, temperature: float, purpose: str) -> list[Group]:
         from aft_ray.sampling.engine import Prompt, SamplingSpec
         from aft_ray.sampling.stream import question_seed
-        from aft_ray.tasks import build_task
-        from aft_ray.verify.label import label
+        from aft_ray.tasks import build_tasks
+        from aft_ray.verify.label import label_groups
+        from aft_ray.verify.pool import shared_verifier
 
         how = SamplingSpec(k, temperature, 1.0, MAX_TOKENS)
         futures = [
             self._engine.sample(Prompt(g.prompt_token_ids, question_seed(0, purpose, g.question.id)), how)
             for g in questions
         ]
-        task = build_task(self._config(0, Path()).data, 0)
         tokenizer = _tokenizer()
-
-        def labelled(candidate: Candidate, gold: str) -> Candidate:
-            return label(
-                task, replace(candidate, text=tokenizer.decode(candidate.token_ids, skip_special_tokens=True)), gold
-            )
-
-        return [
-            replace(group, candidates=[labelled(candidate, group.question.gold) for candidate in future.result()])
-            for group, future in zip(questions, futures, strict=True)
-        ]
+        answered = []
+        for group, future in zip(questions, futures, strict=True):
+            texts = [(one, tokenizer.decode(one.token_ids, skip_special_tokens=True)) for one in future.result()]
+            answered.append(replace(group, candidates=[replace(one, text=text) for one, text in texts]))
+        return label_groups(answered, build_tasks(self._config(0, Path())), shared_verifier())
 
     def _measure(self, seed: int) -> dict[str, Any]:
         """The metrics on unseen questions, the same for every experiment; which questions were right, one by one."""
-        from aft_ray.evaluation.metrics import Answered, Sample, measure
+        from aft_ray.evaluation.answers import Answered, from_candidate
+        from aft_ray.evaluation.metrics import measure
         from aft_ray.questions import prepare
 
         questions = prepare(self._config(seed, self._vft_model(seed)), "test", _tokenizer()).groups
         greedy = self._answer(questions, 1, 0.0, "greedy")
         some = questions[: self.settings.sampled_questions]
         samples = {
-            group.question.id: [Sample(c.verdict is Verdict.RIGHT, c.answer, c.score) for c in group.candidates]
+            group.question.id: [from_candidate(candidate) for candidate in group.candidates]
             for group in self._answer(some, self.settings.evaluation_k, 1.0, "samples")
         }
         answered = [
-            Answered(g.question.id, g.candidates[0].verdict is Verdict.RIGHT, samples.get(g.question.id, ()))
-            for g in greedy
+            Answered(g.question.id, from_candidate(g.candidates[0]), samples.get(g.question.id, ())) for g in greedy
         ]
         return {
             "result": measure(answered, seed=0).to_json(),
-            "greedy_right": "".join("1" if a.greedy else "0" for a in answered),
-            "samples": [[[s.verdict, s.answer, round(s.score, 5)] for s in a.samples] for a in answered if a.samples],
+            "greedy_right": "".join("1" if g.candidates[0].verdict is Verdict.RIGHT else "0" for g in greedy),
+            "samples": [
+                [[one.verdict is Verdict.RIGHT, one.answer, round(one.score, 5)] for one in question.samples]
+                for question in answered
+                if question.samples
+            ],
         }
 
 
@@ -345,17 +348,6 @@ def _prepare(seed: int) -> None:
 def _run(experiment: Experiment) -> dict[str, Any]:
     assert _laboratory is not None
     return _laboratory.run(experiment)
-
-
-def reward(group: Group, feedback: str) -> Group:
-    """The group with the rewards of a kind of feedback; its candidates and verdicts stay."""
-    if feedback == "binary":
-        return group
-    from aft_ray.tasks.arithmetic_steps import grade_steps
-
-    text = group.question.text
-    graded = [replace(c, reward=grade_steps(text, c.text, c.verdict is Verdict.RIGHT)) for c in group.candidates]
-    return replace(group, candidates=graded)
 
 
 def _tokenizer() -> Any:

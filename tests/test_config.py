@@ -124,8 +124,6 @@ def test_a_missing_key_is_named_with_the_way_to_set_it(tmp_path):
         (["data.task=custom", "data.custom.train=train"], ["data.path"]),
         (["data.task=custom", "data.path=/some/where"], ["data.custom.train"]),
         (["feedback.kind=judge"], ["feedback.judge.url"]),
-        (["feedback.kind=steps", "data.task=gsm8k"], ["data.task=arithmetic", "gsm8k"]),
-        (["feedback.kind=steps", "objective.name=rft"], ["objective.name=rft", "feedback.kind=binary"]),
     ],
 )
 def test_a_combination_that_cannot_be_run_is_refused(file, overrides, words):

@@ -25,9 +25,11 @@ from aft_ray.ledger import GroupFile, Parked, write_group_file
 from aft_ray.records import GROUP_SCHEMA, Candidate, Group, Verdict, groups_to_table, table_to_groups
 from aft_ray.run_dir import RunDir
 from aft_ray.sampling.engine import Prompt, SamplingSpec
+from aft_ray.sampling.judging import RemoteJudge
 from aft_ray.sampling.pool import SamplerPool
 from aft_ray.sampling.sampler import Refused, WrongVersion
 from aft_ray.tasks import build_tasks
+from aft_ray.verify.feedback import reward_groups
 from aft_ray.verify.label import label_groups
 from aft_ray.verify.pool import shared_verifier
 from aft_ray.weights.publication import Publication, PublicationFailed
@@ -98,7 +100,12 @@ def question_seed(seed: int, purpose: str, question_id: str) -> int:
 
 
 def sample_round(
-    config: RunConfig, pool: SamplerPool, publication: Publication | None, unanswered: Sequence[Group], run_dir: RunDir
+    config: RunConfig,
+    pool: SamplerPool,
+    publication: Publication | None,
+    unanswered: Sequence[Group],
+    run_dir: RunDir,
+    judge: RemoteJudge | None,
 ) -> Iterator[Written]:
     """Samples, labels and writes groups; yields each file as it becomes durable, for the ledger to commit."""
     round_number = unanswered[0].round
@@ -107,7 +114,7 @@ def sample_round(
         _label_and_write,
         batch_size=config.sampling.groups_per_file,
         batch_format="pyarrow",
-        fn_kwargs={"config": config, "run_dir": run_dir, "round_number": round_number},
+        fn_kwargs={"config": config, "run_dir": run_dir, "round_number": round_number, "judge": judge},
         num_cpus=0.5,
     )
     for row in written.iter_rows():
@@ -278,7 +285,9 @@ def _split(batch: pa.Table) -> tuple[list[Group], list[str | None]]:
     return groups, batch.column("parked").to_pylist()
 
 
-def _label_and_write(batch: pa.Table, config: RunConfig, run_dir: RunDir, round_number: int) -> pa.Table:
+def _label_and_write(
+    batch: pa.Table, config: RunConfig, run_dir: RunDir, round_number: int, judge: RemoteJudge | None
+) -> pa.Table:
     groups, reasons = _split(batch)
     answered, parked = [], []
     for group, reason, attempts in zip(groups, reasons, batch.column("attempts").to_pylist(), strict=True):
@@ -287,6 +296,7 @@ def _label_and_write(batch: pa.Table, config: RunConfig, run_dir: RunDir, round_
         else:
             parked.append(Parked(round_number, group.question.id, reason, attempts))
     labelled = label_groups(answered, build_tasks(config), shared_verifier())
+    labelled = reward_groups(labelled, config.feedback, judge)
     file = write_group_file(run_dir, labelled) if labelled else None
     return pa.table({"written": pa.array([_to_row(Written(file, tuple(parked), tally(labelled)))])})
 

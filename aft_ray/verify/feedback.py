@@ -7,17 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from aft_ray.config import FeedbackConfig
 from aft_ray.records import Candidate, Group, Verdict
 from aft_ray.tasks.arithmetic_steps import grade_steps
 
 if TYPE_CHECKING:
-    from aft_ray.verify.judge import Judge
+    from aft_ray.verify.judge import JudgeItem, Rating
 
 
-def reward_groups(groups: Sequence[Group], feedback: FeedbackConfig, judge: Judge | None) -> list[Group]:
+class Rater(Protocol):
+    """A `Judge`, or whatever asks one."""
+
+    def rate(self, items: Sequence[JudgeItem]) -> list[Rating]: ...
+
+
+def reward_groups(groups: Sequence[Group], feedback: FeedbackConfig, judge: Rater | None) -> list[Group]:
     """Labelled groups with the rewards of `feedback.kind`; `judge` is needed for that kind only.
 
     binary: as they are. steps: `grade_steps`, 0 to 1. judge: the mean rating, 1 to 10; a candidate that got none is
@@ -42,7 +48,7 @@ def _graded(group: Group) -> Group:
     return replace(group, candidates=[grade(candidate) for candidate in group.candidates])
 
 
-def _judged(groups: Sequence[Group], judge: Judge) -> list[Group]:
+def _judged(groups: Sequence[Group], judge: Rater) -> list[Group]:
     from aft_ray.verify.judge import JudgeItem  # imports the client library, which other kinds do without
 
     items = [

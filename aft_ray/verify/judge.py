@@ -67,6 +67,13 @@ class JudgeCounts:
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
+    def line(self) -> str:
+        """What is worth telling a person."""
+        odd = {"retried": self.retries, "unparsable": self.unparsable, "refused": self.refused}
+        told = "".join(f", {count} {name}" for name, count in odd.items() if count)
+        tokens = self.prompt_tokens + self.completion_tokens
+        return f"the judge was asked {self.calls} times ({tokens:,} tokens), {self.hits} ratings were known{told}"
+
     def __add__(self, other: JudgeCounts) -> JudgeCounts:
         return JudgeCounts(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
 
