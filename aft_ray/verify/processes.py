@@ -15,7 +15,7 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess, set_sp
 
 # It ends when the last process that holds its other end does: with its parent and the parent's workers.
 _server = forkserver.ForkServer()
-_server.set_forkserver_preload(["aft_ray.verify.pool", "aft_ray.tasks.base", "math_verify"])
+_server.set_forkserver_preload(["aft_ray.verify.preload"])
 
 
 class _Popen(popen_forkserver.Popen):
