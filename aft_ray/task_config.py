@@ -51,6 +51,9 @@ class CustomConfig(Section):
     reference: str = Field("answer", description="column of the reference response")
     gold: str | None = Field(None, description="column of the gold answer; none: read off the reference")
     id: str | None = Field(None, description="column of a unique id; none: split and row number")
+    compare: Literal["number", "option", "yes_no", "math", "text"] = Field(
+        "number", description="what answers are; math: LaTeX expressions, by math-verify"
+    )
 
 
 class MmluConfig(Section):

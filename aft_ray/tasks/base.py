@@ -10,8 +10,10 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
 from aft_ray.config import ConfigError
-from aft_ray.records import Question, Verdict
-from aft_ray.verify.numbers import compare, extract_after_marker
+from aft_ray.records import Question
+from aft_ray.verify.compare import Kind, compare
+from aft_ray.verify.numbers import extract_after_marker
+from aft_ray.verify.outcome import Outcome
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -37,17 +39,18 @@ class Task(Protocol):
     def extract(self, text: str) -> str | None:
         """The final answer that a response gives, None when it gives none."""
 
-    def same(self, answer: str | None, gold: str) -> Verdict:
+    def same(self, answer: str | None, gold: str) -> Outcome:
         """Whether an extracted answer is the gold one."""
 
 
 class MarkedTask:
-    """The part that tasks share whose responses end in a marker and the answer."""
+    """The part that tasks share whose responses end in a marker and the answer, which is compared as `kind` says."""
 
-    def __init__(self, name: str, prompt: str, marker: str) -> None:
+    def __init__(self, name: str, prompt: str, marker: str, kind: Kind = "number") -> None:
         self.name = name
         self._prompt = prompt
         self.marker = marker
+        self._kind = kind
 
     def prompt(self, question: Question) -> str:
         return self._prompt.replace("{question}", question.text)
@@ -55,8 +58,8 @@ class MarkedTask:
     def extract(self, text: str) -> str | None:
         return extract_after_marker(text, self.marker)
 
-    def same(self, answer: str | None, gold: str) -> Verdict:
-        return compare(answer, gold)
+    def same(self, answer: str | None, gold: str) -> Outcome:
+        return compare(self._kind, answer, gold)
 
 
 def dataset(rows: Sequence[Question], origin: str) -> Dataset:

@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from aft_ray.config import ConfigError, DataConfig
-from aft_ray.records import Question, Verdict
+from aft_ray.records import Question
 from aft_ray.tasks.base import MarkedTask
+from aft_ray.verify.markup import shown
 from aft_ray.verify.numbers import extract_after_marker
 from aft_ray.verify.options import extract_option
+from aft_ray.verify.outcome import Outcome, decided, undecided
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +59,11 @@ class ChoiceTask(MarkedTask):
         option = extract_option(after, self.letters) if after else None
         return option or extract_option(text, self.letters) or after
 
-    def same(self, answer: str | None, gold: str) -> Verdict:
+    def same(self, answer: str | None, gold: str) -> Outcome:
         """No answer is wrong; one that is no letter of an option is undecided."""
-        if answer is None:
-            return Verdict.WRONG
-        if len(answer) != 1 or answer not in self.letters:
-            return Verdict.UNDECIDED
-        return Verdict.RIGHT if answer == gold else Verdict.WRONG
+        if answer is None or (len(answer) == 1 and answer in self.letters):
+            return decided(answer == gold, answer)
+        return undecided(f"{shown(answer)} names no option from {self.letters[0]} to {self.letters[-1]}", answer)
 
     def problem(
         self, identity: str, stem: str, options: Sequence[str], gold: str, reasoning: str, where: str

@@ -26,7 +26,7 @@ class CustomTask(MarkedTask):
     """See the module. `seed` draws the validation split where the data has none."""
 
     def __init__(self, data: DataConfig, seed: int, name: str) -> None:
-        super().__init__(name, data.prompt or "Question: {question}\nAnswer:", data.answer_marker)
+        super().__init__(name, data.prompt or "Question: {question}\nAnswer:", data.answer_marker, data.custom.compare)
         self._columns = data.custom
         self._path = data.path or ""
         self._seed = seed

@@ -27,7 +27,7 @@ Kind = Literal["number", "option", "yes_no", "math", "text"]
 def compare(kind: Kind, answer: str | None, gold: str) -> Outcome:
     """Whether `answer` states what `gold` states, read as `kind`. Never raises.
 
-    number: see `numbers.compare`. option: a letter in any usual spelling. yes_no: also true and false. math: numbers,
+    number: see `compare_numbers`. option: a letter in any usual spelling. yes_no: also true and false. math: numbers,
     else expressions, through math_verify. text: the same words, whatever their case and spacing.
     """
     try:

@@ -10,7 +10,6 @@ import re
 from fractions import Fraction
 from typing import NamedTuple
 
-from aft_ray.records import Verdict
 from aft_ray.verify.markup import MAX_ANSWER_LENGTH, plain, shown, unwrap
 from aft_ray.verify.outcome import Outcome, decided, undecided
 
@@ -95,20 +94,6 @@ def read_quantity(text: str) -> Quantity | None:
     return Quantity(value, _UNITS.get(words[0] if words else "", _UNITS.get((match["currency"] or "").lower(), "")))
 
 
-def compare(answer: str | None, gold: str) -> Verdict:
-    """Whether `answer` states what `gold` states.
-
-    No answer is wrong: the model did not answer. A gold answer that is empty or too long to read is undecided.
-    Two integers must be equal; otherwise numbers may differ by a relative 1e-6. A percent sign on one side only
-    matches the number with or without the division by 100. A gold answer that is no number is compared as text,
-    ignoring case, spaces and a final full stop.
-    """
-    try:
-        return compare_numbers(answer, gold).verdict
-    except Exception:
-        return Verdict.UNDECIDED
-
-
 def extract_after_marker(text: str, marker: str) -> str | None:
     """What follows the last `marker` on its line, stripped; None without a marker or with nothing after it."""
     _, found, after = text.rpartition(marker)
@@ -116,7 +101,13 @@ def extract_after_marker(text: str, marker: str) -> str | None:
 
 
 def compare_numbers(answer: str | None, gold: str) -> Outcome:
-    """As `compare`, with the reason; raises on what is no text. Numbers in two different units are undecided."""
+    """Whether `answer` states what `gold` states.
+
+    No answer is wrong: the model did not answer. A gold answer that is empty or too long to read is undecided.
+    Two integers must be equal; otherwise numbers may differ by a relative 1e-6. A percent sign on one side only
+    matches the number with or without the division by 100. Numbers in two different units are undecided. A gold answer
+    that is no number is compared as text, ignoring case, spaces and a final full stop.
+    """
     if not gold.strip() or len(gold) > MAX_ANSWER_LENGTH:
         return undecided("the gold answer is empty or too long", answer)
     if answer is None or not answer.strip():

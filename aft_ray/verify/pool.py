@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,7 +25,7 @@ from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 from aft_ray.records import Verdict
 from aft_ray.verify.compare import failure
-from aft_ray.verify.markup import MAX_ANSWER_LENGTH, shown
+from aft_ray.verify.markup import MAX_ANSWER_LENGTH
 from aft_ray.verify.outcome import Outcome, undecided
 from aft_ray.verify.processes import LightContext
 
@@ -43,7 +43,7 @@ class Reader(Protocol):
 
     def extract(self, text: str) -> str | None: ...
 
-    def same(self, answer: str | None, gold: str) -> Verdict | Outcome: ...
+    def same(self, answer: str | None, gold: str) -> Outcome: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,11 +197,6 @@ def _verify_one(item: Item) -> Outcome:
             raise TypeError(f"extract gave a {type(answer).__name__} instead of a text")
         said = item.task.same(answer, item.gold)
         answer = answer if answer is None or len(answer) <= MAX_ANSWER_LENGTH else answer[:MAX_ANSWER_LENGTH] + "…"
-        if isinstance(said, Outcome):
-            return replace(said, answer=answer)
-        verdict = Verdict(said)
+        return Outcome(Verdict(said.verdict), answer, said.reason)
     except BaseException as error:  # SystemExit of a task must not end the caller's process
         return undecided(failure(error), answer if isinstance(answer, str) else None)
-    if verdict is Verdict.UNDECIDED:
-        return undecided(f"cannot tell whether {shown(str(answer))} is {shown(item.gold)}", answer)
-    return Outcome(verdict, answer)

@@ -32,7 +32,7 @@ def assert_sound(task: Task, found: dict[str, list[Question]], letters: str) -> 
             shown = [line[1] for line in question.text.splitlines() if line[:1] == "(" and line[2:3] == ")"]
             assert "".join(shown).endswith(letters)
             assert question.gold in letters
-            assert task.same(task.extract(question.reference), question.gold) is Verdict.RIGHT
+            assert task.same(task.extract(question.reference), question.gold).verdict is Verdict.RIGHT
     stems = {split: {stem(question) for question in questions} for split, questions in found.items()}
     for one, other in (("train", "test"), ("train", "validation"), ("validation", "test")):
         assert stems[one].isdisjoint(stems[other])

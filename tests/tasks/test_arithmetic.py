@@ -48,7 +48,7 @@ def test_references_are_true_chains_that_end_in_the_gold_answer() -> None:
             assert str(result) in NUMBER.findall(step)[:2]  # each step goes on from the one before
         assert int(answer) == results[-1] == int(question.gold)
         assert max(results) <= CONFIG.max_value
-        assert task.same(task.extract(question.reference), question.gold) is Verdict.RIGHT
+        assert task.same(task.extract(question.reference), question.gold).verdict is Verdict.RIGHT
 
 
 def test_every_number_of_a_calculation_stands_in_the_question() -> None:

@@ -39,11 +39,11 @@ def test_options_stand_one_a_line_behind_their_letters(task):
 )
 def test_a_letter_is_read_by_the_marker_else_from_the_words(task, text, answer, verdict):
     assert task.extract(text) == answer
-    assert task.same(task.extract(text), "B") is verdict
+    assert task.same(task.extract(text), "B").verdict is verdict
 
 
 def test_what_names_two_options_is_not_called_wrong(task):
-    assert task.same(task.extract("#### A or B"), "B") is Verdict.UNDECIDED
+    assert task.same(task.extract("#### A or B"), "B").verdict is Verdict.UNDECIDED
 
 
 def test_a_marker_of_ones_own(tmp_path, task):

@@ -25,7 +25,7 @@ def test_every_reference_verifies_and_has_no_calculator_marks(gsm8k_path: Path) 
         for question in load_split(task, split, None, 0):  # type: ignore[arg-type]
             assert "<<" not in question.reference
             assert "####" not in question.reference
-            assert task.same(task.extract(question.reference), question.gold) is Verdict.RIGHT
+            assert task.same(task.extract(question.reference), question.gold).verdict is Verdict.RIGHT
 
 
 def test_the_usual_prompt_and_our_own(tmp_path: Path) -> None:

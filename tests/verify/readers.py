@@ -6,7 +6,6 @@ import sys
 import time
 from pathlib import Path
 
-from aft_ray.records import Verdict
 from aft_ray.verify.compare import Kind, compare
 from aft_ray.verify.outcome import Outcome
 
@@ -66,16 +65,6 @@ class Misbehaving(As):
 
     def gives_a_number(self) -> int:
         return 12
-
-
-class Unsure(As):
-    """`same` knows verdicts only."""
-
-    def __init__(self) -> None:
-        super().__init__("number")
-
-    def same(self, answer: str | None, gold: str) -> Verdict:  # type: ignore[override]
-        return Verdict.UNDECIDED
 
 
 class Process(As):

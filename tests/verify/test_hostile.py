@@ -10,7 +10,7 @@ from readers import As
 
 from aft_ray.config import DataConfig
 from aft_ray.records import Verdict
-from aft_ray.tasks.arithmetic import ArithmeticTask
+from aft_ray.tasks import build_task
 from aft_ray.verify.options import extract_option
 from aft_ray.verify.pool import Item, Verifier
 
@@ -96,7 +96,7 @@ def test_none_is_right_and_all_are_answered_in_bounded_time(verifier: Verifier) 
 
 
 def test_none_is_right_as_a_response_to_a_task(verifier: Verifier) -> None:
-    task = ArithmeticTask(DataConfig())
+    task = build_task(DataConfig(), 0)
     outcomes = verifier.verify([Item(task, text, "12") for text in HOSTILE.values()])
     assert Verdict.RIGHT not in {outcome.verdict for outcome in outcomes}
 

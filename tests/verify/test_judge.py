@@ -87,7 +87,7 @@ def test_nothing_is_asked_twice(server, build):
     again = build()
     assert again.rate([*items(6)])[:5] == ratings
     assert len(server.requests) == 18
-    assert (again.counts.hits, again.counts.calls) == (15, 3)
+    assert (again.counts.hits, again.counts.calls - again.counts.retries) == (15, 3)
     assert again.rate([]) == []
     # what decides a reply is another request; where the endpoint is does not
     build(temperature=0.7, ratings=1).rate(items(5))
@@ -95,7 +95,8 @@ def test_nothing_is_asked_twice(server, build):
     with judge_server() as elsewhere:
         build(url=elsewhere.url).rate(items(6))
         assert not elsewhere.requests
-    assert (first.counts + again.counts).calls == 18
+    both = first.counts + again.counts
+    assert both.calls - both.retries == 18  # a busy machine may drop a connection
 
 
 def test_threads_that_want_the_same_ask_once(server, build):

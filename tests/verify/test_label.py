@@ -5,7 +5,7 @@ from readers import Misbehaving
 
 from aft_ray.config import DataConfig
 from aft_ray.records import Candidate, Group, Question, Verdict
-from aft_ray.tasks.arithmetic import ArithmeticTask
+from aft_ray.tasks import build_task
 from aft_ray.verify.label import label_groups
 from aft_ray.verify.pool import shared_verifier
 
@@ -22,7 +22,7 @@ def test_labels_every_group_by_its_task() -> None:
         group("arithmetic", "7", []),
         group("other", "3", ["3", "raises"]),
     ]
-    tasks = {"arithmetic": ArithmeticTask(DataConfig()), "other": Misbehaving()}
+    tasks = {"arithmetic": build_task(DataConfig(), 0), "other": Misbehaving()}
     labelled = label_groups(groups, tasks, shared_verifier())  # type: ignore[arg-type]
     found = [[(c.answer, c.verdict, c.reward) for c in one.candidates] for one in labelled]
     assert found == [

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aft_ray.records import Verdict
-from aft_ray.verify.numbers import compare, extract_after_marker, read_number
+from aft_ray.verify.compare import compare
+from aft_ray.verify.numbers import extract_after_marker, read_number
 
 READ = [
     ("18", 18),
@@ -116,7 +117,7 @@ def test_does_not_guess(text: str) -> None:
     ],
 )
 def test_compares(answer: str | None, gold: str, verdict: Verdict) -> None:
-    assert compare(answer, gold) is verdict
+    assert compare("number", answer, gold).verdict is verdict
 
 
 @pytest.mark.parametrize("piece", ["1", "1,", "1 ", "-", "$", "(", "\\boxed{", "1/", "\\frac{", "a", " ", "."])
@@ -124,15 +125,15 @@ def test_a_megabyte_is_undecided_at_once(piece: str) -> None:
     long = piece * (1_000_000 // len(piece)) + "1"
     started = time.process_time()
     assert read_number(long) is None
-    assert compare(long, "1") is Verdict.UNDECIDED
-    assert compare("1", long) is Verdict.UNDECIDED
+    assert compare("number", long, "1").verdict is Verdict.UNDECIDED
+    assert compare("number", "1", long).verdict is Verdict.UNDECIDED
     for _ in range(20):  # the longest that is read, in shapes that make careless patterns backtrack
         read_number((piece * 1000)[:999] + "!")
     assert time.process_time() - started < 1
 
 
 def test_a_failure_inside_is_undecided() -> None:
-    assert compare(12, "12") is Verdict.UNDECIDED  # type: ignore[arg-type]
+    assert compare("number", 12, "12").verdict is Verdict.UNDECIDED  # type: ignore[arg-type]
 
 
 @settings(deadline=None)
@@ -146,8 +147,8 @@ def test_every_way_to_write_an_integer_is_right(number: int) -> None:
         f"{number} apples",
         f"\\boxed{{{number:,}}}",
     ):
-        assert compare(text, str(number)) is Verdict.RIGHT
-        assert compare(text, str(number + 1)) is Verdict.WRONG
+        assert compare("number", text, str(number)).verdict is Verdict.RIGHT
+        assert compare("number", text, str(number + 1)).verdict is Verdict.WRONG
 
 
 @settings(deadline=None)
@@ -165,7 +166,7 @@ def test_any_text_gets_a_verdict(answer: str, gold: str) -> None:
 @settings(deadline=None)
 @given(st.text(min_size=1, max_size=30))
 def test_a_text_is_never_wrong_against_itself(text: str) -> None:
-    assert compare(text, text) is not Verdict.WRONG
+    assert compare("number", text, text).verdict is not Verdict.WRONG
 
 
 @pytest.mark.parametrize(

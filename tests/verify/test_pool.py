@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from readers import As, Misbehaving, Process, Unsure
+from readers import As, Misbehaving, Process
 
 from aft_ray.records import Verdict
 from aft_ray.verify.pool import MAX_TEXT_LENGTH, Item, Verifier, shared_verifier
@@ -84,11 +84,6 @@ def test_a_response_that_is_too_long_is_not_even_sent(verifier: Verifier) -> Non
     )
     assert (long.verdict, long.reason) == (Verdict.UNDECIDED, "the response has 100001 characters")
     assert gold.verdict is Verdict.UNDECIDED
-
-
-def test_a_verdict_without_a_reason_gets_one(verifier: Verifier) -> None:
-    (outcome,) = verifier.verify([Item(Unsure(), "12", "13")])
-    assert (outcome.verdict, outcome.reason) == (Verdict.UNDECIDED, "cannot tell whether '12' is '13'")
 
 
 def test_many_threads_share_it(verifier: Verifier) -> None:
