@@ -165,9 +165,10 @@ def user_errors() -> tuple[type[BaseException], ...]:
     from aft_ray.rounds import RunFailed
     from aft_ray.run_dir import RunDirError
     from aft_ray.sampling.pool import SamplersFailed
+    from aft_ray.verify.judge import JudgeFailed
     from aft_ray.weights.publication import PublicationFailed
 
-    return (RunFailed, RunDirError, SamplersFailed, PublicationFailed, BoardFailed)
+    return (RunFailed, RunDirError, SamplersFailed, PublicationFailed, BoardFailed, JudgeFailed)
 
 
 def main(arguments: list[str] | None = None) -> None:

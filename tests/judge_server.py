@@ -101,7 +101,10 @@ def judge_server() -> Iterator[JudgeServer]:
         def log_message(self, format: str, *args: object) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
+    class Server(ThreadingHTTPServer):
+        request_queue_size = 128  # with the default of 5 a busy machine drops connections
+
+    with Server(("127.0.0.1", 0), Handler) as http:
         server.url = f"http://127.0.0.1:{http.server_port}/v1"
         thread = threading.Thread(target=http.serve_forever, args=(0.05,), daemon=True)
         thread.start()

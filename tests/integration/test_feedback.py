@@ -1,0 +1,103 @@
+"""Runs whose rewards are graded: by the steps of a chain of thought, and by a judge behind an endpoint."""
+
+import hashlib
+from io import StringIO
+
+import pytest
+from judge_server import Answer, judge_server, rated, refusal
+from rich.console import Console
+from tiny import tiny_config
+
+from aft_ray import rounds
+from aft_ray.ledger import Ledger
+from aft_ray.observe.reporter import Reporter
+from aft_ray.observe.summary import read_events
+from aft_ray.records import Verdict
+from aft_ray.rounds import RunFailed
+from aft_ray.run_dir import RunDir
+from aft_ray.tasks.arithmetic_steps import grade_steps
+from aft_ray.verify.judge import JudgeFailed
+
+pytestmark = [pytest.mark.usefixtures("ray_here"), pytest.mark.timeout(900)]
+
+# So small that an almost untrained model gets some of them right.
+SUMS = {"min_steps": 1, "max_steps": 1, "operations": "+", "max_operand": 5, "distractors": 0, "train_size": 200}
+
+
+def run(config) -> None:
+    with Reporter(RunDir(config.run_dir), Console(file=StringIO())) as reporter:
+        rounds.run(config, reporter)
+
+
+def tiny_run(place, model, **sections):
+    return tiny_config(
+        place,
+        model,
+        data={"train_limit": 24, "arithmetic": SUMS},
+        vft={"epochs": 8, "learning_rate": 3e-3},
+        **sections,
+    )
+
+
+def candidates(config):
+    groups = Ledger(RunDir(config.run_dir)).read_groups(1)
+    assert len(groups) == 24
+    return [(group, candidate) for group in groups for candidate in group.candidates]
+
+
+@pytest.mark.parametrize("objective", ["pro", "grpo"])
+def test_steps_grade_what_a_round_trains_on(objective, tiny_model, tmp_path):
+    config = tiny_run(tmp_path / "run", tiny_model, feedback={"kind": "steps"}, objective={"name": objective})
+    run(config)
+    rewards = set()
+    for group, candidate in candidates(config):
+        if candidate.verdict is not Verdict.UNDECIDED:
+            right = candidate.verdict is Verdict.RIGHT
+            assert candidate.reward == grade_steps(group.question.text, candidate.text, right)
+            rewards.add(candidate.reward)
+    assert len(rewards) > 1
+    (trained,) = [e for e in read_events(RunDir(config.run_dir)) if e["event"] == "trained" and e["round"] == 1]
+    assert trained["alignment_loss"] != 0
+
+
+def by_content(number: int, request: dict) -> Answer:
+    """A rating that depends on the prompt and the seed alone, so that it can be foretold."""
+    text = request["messages"][0]["content"] + str(request["seed"])
+    return rated(1 + int(hashlib.sha256(text.encode()).hexdigest(), 16) % 10)
+
+
+def test_a_judge_rates_a_round_and_is_paid_once(tiny_model, tmp_path):
+    with judge_server() as server:
+        server.answer = by_content
+        judge = {"url": server.url, "ratings": 2, "concurrency": 4}
+        first = tiny_run(tmp_path / "first", tiny_model, feedback={"kind": "judge", "judge": judge})
+        run(first)
+        asked = len(server.requests)
+        judged = [event for event in read_events(RunDir(first.run_dir)) if event["event"] == "judged"]
+        assert [event["calls"] - event["retries"] for event in judged] == [asked]
+        decided = [c for _, c in candidates(first) if c.verdict is not Verdict.UNDECIDED]
+        assert 0 < asked <= 2 * len(decided)
+        assert {c.reward % 0.5 for c in decided} == {0}
+        assert len({c.reward for c in decided}) > 4
+
+        judge["cache"] = str(tmp_path / "first" / "judge.sqlite")
+        again = tiny_run(tmp_path / "again", tiny_model, feedback={"kind": "judge", "judge": judge})
+        run(again)
+        assert len(server.requests) == asked
+        assert [c.reward for _, c in candidates(again)] == [c.reward for _, c in candidates(first)]
+
+
+def test_a_judge_that_refuses_ends_the_run_with_a_sentence(tiny_model, tmp_path):
+    with judge_server() as server:
+        config = tiny_run(tmp_path / "run", tiny_model, feedback={"kind": "judge", "judge": {"url": server.url}})
+        server.models_answer = refusal(401)
+        with pytest.raises(JudgeFailed, match="401"):
+            run(config)
+        assert not Ledger(RunDir(config.run_dir)).trained_rounds()
+        server.models_answer = None
+        server.answer = lambda number, request: refusal(401)
+        with pytest.raises(RunFailed, match=r"sampling of round 1 failed.*401.*start the same command again"):
+            run(config)
+        server.answer = by_content
+        run(config)
+        assert Ledger(RunDir(config.run_dir)).trained_rounds() == [0, 1]
