@@ -98,15 +98,14 @@ def rows(records: Sequence[Mapping[str, Any]], kind: str) -> dict[str, list[Mapp
 
 
 def table(chosen: Records, k: int) -> list[str]:
-    """All metrics as mean ± standard deviation over the seeds, and the task accuracy's difference to VFT's."""
-    lines = [
-        "| objective | " + " | ".join(title.format(k=k) for title in COLUMNS.values()) + " | accuracy − vft |",
-        "|---|" + "---:|" * (len(COLUMNS) + 1),
-    ]
+    """All metrics as mean ± standard deviation over the seeds, and the task accuracy's difference to both baselines."""
+    baselines = [name for name in ("start", "vft") if name in chosen]
+    titles = [*(title.format(k=k) for title in COLUMNS.values()), *(f"accuracy − `{name}`" for name in baselines)]
+    lines = ["| objective | " + " | ".join(titles) + " |", "|---|" + "---:|" * len(titles)]
     for name, of_seeds in chosen.items():
         cells = [spread(column.format(k=k), of_seeds) for column in COLUMNS]
-        against = "" if name == "vft" or "vft" not in chosen else difference(of_seeds, chosen["vft"])
-        lines.append(f"| `{name}` | " + " | ".join([*cells, against]) + " |")
+        cells += ["" if name == base else difference(of_seeds, chosen[base]) for base in baselines]
+        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
     return lines
 
 
@@ -114,8 +113,9 @@ def paper_table(chosen: Records) -> list[str]:
     """The paper's table: each family without a constraint → with it."""
     lines = ["| | task accuracy | assessment | perplexity |", "|---|---:|---:|---:|"]
     columns = ("greedy", "assessment", "perplexity")
-    if "vft" in chosen:
-        lines.append("| VFT | " + " | ".join(mean(column, chosen["vft"]) for column in columns) + " |")
+    for name, title in (("start", "VFT (`start`)"), ("vft", "VFT, as many steps more (`vft`)")):
+        if name in chosen:
+            lines.append(f"| {title} | " + " | ".join(mean(column, chosen[name]) for column in columns) + " |")
     for family, plain, twins in FAMILIES:
         for twin in twins:
             if plain in chosen and twin in chosen:
