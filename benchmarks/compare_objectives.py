@@ -32,6 +32,8 @@ FAMILIES = (
     ("AFT", "align", ("aft_detached", "aft_detached_lowest", "aft_boundary")),
 )
 OTHERS = ("dpo", "irpo", "dpop", "grpo")
+CONSTRAINED = {twin for _, _, twins in FAMILIES for twin in twins}
+ORDER = ("start", "vft", "rft", *(name for _, plain, twins in FAMILIES for name in (plain, *twins)), *OTHERS)
 COLUMNS = {
     "greedy": "task accuracy",
     "maj@{k}": "maj@{k}",
@@ -93,8 +95,7 @@ def rows(records: Sequence[Mapping[str, Any]], kind: str) -> dict[str, list[Mapp
         shared = record["objective"] in (None, "vft", "rft")
         if shared or record["feedback"] == kind:
             chosen.setdefault(record["objective"] or "start", []).append(record)
-    order = ["start", "vft", "rft", *(n for _, plain, twins in FAMILIES for n in (plain, *twins)), *OTHERS]
-    return {name: chosen[name] for name in order if name in chosen}
+    return {name: chosen[name] for name in ORDER if name in chosen}
 
 
 def table(chosen: Records, k: int) -> list[str]:
@@ -165,23 +166,27 @@ def right(record: Mapping[str, Any]) -> Any:
 
 
 def pictures(place: Path, by_feedback: Mapping[str, Records]) -> None:
-    """trade-off.svg: what ranking gains in assessment and costs in accuracy. scores.svg: right and wrong scores."""
+    """overview: what each objective does to three metrics. scores: how right and wrong samples are scored."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(by_feedback), figsize=(6.4 * len(by_feedback), 5.2), squeeze=False, sharey=True)
-    for axis, (kind, chosen) in zip(axes[0], by_feedback.items(), strict=True):
-        trade_off(axis, chosen)
-        axis.set_title(f"feedback: {kind}")
-    axes[0][0].set_ylabel("task accuracy, greedy, %")
+    names = [name for name in ORDER if any(name in chosen for chosen in by_feedback.values())]
+    panels = {"greedy": "task accuracy, greedy, %", "assessment": "assessment accuracy, %", "perplexity": "perplexity"}
+    figure, axes = plt.subplots(1, 3, figsize=(12, 0.42 * len(names) + 1.2), sharey=True)
+    for axis, (metric, title) in zip(axes, panels.items(), strict=True):
+        overview(axis, metric, names, by_feedback)
+        axis.set_title(title, fontsize=10)
+    axes[0].set_yticks(range(len(names)), names)
+    axes[0].invert_yaxis()
+    axes[0].legend(frameon=False, fontsize=8, loc="lower left")
     figure.tight_layout()
-    save(figure, place / "trade-off")
+    save(figure, place / "overview")
 
     kind, chosen = next(iter(by_feedback.items()))
     shown = [name for name in ("start", "vft", "align", "aft_detached", "aft_boundary") if name in chosen]
-    figure, axes = plt.subplots(len(shown), 1, figsize=(6.4, 1.7 * len(shown)), sharex=True, squeeze=False)
+    figure, axes = plt.subplots(len(shown), 1, figsize=(6.4, 1.5 * len(shown)), sharex=True, squeeze=False)
     for axis, name in zip(axes[:, 0], shown, strict=True):
         histogram(axis, name, chosen[name])
     axes[0][0].legend(frameon=False)
@@ -190,43 +195,25 @@ def pictures(place: Path, by_feedback: Mapping[str, Records]) -> None:
     save(figure, place / "scores")
 
 
-def trade_off(axis: Any, chosen: Records) -> None:
-    """A point an objective with the standard deviation over seeds, an arrow from each to its constrained twins."""
-    groups = {
-        "no constraint": [plain for _, plain, _ in FAMILIES],
-        "AFT's constraint": [twin for _, _, twins in FAMILIES for twin in twins],
-        "against the sampler": list(OTHERS),
-        "no ranking": ["start", "vft", "rft"],
-    }
-    colours = dict(zip(groups, ("#d55e00", "#0072b2", "#009e73", "#555555"), strict=True))
-    markers = dict(zip(groups, "vosD", strict=True))
-    for group, names in groups.items():
-        for name in (n for n in names if n in chosen):
-            x, y = (values(metric, chosen[name]) for metric in ("assessment", "greedy"))
-            if not x:
+def overview(axis: Any, metric: str, names: Sequence[str], by_feedback: Mapping[str, Records]) -> None:
+    """One row an objective: the mean over the seeds with its standard deviation, and each seed as a dot."""
+    styles = (("o", "#0072b2", -0.14), ("s", "#d55e00", 0.14))
+    for (kind, chosen), (marker, colour, shift) in zip(by_feedback.items(), styles, strict=False):
+        first = True
+        for row, name in enumerate(names):
+            known = values(metric, chosen.get(name, ()))
+            if not known:
                 continue
-            spreads = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in (x, y)]
-            at = statistics.mean(x), statistics.mean(y)
-            axis.errorbar(
-                *at, xerr=spreads[0], yerr=spreads[1], fmt=markers[group], color=colours[group], elinewidth=0.6, ms=6
-            )
-            axis.annotate(name, at, xytext=(6, 4), textcoords="offset points", fontsize=8, color=colours[group])
-    for _, plain, twins in FAMILIES:
-        for twin in twins:
-            if all(n in chosen and values("assessment", chosen[n]) for n in (plain, twin)):
-                ends = [
-                    tuple(statistics.mean(values(metric, chosen[n])) for metric in ("assessment", "greedy"))
-                    for n in (twin, plain)
-                ]
-                axis.annotate("", ends[0], ends[1], arrowprops={"arrowstyle": "->", "color": "#bbbbbb", "lw": 0.8})
-    handles = [
-        axis.plot([], [], markers[group], color=colours[group], label=group)[0]
-        for group, names in groups.items()
-        if any(n in chosen for n in names)
-    ]
-    axis.legend(handles=handles, frameon=False, fontsize=8, loc="best")
-    axis.set_xlabel("assessment accuracy, %")
-    axis.grid(alpha=0.25)
+            at, deviation = statistics.mean(known), statistics.stdev(known) if len(known) > 1 else 0.0
+            label = f"feedback: {kind}" if first else None
+            axis.errorbar(at, row + shift, xerr=deviation, fmt=marker, color=colour, ms=6, elinewidth=1, label=label)
+            axis.plot(known, [row + shift] * len(known), ".", color=colour, alpha=0.45, ms=4)
+            first = False
+        if base := values(metric, chosen.get("start", ())):
+            axis.axvline(statistics.mean(base), color="#888888", linestyle=":", linewidth=1, zorder=0)
+    for row in (row for row, name in enumerate(names) if name in CONSTRAINED):
+        axis.axhspan(row - 0.5, row + 0.5, color="#0072b2", alpha=0.06, linewidth=0)
+    axis.grid(axis="x", alpha=0.25)
 
 
 def histogram(axis: Any, name: str, of_seeds: Sequence[Mapping[str, Any]]) -> None:
@@ -234,7 +221,7 @@ def histogram(axis: Any, name: str, of_seeds: Sequence[Mapping[str, Any]]) -> No
     import numpy as np
 
     samples = [sample for record in of_seeds for question in record["samples"] for sample in question]
-    bins = np.linspace(-1.5, 0, 61)
+    bins = np.linspace(-1, 0, 51)
     for verdict, label, colour in ((True, "right", "#0072b2"), (False, "wrong", "#d55e00")):
         scores = np.clip([score for is_right, _, score in samples if is_right is verdict], bins[0], bins[-1])
         if len(scores):

@@ -54,7 +54,7 @@ def test_a_small_comparison_and_its_second_start(tmp_path):
     assert losses["binary"] != losses["steps"]
     for row in ("`vft`", "`align`", "AFT (`align` → `aft_boundary`)", "`dpo`", "`balance`", "Feedback: steps"):
         assert row in printed
-    assert {"tables.md", "beta.md", "trade-off.svg", "scores.png", "beta.svg"} <= {
+    assert {"tables.md", "beta.md", "overview.svg", "scores.png", "beta.svg"} <= {
         path.name for path in place.iterdir()
     }
 
