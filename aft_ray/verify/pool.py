@@ -6,7 +6,6 @@ that item undecided, with the reason, and no other.
 
 from __future__ import annotations
 
-import atexit
 import os
 import pickle
 import resource
@@ -18,6 +17,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -149,7 +149,8 @@ def shared_verifier() -> Verifier:
         # A forked child has the object but none of the threads behind it.
         if _shared is None or _shared[0] != os.getpid():
             _shared = (os.getpid(), Verifier(workers=min(2, os.cpu_count() or 1)))
-            atexit.register(_shared[1].close)
+            # Not atexit: a process that multiprocessing started waits for its children before that is called.
+            Finalize(None, _shared[1].close, exitpriority=1)
         return _shared[1]
 
 

@@ -54,9 +54,7 @@ def test_a_small_comparison_and_its_second_start(tmp_path):
     assert losses["binary"] != losses["steps"]
     for row in ("`vft`", "`align`", "AFT (`align` → `aft_boundary`)", "`dpo`", "`balance`", "Feedback: steps"):
         assert row in printed
-    assert {"tables.md", "beta.md", "overview.svg", "scores.png", "beta.svg"} <= {
-        path.name for path in place.iterdir()
-    }
+    assert {"tables.md", "beta.md", "overview.svg", "scores.png", "beta.svg"} <= {path.name for path in place.iterdir()}
 
     models = {path: path.stat().st_mtime_ns for path in place.glob("seed*/vft-model/*")}
     compare(tmp_path)

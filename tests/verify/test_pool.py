@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -156,6 +157,20 @@ def test_workers_die_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     parent.kill()
     parent.wait()
     wait_until(lambda: not alive(worker), 10)
+
+
+def verify_in_this_process() -> None:
+    (outcome,) = shared_verifier().verify(numbers(["12"]))
+    assert outcome.verdict is Verdict.RIGHT
+
+
+def test_a_process_of_multiprocessing_that_verified_comes_to_its_end() -> None:
+    process = get_context("spawn").Process(target=verify_in_this_process)
+    process.start()
+    process.join(120)
+    ended = process.exitcode
+    process.kill()
+    assert ended == 0
 
 
 def test_works_in_ray_actors_and_tasks(ray_here: None) -> None:
