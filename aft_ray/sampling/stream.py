@@ -105,7 +105,7 @@ def sample_round(
     publication: Publication | None,
     unanswered: Sequence[Group],
     run_dir: RunDir,
-    judge: RemoteJudge | None,
+    judge: RemoteJudge | None = None,
 ) -> Iterator[Written]:
     """Samples, labels and writes groups; yields each file as it becomes durable, for the ledger to commit."""
     round_number = unanswered[0].round

@@ -296,7 +296,7 @@ def test_more_refused_questions_than_allowed_end_the_round_in_one_sentence(overl
     ledger, publication = Ledger(run_dir), published(overlapped, 2)
     pool.load(publication)
     with quiet_reporter(config) as reporter:
-        conductor = Conductor(config, run_dir, ledger, reporter, start_board(), pool, groups, [])
+        conductor = Conductor(config, run_dir, ledger, reporter, start_board(), pool, None, groups, [])
         for _ in range(2):  # a run that is started again tries them again
             with pytest.raises(RunFailed, match=r"3 of 13 questions could not .* sampling.max_parked=0.05; 3 times"):
                 conductor._sample(1, publication, 0.0)
