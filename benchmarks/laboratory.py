@@ -21,7 +21,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from aft_ray.config import ArithmeticConfig, DataConfig, ModelConfig, RunConfig, TrainingConfig, parse_config
+from aft_ray.config import (
+    ArithmeticConfig,
+    DataConfig,
+    FeedbackConfig,
+    ModelConfig,
+    RunConfig,
+    TrainingConfig,
+    parse_config,
+)
 from aft_ray.records import Group, Verdict
 
 # Tokens: the model's context, and the longest response.
@@ -121,7 +129,6 @@ class Laboratory:
         if path.exists():
             record: dict[str, Any] = json.loads(path.read_text())
             return record
-        from aft_ray.config import FeedbackConfig
         from aft_ray.verify.feedback import reward_groups
 
         started = time.monotonic()
