@@ -23,7 +23,7 @@ from compare_objectives import difference, save, settings_line, spread, values
 from laboratory import QUICK, Experiment, Settings, run_all
 
 GRID = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
-RULES = ("spread", "gap", "hold", "balance")
+RULES = ("spread", "gap", "hold", "balance", "extent")
 METRICS = ("greedy", "assessment", "perplexity")
 
 
@@ -73,7 +73,7 @@ def picture(path: Path, rows: Mapping[Any, Sequence[Mapping[str, Any]]]) -> None
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharex=True)
     constants = sorted(value for value in rows if isinstance(value, float))
-    colours = dict(zip(RULES, ("#d55e00", "#009e73", "#cc79a7", "#e69f00"), strict=True))
+    colours = dict(zip(RULES, ("#d55e00", "#009e73", "#cc79a7", "#e69f00", "#000000"), strict=True))
     titles = ("task accuracy, greedy, %", "assessment accuracy, %")
     for axis, metric, title in zip(axes, METRICS[:2], titles, strict=True):
         of_seeds = [values(metric, rows[value]) for value in constants]

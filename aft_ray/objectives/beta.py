@@ -58,5 +58,16 @@ def balance(groups: ScoredGroups) -> Tensor:
     return torch.where(has_pair, (twice[0] - twice[1]) / 2, 0.0).clamp(min=0)[:, None]
 
 
-BETA_RULES: dict[str, BetaRule] = {"spread": spread, "gap": gap, "hold": hold, "balance": balance}
-BETA_RULES["auto"] = balance
+def extent(groups: ScoredGroups) -> Tensor:
+    """β = highest − lowest score of the group under the sampler: a wrong candidate may fall as far below the worst
+    right one as the sampler's own candidates lie apart."""
+    sampled, mask = groups.clean_sampler_scores(), groups.mask
+    if sampled.shape[1] == 0:  # no candidate column to compare
+        return sampled
+    highest = torch.where(mask, sampled, -torch.inf).amax(dim=1)
+    lowest = torch.where(mask, sampled, torch.inf).amin(dim=1)
+    return torch.where(mask.any(dim=1), highest - lowest, 0.0)[:, None]
+
+
+BETA_RULES: dict[str, BetaRule] = {"spread": spread, "gap": gap, "hold": hold, "balance": balance, "extent": extent}
+BETA_RULES["auto"] = extent

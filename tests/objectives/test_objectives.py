@@ -311,6 +311,7 @@ def test_rules_for_beta_on_numbers():
     assert beta["spread"] == pytest.approx([0.2, 0.2])
     assert beta["gap"] == pytest.approx([0.3, 0.3])
     assert beta["hold"] == pytest.approx([0.5, 0.0], abs=1e-7)
+    assert beta["extent"] == beta["auto"] == pytest.approx([0.7, 0.7])
     right, wrong = (-0.2, -0.6), (-0.9, -0.5)
     down = sum(math.exp(j - i) for i in right for j in wrong)
     up = sum(math.exp(2 * -0.6 - i - j) for i in right for j in wrong)
@@ -370,7 +371,7 @@ def test_unknown_names_and_options_are_errors():
         for name in ("aft_boundary", "dpo", "irpo", "dpop"):
             with pytest.raises(ValueError, match=f"{name} needs beta >= 0"):
                 build_objective(name, beta=beta)
-    with pytest.raises(ValueError, match="no rule 'median' for beta; it has spread, gap, hold, balance, auto"):
+    with pytest.raises(ValueError, match="no rule 'median' for beta; it has spread, gap, hold, balance, extent, auto"):
         build_objective("aft_boundary", beta="median")
 
 
