@@ -17,8 +17,8 @@ import pytest
 from aft_ray.config import JudgeConfig
 from aft_ray.verify.judge import Judge, JudgeFailed, JudgeItem
 
-pytestmark = pytest.mark.timeout(400)
-START_S = 300
+pytestmark = pytest.mark.timeout(900)
+START_S = 600
 LENGTH = 4096
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n\n{% endfor %}"
 
