@@ -6,6 +6,7 @@ Invariant: every wait has a deadline, and its error names the samplers that were
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,8 @@ from aft_ray.sampling.engine import EngineSpec
 from aft_ray.sampling.sampler import Loaded, Sampler
 from aft_ray.weights.publication import Publication, PublicationFailed
 
+# How a traceback begins the line of an exception that is defined here.
+_OURS = re.compile(r"^aft_ray(\.\w+)+: ")
 # Times Ray restarts a sampler whose process ended.
 RESTARTS = 5
 
@@ -131,6 +134,7 @@ class SamplerPool:
 
 
 def last_line(text: str) -> str:
-    """The last line that says something: of a remote traceback, the error itself."""
+    """The error itself of a remote traceback: the last one of our own, which is a sentence, else the last line."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else "no reason given"
+    ours = [sentence for line in lines if (sentence := _OURS.sub("", line)) != line]
+    return (ours or lines or ["no reason given"])[-1]
