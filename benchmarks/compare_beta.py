@@ -24,7 +24,8 @@ from laboratory import QUICK, Experiment, Settings, run_all
 
 GRID = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
 RULES = ("spread", "gap", "hold", "balance", "extent")
-METRICS = ("greedy", "assessment", "perplexity")
+DEFAULT = 0.15
+METRICS = ("greedy", "assessment", "maj@{k}", "perplexity")
 
 
 def main(
@@ -38,30 +39,35 @@ def main(
     """Train `aft_boundary` with constants and with rules for β, and compare."""
     settings, seeds = (QUICK, 1) if quick else (Settings(), seeds)
     options = [*(beta or GRID), *RULES]
+    # The default is an experiment of `compare_objectives.py` as well, and is run once for both.
+    settled: dict[Any, tuple[tuple[str, Any], ...]] = {
+        value: () if value == DEFAULT else (("beta", value),) for value in options
+    }
     experiments = [
-        Experiment(seed, feedback, "aft_boundary", (("beta", value),)) for seed in range(seeds) for value in options
+        Experiment(seed, feedback, "aft_boundary", settled[value]) for seed in range(seeds) for value in options
     ]
     records = run_all(experiments, directory, settings, jobs)
-    rows = {value: [r for r in records if dict(r["options"])["beta"] == value] for value in options}
-    base = rows.get(0.15)
-    lines = [
-        settings_line(settings, seeds),
-        "",
-        "| beta | task accuracy | assessment | perplexity | accuracy − β = 0.15 |",
-        "|---|---:|---:|---:|---:|",
-    ]
-    for value, of_seeds in rows.items():
-        cells = [spread(metric, of_seeds) for metric in METRICS]
-        against = difference(of_seeds, base) if base and value != 0.15 else ""
-        lines.append(
-            f"| {value if isinstance(value, float) else f'`{value}`'} | " + " | ".join([*cells, against]) + " |"
-        )
-    text = "\n".join(lines)
+    rows = {value: [r for r in records if dict(r["options"]).get("beta", DEFAULT) == value] for value in options}
+    text = "\n".join([settings_line(settings, seeds), "", *table(rows, settings.evaluation_k)])
     place = directory / settings.name
     (place / "beta.md").write_text(text + "\n")
     print(text)
     picture(place / "beta", rows)
     print(f"written to {place}/beta.md, beta.svg, beta.png")
+
+
+def table(rows: Mapping[Any, Sequence[Mapping[str, Any]]], k: int) -> list[str]:
+    """One row a β or rule, its seeds as mean ± standard deviation."""
+    lines = [
+        f"| beta | task accuracy | assessment | maj@{k} | perplexity | accuracy − β = {DEFAULT} |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for value, of_seeds in rows.items():
+        cells = [spread(metric.format(k=k), of_seeds) for metric in METRICS]
+        cells.append(difference(of_seeds, rows[DEFAULT]) if value != DEFAULT and DEFAULT in rows else "")
+        name = f"{value:g}" if isinstance(value, float) else f"`{value}`"
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
 
 
 def picture(path: Path, rows: Mapping[Any, Sequence[Mapping[str, Any]]]) -> None:

@@ -39,7 +39,7 @@ def test_a_small_comparison_and_its_second_start(tmp_path):
     (place,) = (tmp_path / "out").iterdir()
     records = {path: path.read_text() for kind in ("binary", "steps") for path in place.glob(f"seed0/{kind}/*.json")}
     found = {str(path.relative_to(place / "seed0")) for path in records}
-    rules = ("0.0", "0.15", "spread", "gap", "hold", "balance", "extent")
+    rules = ("0.0", "spread", "gap", "hold", "balance", "extent")
     assert found == {
         "binary/start.json", "binary/vft.json",
         *(f"{kind}/{name}.json" for kind in ("binary", "steps") for name in ("align", "aft_boundary", "dpo")),

@@ -37,13 +37,21 @@ def processes(name: str) -> list[int]:
     return found
 
 
+def kill_at_work(actors: list) -> None:
+    """Kills each sampler as soon as it has answered something, so that for a while none may be left."""
+    for actor in actors:
+        while not ray.get(actor.status.remote())["tokens"]:
+            time.sleep(0.02)
+        ray.kill(actor, no_restart=False)
+
+
 def test_a_sampler_that_is_killed_catches_up_and_the_round_is_whole(tiny_model, tmp_path):
     config = tiny_config(
         tmp_path / "run",
         tiny_model,
         vft={"epochs": 0},
-        data={"train_limit": 64},
-        sampling={"samplers": 2, "batch_size": 4, "in_flight": 2, "groups_per_file": 4, "max_tokens": 60},
+        data={"train_limit": 160},
+        sampling={"samplers": 2, "batch_size": 4, "in_flight": 1, "groups_per_file": 16, "max_tokens": 60},
     )
     run_dir, tokenizer = RunDir(config.run_dir), load_tokenizer(config)
     questions = questions_of_round(config, prepare(config, "train", tokenizer).groups, 1)
@@ -52,12 +60,12 @@ def test_a_sampler_that_is_killed_catches_up_and_the_round_is_whole(tiny_model, 
     pool.wait_ready()
     try:
         pool.load(publication)
-        victims = iter(pool.actors)
-        for number, written in enumerate(sample_round(config, pool, publication, unanswered(questions, 1), run_dir)):
+        killer = threading.Thread(target=kill_at_work, args=(pool.actors,))
+        killer.start()
+        for written in sample_round(config, pool, publication, unanswered(questions, 1), run_dir):
             assert written.parked == ()
             assert ledger.commit(written.file)
-            if number in (1, 6):  # one after the other, so that for a while none may be left
-                ray.kill(next(victims), no_restart=False)
+        killer.join()
         deadline = time.monotonic() + 120
         while [status["version"] for status in pool.statuses()].count(1) < 1:
             assert time.monotonic() < deadline
