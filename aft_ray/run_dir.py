@@ -120,7 +120,7 @@ class RunDir:
         """
         with _full_disk_in_words(self.uri(path)):
             if self.is_local:
-                _write_atomically(self.local_path(path), data)
+                write_atomically(self.local_path(path), data)
             else:
                 self._filesystem.create_dir(os.path.dirname(self._at(path)), recursive=True)
                 with self._filesystem.open_output_stream(self._at(path)) as stream:
@@ -322,7 +322,8 @@ class RunDir:
             yield
 
 
-def _write_atomically(target: Path, data: bytes) -> None:
+def write_atomically(target: Path, data: bytes) -> None:
+    """Writes a local file whole: a temporary file beside it, fsync, rename. It is durable when this returns."""
     target.parent.mkdir(parents=True, exist_ok=True)
     staged = target.with_name(f".{target.name}.{uuid.uuid4().hex}{_TMP}")
     try:

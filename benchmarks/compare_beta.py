@@ -22,8 +22,10 @@ import typer
 from compare_objectives import difference, save, settings_line, spread, values
 from laboratory import QUICK, Experiment, Settings, run_all
 
+from aft_ray.objectives.beta import BETA_RULES
+
 GRID = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
-RULES = ("spread", "gap", "hold", "balance", "extent")
+RULES = tuple(name for name in BETA_RULES if name != "auto")
 DEFAULT = 0.15
 METRICS = ("greedy", "assessment", "maj@{k}", "perplexity")
 

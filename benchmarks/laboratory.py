@@ -9,6 +9,7 @@ alone, so an interrupted comparison goes on where it stopped and its parts may r
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import multiprocessing
 import os
@@ -31,6 +32,7 @@ from aft_ray.config import (
     parse_config,
 )
 from aft_ray.records import Group, Verdict
+from aft_ray.run_dir import write_atomically
 
 # Tokens: the model's context, and the longest response.
 LENGTH, MAX_TOKENS = 160, 56
@@ -118,10 +120,9 @@ class Laboratory:
 
             from aft_ray.records import groups_to_table
 
-            table = groups_to_table(self._sample_groups(seed))
-            with tempfile.NamedTemporaryFile(dir=groups.parent, delete=False) as file:
-                pq.write_table(table, file)
-            os.replace(file.name, groups)
+            buffer = io.BytesIO()
+            pq.write_table(groups_to_table(self._sample_groups(seed)), buffer)
+            write_atomically(groups, buffer.getvalue())
 
     def run(self, experiment: Experiment) -> dict[str, Any]:
         """The record of an experiment, from its file when it ran before."""
@@ -145,7 +146,7 @@ class Laboratory:
                 )
             train_s = time.monotonic() - started
             self._load(model)
-            measured = self._measure(experiment.seed)
+            measured = self._measure()
         record = {
             **asdict(experiment),
             **measured,
@@ -153,10 +154,7 @@ class Laboratory:
             "train_s": train_s,
             "seconds": time.monotonic() - started,
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(record, file, indent=1)
-        os.replace(file.name, path)
+        write_atomically(path, json.dumps(record, indent=1).encode())
         return record
 
     def _vft_model(self, seed: int) -> Path:
@@ -278,13 +276,19 @@ class Laboratory:
             answered.append(replace(group, candidates=[replace(one, text=text) for one, text in texts]))
         return label_groups(answered, build_tasks(self._config(0, Path())), shared_verifier())
 
-    def _measure(self, seed: int) -> dict[str, Any]:
+    @cached_property
+    def _test_questions(self) -> list[Group]:
+        """They depend on the settings alone."""
+        from aft_ray.questions import prepare
+
+        return prepare(self._config(0, Path()), "test", _tokenizer()).groups
+
+    def _measure(self) -> dict[str, Any]:
         """The metrics on unseen questions, the same for every experiment; which questions were right, one by one."""
         from aft_ray.evaluation.answers import Answered, from_candidate
         from aft_ray.evaluation.metrics import measure
-        from aft_ray.questions import prepare
 
-        questions = prepare(self._config(seed, self._vft_model(seed)), "test", _tokenizer()).groups
+        questions = self._test_questions
         greedy = self._answer(questions, 1, 0.0, "greedy")
         some = questions[: self.settings.sampled_questions]
         samples = {

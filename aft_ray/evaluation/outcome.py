@@ -7,7 +7,6 @@ every row of the table is one figure. Nothing here needs an engine.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from aft_ray.evaluation.curves import Curves, curves
 from aft_ray.evaluation.generations import generations_text
 from aft_ray.evaluation.histograms import Histogram, histograms
 from aft_ray.evaluation.metrics import Result, measure, smallest_k
+from aft_ray.run_dir import write_atomically
 
 RULE_TITLES = {
     "maj@n": "self-consistency (maj@n)",
@@ -96,7 +96,7 @@ def write(outcome: Outcome, path: Path, facts: Mapping[str, Any], plots: bool) -
             generations = path.with_name(f"generations-{stem}.jsonl")
             if Path(model.model).resolve() == generations.resolve():
                 raise ConfigError(f"{path} would replace {model.model}, which is measured; give another --output")
-            _write_whole(generations, generations_text(model.answered))
+            write_atomically(generations, generations_text(model.answered).encode())
             files.append(generations)
             record["generations"] = generations.name
         if model.label in outcome.curves:
@@ -112,7 +112,8 @@ def write(outcome: Outcome, path: Path, facts: Mapping[str, Any], plots: bool) -
     if plots:
         files += draw(outcome, path.with_suffix(""))
     # Last, so that what it names is there.
-    _write_whole(path, json.dumps(everything, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    text = json.dumps(everything, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    write_atomically(path, text.encode())
     return files
 
 
@@ -137,9 +138,3 @@ def draw(outcome: Outcome, stem: Path) -> list[Path]:
 
 def _plain(label: str) -> str:
     return re.sub(r"[^\w@.+-]+", "_", label).strip("_")
-
-
-def _write_whole(path: Path, text: str) -> None:
-    staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    staged.write_text(text, encoding="utf-8")
-    os.replace(staged, path)

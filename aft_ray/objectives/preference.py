@@ -7,7 +7,7 @@ second model is held. s_ref is a score under it (nats per token), Δ a sequence 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 import torch
@@ -20,14 +20,17 @@ from aft_ray.objectives.base import Objective, ScoredGroups, each_log1p_sum_exp,
 _LARGEST = 60.0
 
 
-def _check(name: str, **options: float) -> None:
-    for option, value in options.items():
-        if not value >= 0:
-            raise ValueError(f"{name} needs {option} >= 0, not {value}")
+class _AgainstSampler(Objective):
+    """What these losses share: none of their options may be negative."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):  # type: ignore[arg-type]
+            if not (value := getattr(self, field.name)) >= 0:
+                raise ValueError(f"{self.name} needs {field.name} >= 0, not {value}")
 
 
 @dataclass(frozen=True)
-class Dpo(Objective):
+class Dpo(_AgainstSampler):
     """Σ_i log[1 + Σ_{j≺i} exp(β(s_j − s_ref_j) − β(s_i − s_ref_i))] (Eq. 16, the ranking form; arXiv 2305.18290).
 
     Pushes each candidate up, and those worse than it down, measured from where the sampler had them. Only differences
@@ -37,16 +40,13 @@ class Dpo(Objective):
     beta: float = 0.1
     name: ClassVar[str] = "dpo"
 
-    def __post_init__(self) -> None:
-        _check(self.name, beta=self.beta)
-
     def group_sums(self, groups: ScoredGroups) -> Tensor:
         gain = self.beta * (groups.clean_scores() - groups.clean_sampler_scores())
         return each_log1p_sum_exp(gain[:, None, :] - gain[:, :, None], groups.ordered_pairs())
 
 
 @dataclass(frozen=True)
-class Irpo(Objective):
+class Irpo(_AgainstSampler):
     """mean over pairs w ≻ l of −log σ(β(Δ_w − Δ_l)) − α s_w (arXiv 2404.19733).
 
     Pushes the better of each pair up, twice: against the worse, and by its own length-normalised likelihood, which
@@ -57,9 +57,6 @@ class Irpo(Objective):
     alpha: float = 1.0
     name: ClassVar[str] = "irpo"
 
-    def __post_init__(self) -> None:
-        _check(self.name, beta=self.beta, alpha=self.alpha)
-
     def group_sums(self, groups: ScoredGroups) -> Tensor:
         gain = groups.gains()
         preference = -F.logsigmoid(self.beta * (gain[:, :, None] - gain[:, None, :]))
@@ -67,7 +64,7 @@ class Irpo(Objective):
 
 
 @dataclass(frozen=True)
-class Dpop(Objective):
+class Dpop(_AgainstSampler):
     """mean over pairs w ≻ l of −log σ(β[Δ_w − Δ_l − λ max(0, −Δ_w)]) (DPO-Positive, arXiv 2402.13228).
 
     Pushes the better of each pair up and the worse down; a better one that has become less likely than it was to the
@@ -80,9 +77,6 @@ class Dpop(Objective):
     penalty: float = 5.0
     name: ClassVar[str] = "dpop"
 
-    def __post_init__(self) -> None:
-        _check(self.name, beta=self.beta, penalty=self.penalty)
-
     def group_sums(self, groups: ScoredGroups) -> Tensor:
         gain = groups.gains()
         better = gain - self.penalty * (-gain).clamp(min=0)
@@ -90,7 +84,7 @@ class Dpop(Objective):
 
 
 @dataclass(frozen=True)
-class Grpo(Objective):
+class Grpo(_AgainstSampler):
     """mean over candidates of −min(ρ_i A_i, clip(ρ_i, 1 ± ε) A_i) + kl · (e^{−δ_i} + δ_i − 1) (arXiv 2402.03300).
 
     δ_i = s_i − s_ref_i, ρ_i = e^{δ_i}, A_i = (r_i − mean r) / std r over the group. The KL term is the k3 estimator.
@@ -103,9 +97,6 @@ class Grpo(Objective):
     clip: float = 0.2
     kl: float = 0.04
     name: ClassVar[str] = "grpo"
-
-    def __post_init__(self) -> None:
-        _check(self.name, clip=self.clip, kl=self.kl)
 
     def group_sums(self, groups: ScoredGroups) -> Tensor:
         mask = groups.mask & groups.ordered_pairs().flatten(1).any(dim=1)[:, None]

@@ -131,9 +131,10 @@ def answer_all(
 ) -> Iterator[tuple[Group, str | None]]:
     """The same pipeline without files, for evaluation: each labelled group, or the group and why it was parked."""
     answered = _answered(config, pool, publication, unanswered, how, purpose)
+    tasks = build_tasks(config)
     for batch in answered.iter_batches(batch_size=None, batch_format="pyarrow"):
         groups, reasons = _split(batch)
-        yield from zip(label_groups(groups, build_tasks(config), shared_verifier()), reasons, strict=True)
+        yield from zip(label_groups(groups, tasks, shared_verifier()), reasons, strict=True)
 
 
 def _answered(
