@@ -21,6 +21,8 @@ from aft_ray.cli import driver_log, fail, quiet, user_errors
 from aft_ray.config import ConfigError, RunConfig, load_config
 
 CONFIG = Path(__file__).parent / "configs" / "arithmetic_demo.yaml"
+# Fine-tuning on the same questions for as many steps more.
+CONTROL = ("vft.epochs=0", "objective.name=vft", "objective.beta=null", "rounds.evaluate_every=0")
 COLUMNS = ("greedy", "maj@{k}", "best-of-{k}", "assessment")
 
 
@@ -43,7 +45,7 @@ def demo(
     base, aft_dir, control_dir = place / "untrained", place / "aft", place / "control"
     vft_model = aft_dir / "rounds" / "0000" / "model"
     aft = _config(aft_dir, base, seed)
-    control = _config(control_dir, vft_model, seed, "vft.epochs=0", "objective.name=vft", "rounds.evaluate_every=0")
+    control = _config(control_dir, vft_model, seed, *CONTROL)
     # Nothing trains while the models are compared, so both cores sample.
     compare = aft.model_copy(update={"sampling": aft.sampling.model_copy(update={"samplers": 2})})
     last = f"{aft.rounds.count:04d}"
