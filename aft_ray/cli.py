@@ -131,6 +131,42 @@ def evaluate(
 
 
 @app.command()
+def serve(
+    model: Annotated[
+        str, typer.Argument(help="a run directory (its last model), RUN@VERSION, or a model directory (with task.task)")
+    ],
+    overrides: Overrides = None,
+    config: Annotated[Path | None, typer.Option(help="YAML config, see jobs/configs/serve.yaml")] = None,
+    host: Annotated[str, typer.Option(help="address to listen on; 0.0.0.0: all, which needs keys")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="port to listen on")] = 8000,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="of a run: serve each new version as it is published, without an outage")
+    ] = False,
+) -> None:
+    """Serve a reasoner over HTTP: samples several answers and returns the one its own score ranks best.
+
+    POST /v1/reason, OpenAI's /v1/chat/completions and /v1/completions, a page at /, API documents at /docs. Every key:
+    `aft-ray keys --serve`; all of it: docs/serving.md.
+
+    The last model of a run, and one that goes on training:
+
+        aft-ray serve runs/gsm8k
+
+        aft-ray serve runs/gsm8k --follow answering.n=16
+
+    A model directory, for other machines, with keys:
+
+        aft-ray serve /path/to/model task.task=gsm8k --host 0.0.0.0 access.keys_file=keys.txt
+    """
+    from aft_ray.serve_config import load_serve_config
+
+    parsed = load_serve_config(model, config, [*(["follow=true"] if follow else []), *(overrides or [])])
+    from aft_ray.serving.command import serve as serve_until_stopped
+
+    serve_until_stopped(parsed, host, port, driver_log(None))
+
+
+@app.command()
 def status(run_dir: Annotated[str, typer.Argument(help="run directory")]) -> None:
     """Show how far a run is: its rounds so far, what is sampled of the next, and whether a driver works on it.
 
@@ -139,7 +175,7 @@ def status(run_dir: Annotated[str, typer.Argument(help="run directory")]) -> Non
         aft-ray status runs/gsm8k
     """
     from aft_ray.observe.summary import read_events, rounds_table, state_lines
-    from aft_ray.rounds import read_config
+    from aft_ray.published import read_config
     from aft_ray.run_dir import RunDir
 
     directory = RunDir(run_dir)
@@ -151,11 +187,12 @@ def status(run_dir: Annotated[str, typer.Argument(help="run directory")]) -> Non
 
 
 @app.command()
-def keys() -> None:
+def keys(serve: Annotated[bool, typer.Option("--serve", help="the keys of `aft-ray serve` instead")] = False) -> None:
     """List every config key with its default and its meaning."""
     from aft_ray.config import describe_keys
+    from aft_ray.serve_config import ServeConfig
 
-    for line in describe_keys():
+    for line in describe_keys(ServeConfig if serve else RunConfig):
         print(line)
 
 
@@ -165,10 +202,11 @@ def user_errors() -> tuple[type[BaseException], ...]:
     from aft_ray.rounds import RunFailed
     from aft_ray.run_dir import RunDirError
     from aft_ray.sampling.pool import SamplersFailed
+    from aft_ray.serving.command import ServingFailed
     from aft_ray.verify.judge import JudgeFailed
     from aft_ray.weights.publication import PublicationFailed
 
-    return (RunFailed, RunDirError, SamplersFailed, PublicationFailed, BoardFailed, JudgeFailed)
+    return (RunFailed, RunDirError, SamplersFailed, PublicationFailed, BoardFailed, JudgeFailed, ServingFailed)
 
 
 def main(arguments: list[str] | None = None) -> None:

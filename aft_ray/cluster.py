@@ -9,7 +9,8 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from aft_ray.config import ConfigError, RunConfig
+from aft_ray.config import ClusterConfig, ConfigError, RunConfig
+from aft_ray.serve_config import ServeConfig
 
 # For Ray Data's own tasks (labelling, writing) and the forwarding actor, beside samplers and train workers.
 DATA_CPUS = 2
@@ -33,6 +34,8 @@ class Placement:
     @property
     def gpus(self) -> float:
         return self.samplers * self.gpus_per_sampler + self.workers * self.gpus_per_worker
+
+    advice = "Lower sampling.samplers or training.workers, or add nodes"
 
     def lines(self) -> list[str]:
         """The arithmetic, a line each part."""
@@ -70,8 +73,47 @@ def _placement(config: RunConfig, samplers: int, workers: int) -> Placement:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class ServingPlacement:
+    """What a served reasoner reserves when it starts; engines that autoscaling adds come on top."""
+
+    engines: int
+    processes_per_engine: int
+    cpus_per_process: float
+    gpus_per_process: float
+    reasoners: int
+    cpus_per_reasoner: float
+
+    @property
+    def cpus(self) -> int:
+        engines = self.engines * self.processes_per_engine * self.cpus_per_process
+        return math.ceil(engines + self.reasoners * self.cpus_per_reasoner)
+
+    @property
+    def gpus(self) -> float:
+        return self.engines * self.processes_per_engine * self.gpus_per_process
+
+    advice = "Lower engine.replicas or reasoner.replicas, or add nodes"
+
+    def lines(self) -> list[str]:
+        """The arithmetic, a line each part."""
+        return [
+            f"engines        {self.engines} x {self.processes_per_engine} x {self.cpus_per_process:g} CPU, "
+            f"{self.gpus_per_process:g} GPU",
+            f"reasoners      {self.reasoners} x {self.cpus_per_reasoner:g} CPU",
+            f"in all         {self.cpus} CPU, {self.gpus:g} GPU",
+        ]
+
+
+def serving_placement(config: ServeConfig) -> ServingPlacement:
+    """What `aft-ray serve` reserves."""
+    engine, reasoner = config.engine, config.reasoner
+    processes = engine.tensor_parallel_size * engine.pipeline_parallel_size
+    return ServingPlacement(engine.replicas, processes, engine.cpus, engine.gpus, reasoner.replicas, reasoner.cpus)
+
+
 @contextlib.contextmanager
-def connected(config: RunConfig, placement: Placement) -> Iterator[None]:
+def connected(cluster: ClusterConfig, placement: Placement | ServingPlacement) -> Iterator[None]:
     """Connects to `cluster.address`, RAY_ADDRESS or a Ray started here, and leaves it at the end.
 
     Raises ConfigError with the arithmetic when the cluster cannot hold the run.
@@ -85,7 +127,7 @@ def connected(config: RunConfig, placement: Placement) -> Iterator[None]:
         _check(placement)
         yield
         return
-    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    address = cluster.address or os.environ.get("RAY_ADDRESS")
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     try:
         if address:
@@ -93,8 +135,8 @@ def connected(config: RunConfig, placement: Placement) -> Iterator[None]:
         else:
             ray.init(
                 address="local",
-                num_cpus=max(config.cluster.logical_cpus or placement.cpus, placement.cpus),
-                object_store_memory=config.cluster.object_store_mib << 20,
+                num_cpus=max(cluster.logical_cpus or placement.cpus, placement.cpus),
+                object_store_memory=cluster.object_store_mib << 20,
                 include_dashboard=False,
                 **quiet,
             )
@@ -110,7 +152,7 @@ def connected(config: RunConfig, placement: Placement) -> Iterator[None]:
         ray.shutdown()
 
 
-def _check(placement: Placement) -> None:
+def _check(placement: Placement | ServingPlacement) -> None:
     """Compares the run's needs with the cluster's total, and with what it could scale up to is left to the scaler."""
     import ray
 
@@ -118,7 +160,7 @@ def _check(placement: Placement) -> None:
     for kind, need in (("CPU", placement.cpus), ("GPU", placement.gpus)):
         if need > have.get(kind, 0):
             raise ConfigError(
-                f"the run needs {need:g} {kind}s and the cluster has {have.get(kind, 0):g}: "
+                f"{need:g} {kind}s are needed and the cluster has {have.get(kind, 0):g}: "
                 + "; ".join(" ".join(line.split()) for line in placement.lines())
-                + ". Lower sampling.samplers or training.workers, or add nodes"
+                + f". {placement.advice}"
             )

@@ -7,9 +7,9 @@ exist, does the cluster have the GPUs) is checked by `aft_ray.preflight`, before
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -21,6 +21,7 @@ from aft_ray.task_config import ENTRY_NAME, TaskConfig, TaskName, in_place
 from aft_ray.task_config import ArithmeticConfig as ArithmeticConfig
 from aft_ray.task_config import DataConfig as DataConfig
 
+S = TypeVar("S", bound=Section)
 ObjectiveName = Literal[
     "vft", "rft", "align", "aft_detached", "aft_detached_lowest", "aft_boundary",
     "rrhf", "rrhf_detached", "pro", "pro_detached", "dpo", "irpo", "dpop", "grpo",
@@ -313,6 +314,18 @@ class RunConfig(Section):
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
     """Reads a YAML file and applies `key.sub=value` overrides. Raises ConfigError, one sentence."""
+    return parse_config(read_tree(path, overrides))
+
+
+def read_tree(path: str | Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The nested dicts of a YAML file, if one is given, with `key.sub=value` overrides. Raises ConfigError."""
+    tree = _read_yaml(path) if path is not None else {}
+    for override in overrides:
+        apply_override(tree, override)
+    return tree
+
+
+def _read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         text = Path(path).read_text()
     except OSError as error:
@@ -323,9 +336,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must be a mapping of keys to values, not a {type(tree).__name__}")
-    for override in overrides:
-        apply_override(tree, override)
-    return parse_config(tree)
+    return tree
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
@@ -363,10 +374,15 @@ def _value(text: str) -> Any:
 
 def parse_config(tree: dict[str, Any]) -> RunConfig:
     """A RunConfig from nested dicts. Raises ConfigError naming the first wrong key."""
+    return parse_section(RunConfig, tree)
+
+
+def parse_section(model: type[S], tree: dict[str, Any]) -> S:
+    """A whole config from nested dicts. Raises ConfigError naming the first wrong key."""
     try:
-        return RunConfig.model_validate(tree)
+        return model.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(_sentence(error)) from None
+        raise ConfigError(_sentence(error, model)) from None
 
 
 def dump_config(config: RunConfig) -> str:
@@ -411,15 +427,15 @@ def _known_keys(model: type[Section], prefix: str = "") -> list[str]:
     return keys
 
 
-def _sentence(error: ValidationError) -> str:
+def _sentence(error: ValidationError, model: type[Section]) -> str:
     """The first error of a validation, as one sentence that names the key and the way out."""
     first = error.errors(include_url=False)[0]
     key = ".".join(str(part) for part in first["loc"])
     entry = str(first["loc"][1]) if first["loc"][:1] == ("tasks",) and len(first["loc"]) > 1 else "NAME"
-    known_keys = [known.replace("tasks.NAME", f"tasks.{entry}") for known in _known_keys(RunConfig)]
+    known_keys = [known.replace("tasks.NAME", f"tasks.{entry}") for known in _known_keys(model)]
     if first["type"] == "extra_forbidden":
         close = difflib.get_close_matches(key, known_keys, n=1, cutoff=0.5)
-        hint = f"; did you mean {close[0]}?" if close else "; `aft-ray train --help` shows where keys are listed"
+        hint = f"; did you mean {close[0]}?" if close else "; `aft-ray keys` lists the known ones"
         return f"unknown key {key}{hint}"
     if first["type"] == "missing":
         key = next((known for known in known_keys if known.startswith(key + ".")), key)

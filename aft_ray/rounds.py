@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from ray.exceptions import RayError
@@ -21,13 +20,14 @@ from ray.exceptions import RayError
 from aft_ray import board
 from aft_ray.board import BoardFailed
 from aft_ray.cluster import connected, needs_samplers, training_placement
-from aft_ray.config import ConfigError, RunConfig, config_difference, dump_config, load_config
+from aft_ray.config import ConfigError, RunConfig, config_difference, dump_config
 from aft_ray.evaluation.evaluator import ask, unanswered
 from aft_ray.evaluation.generations import generations_text
 from aft_ray.evaluation.metrics import measure
 from aft_ray.ledger import Ledger, write_group_file
 from aft_ray.observe.reporter import Reporter
 from aft_ray.preflight import check_model
+from aft_ray.published import read_config
 from aft_ray.questions import count_by_task, load_tokenizer, prepare, questions_of_round, round_shares
 from aft_ray.records import Group
 from aft_ray.run_dir import CONFIG, EVALUATIONS, LOGS, RunDir
@@ -273,7 +273,7 @@ def run(config: RunConfig, reporter: Reporter) -> bool:
             + (f" ({len(training.too_long)} are longer than the context and left out)" if training.too_long else "")
             + f", {len(validation)} for validation; run directory {run_dir.uri()}"
         )
-        with connected(config, training_placement(config)):
+        with connected(config.cluster, training_placement(config)):
             _run_on_cluster(config, run_dir, ledger, reporter, training.groups, validation, tokenizer.eos_token_id)
     return True
 
@@ -396,14 +396,3 @@ def adopt_config(config: RunConfig, run_dir: RunDir) -> None:
             f"{run_dir.uri()} was started with another config ({'; '.join(difference)}); give the run the config it "
             f"was started with, or another run_dir"
         )
-
-
-def read_config(run_dir: RunDir) -> RunConfig:
-    """The resolved config of a run. Raises ConfigError when there is no run there."""
-    if not run_dir.exists(CONFIG):
-        raise ConfigError(f"{run_dir.uri()} is not a run directory: it has no {CONFIG}")
-    import tempfile
-
-    with tempfile.NamedTemporaryFile(suffix=".yaml") as file:
-        Path(file.name).write_bytes(run_dir.read_bytes(CONFIG))
-        return load_config(file.name)

@@ -125,7 +125,7 @@ def _measure(config: RunConfig, repeats: int) -> dict[str, list[Turn]]:
     run_dir = RunDir(config.run_dir)
     ledger = Ledger(run_dir)
     turns: dict[str, list[Turn]] = {"vllm": [], "stage": []}
-    with connected(config, evaluation_placement(config)):
+    with connected(config.cluster, evaluation_placement(config)):
         pool = SamplerPool.start(config, config.model.name, tokenizer.eos_token_id, None, None)
         spec = engine_spec(config, config.model.name, tokenizer.eos_token_id)
         raw = ray.remote(Raw).options(num_cpus=1).remote(spec)

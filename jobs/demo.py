@@ -57,7 +57,7 @@ def demo(
     with chatter_to(driver_log(RunDir(place))) as console, Reporter(None, console) as reporter:
         reporter.say(f"Everything is written to {place}; libraries' output to its logs/.")
         _build(base, seed)
-        with connected(aft, training_placement(aft)):
+        with connected(aft.cluster, training_placement(aft)):
             for title, config in (("VFT and AFT", aft), ("the control: VFT for as many steps", control)):
                 reporter.say(f"\n{title}")
                 _train(config, console)

@@ -30,7 +30,7 @@ def ask_models(
     for of_target in configs:
         check_model(of_target)
     evaluated = []
-    with connected(config, evaluation_placement(config)):
+    with connected(config.cluster, evaluation_placement(config)):
         for target, of_target in zip(targets, configs, strict=True):
             tokenizer = load_tokenizer(of_target)
             questions = prepare(of_target, split, tokenizer).groups

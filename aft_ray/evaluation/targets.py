@@ -11,13 +11,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import yaml
-
-from aft_ray.config import ConfigError, ModelConfig, RunConfig, apply_override, load_config, parse_config
-from aft_ray.ledger import Ledger
-from aft_ray.run_dir import CONFIG, RunDir
+from aft_ray.config import ConfigError, ModelConfig, RunConfig, load_config
+from aft_ray.published import find_published, find_run, read_config
+from aft_ray.run_dir import RunDir
 
 _OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)*=")
 
@@ -58,7 +56,7 @@ def plan(arguments: Sequence[str], config_file: Path | None) -> Plan:
         raise ConfigError(
             "name what to evaluate: a run directory, RUN@VERSION, a model directory or a generations file"
         )
-    runs = {argument: run for argument in named if (run := _run(argument)) is not None}
+    runs = {argument: run for argument in named if (run := find_run(argument)) is not None}
     files = {argument for argument in named if argument not in runs and _is_file(argument)}
     models = [argument for argument in named if argument not in runs and argument not in files]
     config = None
@@ -66,7 +64,7 @@ def plan(arguments: Sequence[str], config_file: Path | None) -> Plan:
         # A config needs a model and answers on file need none, so that any name will do for them.
         config = load_config(config_file, [f"model.name={(models or named)[0]}", *overrides])
     elif runs:
-        config = _config_of(next(iter(runs.values()))[0], overrides)
+        config = read_config(next(iter(runs.values()))[0], overrides)
     elif models:
         raise ConfigError(
             f"{models[0]} is not a run directory, so --config must name the task: "
@@ -78,22 +76,13 @@ def plan(arguments: Sequence[str], config_file: Path | None) -> Plan:
     for argument in named:
         if argument in runs:
             run_dir, version = runs[argument]
-            targets.append(_of_run(argument, run_dir, version, _config_of(run_dir, overrides)))
+            targets.append(_of_run(argument, run_dir, version, read_config(run_dir, overrides)))
         else:
             kind: Literal["model", "file"] = "file" if argument in files else "model"
             path = Path(argument)
             label = path.stem.removeprefix("generations-") if kind == "file" else path.name or path.resolve().name
             targets.append(Target(label, argument, kind, label, argument))
     return Plan(_distinct(targets), config)
-
-
-def _run(argument: str) -> tuple[RunDir, int | None] | None:
-    """The run directory that an argument names, and which version of it; None when it names none."""
-    place, at, version = argument.rpartition("@")
-    if at and version.isdigit() and (run_dir := RunDir(place)).exists(CONFIG):
-        return run_dir, int(version)
-    run_dir = RunDir(argument)
-    return (run_dir, None) if run_dir.exists(CONFIG) else None
 
 
 def _is_file(argument: str) -> bool:
@@ -105,29 +94,10 @@ def _is_file(argument: str) -> bool:
     return path.is_dir() and not (path / "config.json").exists() and any(path.glob("*.parquet"))
 
 
-def _config_of(run_dir: RunDir, overrides: Sequence[str]) -> RunConfig:
-    tree: dict[str, Any] = yaml.safe_load(run_dir.read_bytes(CONFIG))
-    for override in overrides:
-        apply_override(tree, override)
-    return parse_config(tree)
-
-
 def _of_run(argument: str, run_dir: RunDir, version: int | None, config: RunConfig) -> Target:
-    """The model that a run published as `version`; None: the last."""
-    trained = Ledger(run_dir).trained_rounds()
-    if version is None:
-        if not trained:
-            raise ConfigError(f"{run_dir.uri()} has no trained round yet; wait for one, or evaluate a model directory")
-        version = trained[-1]
-    if version == 0 and not config.vft.epochs:
-        source = config.model.name
-    elif version in trained:
-        source = str(run_dir.fetch_directory(run_dir.model(version)))
-    else:
-        known = ", ".join(map(str, trained)) or "none"
-        raise ConfigError(f"{run_dir.uri()} has no version {version}; it has published: {known}")
-    label = f"{run_dir.uri().rpartition('/')[2]}@{version}"
-    return Target(label, source, "model", str(version), argument, config.model, run_dir)
+    published = find_published(run_dir, config, version)
+    label = f"{run_dir.uri().rpartition('/')[2]}@{published.version}"
+    return Target(label, published.model, "model", str(published.version), argument, config.model, run_dir)
 
 
 def _distinct(targets: Sequence[Target]) -> list[Target]:

@@ -64,16 +64,24 @@ def prepare_environment(spec: EngineSpec) -> None:
     """Sets what vLLM reads from the environment; must run before vllm is imported in this process."""
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.update(engine_environment(spec))
+    if not spec.gpu:
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+
+
+def engine_environment(spec: EngineSpec) -> dict[str, str]:
+    """The environment variables that a process with such an engine needs."""
     if spec.gpu:
-        return
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ["VLLM_CPU_CI_ENV"] = "1"
-    os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(spec.kv_cache_gib)))
-    # vLLM would pin every engine of a machine to the same cores.
-    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-    os.environ["OMP_NUM_THREADS"] = str(spec.threads)
-    # Otherwise the first request that asks for log-probs compiles for half a minute.
-    os.environ["TORCH_COMPILE_DISABLE"] = "1"
+        return {}
+    return {
+        "VLLM_CPU_CI_ENV": "1",
+        "VLLM_CPU_KVCACHE_SPACE": str(max(1, round(spec.kv_cache_gib))),
+        # vLLM would pin every engine of a machine to the same cores.
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": str(spec.threads),
+        # Otherwise the first request that asks for log-probs compiles for half a minute.
+        "TORCH_COMPILE_DISABLE": "1",
+    }
 
 
 class Engine:
@@ -104,20 +112,12 @@ class Engine:
                 f"model.max_length={self._spec.max_length}"
             )
         params = request_parameters(prompt, how, min(how.max_tokens, room), self._spec.eos_token_id)
-        return self._request(prompt.token_ids, params, _candidates)
+        return self._request(prompt.token_ids, params, candidates_of)
 
     def score(self, prompt_token_ids: Sequence[int], response_token_ids: Sequence[int]) -> Future[float]:
         """Mean token log-probability of a response under the engine's present weights, nats per token."""
-        from vllm import SamplingParams
-
         sequence = [*prompt_token_ids, *response_token_ids]
-        params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
-
-        def mean(output: Any) -> float:
-            tail = list(zip(sequence, output.prompt_logprobs, strict=True))[len(prompt_token_ids) :]
-            return float(sum(row[token].logprob for token, row in tail) / len(tail))
-
-        return self._request(sequence, params, mean)
+        return self._request(sequence, scoring_parameters(), lambda output: score_of(output, len(prompt_token_ids)))
 
     def update_weights(self, files: Sequence[Callable[[], str]]) -> None:
         """Loads safetensors files, each named by a call that may fetch it first, into the running engine.
@@ -255,7 +255,8 @@ def request_parameters(prompt: Prompt, how: SamplingSpec, max_tokens: int, eos_t
     )
 
 
-def _candidates(output: Any) -> list[Candidate]:
+def candidates_of(output: Any) -> list[Candidate]:
+    """The finished candidates of one vLLM request, without texts."""
     return [
         Candidate(
             token_ids=list(completion.token_ids),
@@ -265,6 +266,19 @@ def _candidates(output: Any) -> list[Candidate]:
         )
         for completion in sorted(output.outputs, key=lambda completion: completion.index)
     ]
+
+
+def scoring_parameters() -> Any:
+    """vLLM's own parameters to read the log-probs of given tokens."""
+    from vllm import SamplingParams
+
+    return SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
+
+
+def score_of(output: Any, prompt_length: int) -> float:
+    """Mean log-prob of all tokens after the first `prompt_length`, nats per token."""
+    tail = list(zip(output.prompt_token_ids, output.prompt_logprobs, strict=True))[prompt_length:]
+    return float(sum(row[token].logprob for token, row in tail) / len(tail))
 
 
 def _build(spec: EngineSpec) -> Any:

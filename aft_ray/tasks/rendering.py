@@ -6,6 +6,7 @@ reference ends with the end-of-sequence token, exactly once.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from aft_ray.config import ConfigError
@@ -19,23 +20,34 @@ if TYPE_CHECKING:
 def render(
     task: Task, question: Question, tokenizer: PreTrainedTokenizerBase, chat_template: Literal["auto", "never"]
 ) -> tuple[list[int], list[int]]:
-    """Token ids of the prompt and of the reference response.
-
-    With chat_template "auto" the prompt is a user's turn in the tokenizer's chat template, where it has one.
-    """
-    eos = tokenizer.eos_token_id
-    if eos is None:
-        raise ConfigError("the model's tokenizer has no end-of-sequence token; a response could never end")
-    prompt = task.prompt(question)
-    if chat_template == "auto" and tokenizer.chat_template:
-        turns = [{"role": "user", "content": prompt}]
-        # return_dict=False: transformers 5 gives a BatchEncoding by default.
-        prompt_ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
-    else:
-        prompt_ids = tokenizer(prompt)["input_ids"]  # with the start token where the tokenizer has one
-        prompt_ids = _without_end(prompt_ids, eos)
+    """Token ids of the prompt and of the reference response. Raises ConfigError for a tokenizer without an end."""
+    eos = end_of_sequence(tokenizer)
     reference_ids = tokenizer(question.reference, add_special_tokens=False)["input_ids"]
-    return list(prompt_ids), [*_without_end(reference_ids, eos), eos]
+    return render_prompt(task.prompt(question), tokenizer, chat_template), [*_without_end(reference_ids, eos), eos]
+
+
+def render_prompt(
+    prompt: str,
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: Literal["auto", "never"],
+    before: Sequence[Mapping[str, str]] = (),
+) -> list[int]:
+    """Token ids of a prompt. With chat_template "auto" it is a user's turn in the tokenizer's chat template, where it
+    has one, after the turns `before`: {"role", "content"} each, which are left out without a template.
+    """
+    if chat_template == "auto" and tokenizer.chat_template:
+        turns = [*before, {"role": "user", "content": prompt}]
+        # return_dict=False: transformers 5 gives a BatchEncoding by default.
+        return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))
+    # With the start token where the tokenizer has one.
+    return _without_end(tokenizer(prompt)["input_ids"], end_of_sequence(tokenizer))
+
+
+def end_of_sequence(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that ends a response. Raises ConfigError when there is none."""
+    if tokenizer.eos_token_id is None:
+        raise ConfigError("the model's tokenizer has no end-of-sequence token; a response could never end")
+    return int(tokenizer.eos_token_id)
 
 
 def _without_end(ids: list[int], eos: int) -> list[int]:

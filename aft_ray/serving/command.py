@@ -1,0 +1,193 @@
+"""`aft-ray serve`: the application started, watched while it starts, and taken down at the end.
+
+Invariant: a service without keys is only ever bound to a loopback address, unless that was asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import ipaddress
+import os
+import signal
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from aft_ray.cluster import connected, serving_placement
+from aft_ray.config import ConfigError
+from aft_ray.observe.reporter import Reporter, chatter_to
+from aft_ray.serve_config import ServeConfig
+
+APPLICATION = "aft_ray"
+_SAY_S = 15.0
+
+
+class ServingFailed(RuntimeError):
+    """The service did not start, or ended by itself."""
+
+
+def serve(config: ServeConfig, host: str, port: int, log: Path, ready: Callable[[], None] = lambda: None) -> None:
+    """Serves until SIGINT or SIGTERM. Raises ConfigError, or ServingFailed with the reason."""
+    config = _open_on_loopback(config, host)
+    _check_free(host, port)
+    ended = threading.Event()
+    with (
+        _on_signals(ended),
+        chatter_to(log) as console,
+        Reporter(None, console) as reporter,
+        connected(config.cluster, serving_placement(config)),
+    ):
+        started = time.monotonic()
+        from aft_ray.serving.app import build
+
+        application = build(config)
+        reporter.say(f"starting {config.engine.replicas} engine(s) with {config.model}")
+        with _running(config, application, host, port, reporter, ended):
+            if ended.is_set():
+                return
+            _wait_ready(host, port, config.engine.start_timeout_s)
+            reporter.say(f"ready after {time.monotonic() - started:.0f} s")
+            for line in _welcome(config, host, port):
+                reporter.say(line)
+            ready()
+            _watch(ended)
+            reporter.say("stopping; questions that are being answered are finished first")
+
+
+def _open_on_loopback(config: ServeConfig, host: str) -> ServeConfig:
+    access = config.access
+    if access.open or access.keys_file or os.environ.get(access.keys_env):
+        return config
+    if not _is_loopback(host):
+        raise ConfigError(
+            f"{host} can be reached from other machines and there are no keys: name a file of keys with "
+            f"access.keys_file=FILE, set {access.keys_env}, or say access.open=true to let anyone ask"
+        )
+    return config.model_copy(update={"access": access.model_copy(update={"open": True})})
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _check_free(host: str, port: int) -> None:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise ConfigError(f"port {port} of {host} is in use; choose another with --port") from error
+            raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def _on_signals(ended: threading.Event) -> Iterator[None]:
+    previous = {number: signal.signal(number, lambda *_: ended.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _running(
+    config: ServeConfig, application: object, host: str, port: int, reporter: Reporter, ended: threading.Event
+) -> Iterator[None]:
+    """The application, from the moment Serve reports it as running or `ended` is set, to its end."""
+    from ray import serve
+    from ray.serve.schema import ApplicationStatus
+
+    serve.start(
+        http_options={
+            "host": host,
+            "port": port,
+            # Serve's own deadline only helps where ours failed.
+            "request_timeout_s": 2 * config.limits.deadline_s + 60,
+        }
+    )
+    try:
+        serve._run(application, name=APPLICATION, route_prefix="/", _blocking=False)
+        deadline = time.monotonic() + config.engine.start_timeout_s
+        said = time.monotonic()
+        while not ended.wait(0.5):
+            status = serve.status().applications[APPLICATION]
+            if status.status == ApplicationStatus.RUNNING:
+                break
+            if status.status == ApplicationStatus.DEPLOY_FAILED:
+                raise ServingFailed(f"the service did not start: {_reason(status)}")
+            if time.monotonic() > deadline:
+                raise ServingFailed(
+                    f"the service was not running after engine.start_timeout_s ({config.engine.start_timeout_s:.0f} s)"
+                )
+            if time.monotonic() - said > _SAY_S:
+                said = time.monotonic()
+                waiting = [name for name, one in status.deployments.items() if one.status != "HEALTHY"]
+                reporter.say(f"waiting for {', '.join(waiting)}")
+        yield
+    finally:
+        # Waits for what is being answered, within each deployment's graceful_shutdown_timeout_s.
+        serve.delete(APPLICATION)
+
+
+def _reason(status: object) -> str:
+    """The sentence in what Serve says of a deployment that does not start."""
+    from aft_ray.sampling.pool import last_line
+
+    messages = [one.message for one in status.deployments.values() if one.message]  # type: ignore[attr-defined]
+    return last_line("\n".join(messages or [status.message]))  # type: ignore[attr-defined]
+
+
+def _wait_ready(host: str, port: int, timeout_s: float) -> None:
+    """Serve may have been started before, at another address; and the proxy takes a moment to know the routes."""
+    deadline = time.monotonic() + min(60.0, timeout_s)
+    reason = ""
+    while time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(f"{_url(host, port)}/ready", timeout=5):
+                return
+        except (urllib.error.URLError, OSError) as error:
+            reason = str(error)
+            time.sleep(0.2)
+    raise ServingFailed(
+        f"{_url(host, port)}/ready does not answer ({reason}); if Serve runs on this cluster already, it listens where "
+        f"it was started: give the same --host and --port"
+    )
+
+
+def _watch(ended: threading.Event) -> None:
+    from ray import serve
+    from ray.serve.schema import ApplicationStatus
+
+    while not ended.wait(2.0):
+        status = serve.status().applications.get(APPLICATION)
+        if status is None or status.status in (ApplicationStatus.DELETING, ApplicationStatus.NOT_STARTED):
+            raise ServingFailed("the service was taken down by someone else")
+
+
+def _url(host: str, port: int) -> str:
+    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    return f"http://{shown}:{port}"
+
+
+def _welcome(config: ServeConfig, host: str, port: int) -> list[str]:
+    url = _url(host, port)
+    key = "" if config.access.open else ' -H "Authorization: Bearer $KEY"'
+    question = '{"question": "Tom has 3 apples and buys 4 more. How many apples does Tom have?"}'
+    return [
+        f"  the page      {url}/",
+        f"  ask           curl {url}/v1/reason{key} -H 'Content-Type: application/json' -d '{question}'",
+        f"  OpenAI        base_url={url}/v1",
+        f"  API           {url}/docs",
+        "  keys          " + ("none: anyone who reaches it may ask" if config.access.open else "on"),
+        "Ctrl-C stops it.",
+    ]
