@@ -70,6 +70,18 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
+# For the OpenAPI document; the key is checked before, by `_Envelope`.
+_scheme = HTTPBearer(auto_error=False, description="needed unless the service is open")
+
+
+async def _record(request: Request, _: Annotated[Any, Depends(_scheme)]) -> Record:
+    found: Record = request.state.record
+    return found
+
+
+Recorded = Annotated[Record, Depends(_record)]
+
+
 def build_http(service: Service) -> FastAPI:
     """The ASGI application of a reasoner."""
     app = FastAPIOffline(
@@ -95,15 +107,8 @@ def build_http(service: Service) -> FastAPI:
 
 
 def _answers(app: FastAPI, service: Service) -> None:
-    # For the OpenAPI document; the key is checked before, by `_Envelope`.
-    scheme = HTTPBearer(auto_error=False, description="needed unless the service is open")
-
-    async def record(request: Request, _: Annotated[Any, Depends(scheme)]) -> Record:
-        found: Record = request.state.record
-        return found
-
     @app.post("/v1/reason", responses=_ERRORS, tags=["reason"])
-    async def reason(request: ReasonRequest, record: Annotated[Record, Depends(record)]) -> Response:
+    async def reason(request: ReasonRequest, record: Recorded) -> Response:
         """Answer a question: candidates, their scores and votes, the winner.
 
         With `stream` the answer comes as events: `start`, a `candidate` each, `result` (or `error`).
@@ -135,13 +140,13 @@ def _answers(app: FastAPI, service: Service) -> None:
         return await _stream(service, record, events, "error")
 
     @app.post("/v1/chat/completions", responses=_ERRORS, tags=["openai"])
-    async def chat(request: ChatRequest, record: Annotated[Record, Depends(record)]) -> Response:
+    async def chat(request: ChatRequest, record: Recorded) -> Response:
         """OpenAI's chat completion: the content is the winning response, `aft_ray` says how it won."""
         asks = [service.chat_ask(request, record)]
         return await _openai("chat.completion", request, asks, record)
 
     @app.post("/v1/completions", responses=_ERRORS, tags=["openai"])
-    async def completions(request: CompletionRequest, record: Annotated[Record, Depends(record)]) -> Response:
+    async def completions(request: CompletionRequest, record: Recorded) -> Response:
         """OpenAI's completion: the prompt goes to the model as it is."""
         return await _openai("text_completion", request, service.completion_asks(request, record), record)
 
@@ -172,8 +177,9 @@ def _answers(app: FastAPI, service: Service) -> None:
                         continue
                     if first:
                         yield event(text_chunk(kind, opening, 0, "", first))
-                    yield event(last_chunk(kind, opening, 0, part.reasoned.winner.finish_reason))
-                    yield event(usage_chunk(kind, part, extras([part]), with_usage))
+                    yield event(last_chunk(kind, part, 0, part.reasoned.winner.finish_reason, extras([part])))
+                    if with_usage:
+                        yield event(usage_chunk(kind, part))
             yield event("[DONE]")
 
         async def ranked(queued_s: float) -> AsyncGenerator[bytes, None]:
@@ -183,20 +189,21 @@ def _answers(app: FastAPI, service: Service) -> None:
                     if not isinstance(part, Answer):
                         yield b": still sampling\n\n"
                         continue
-                    for chunk in openai_chunks(kind, part, choices):
+                    for chunk in openai_chunks(kind, part, choices, extras([part])):
                         yield event(chunk)
-                    yield event(usage_chunk(kind, part, extras([part]), with_usage))
+                    if with_usage:
+                        yield event(usage_chunk(kind, part))
             yield event("[DONE]")
 
         return await _stream(service, record, greedy if ask.strategy == "greedy" else ranked, None)
 
     @app.get("/v1/models", responses=_ERRORS, tags=["openai"])
-    async def models(record: Annotated[Record, Depends(record)]) -> Response:
+    async def models(record: Recorded) -> Response:
         """The served model: its version, tasks, defaults and limits."""
         return JSONResponse({"object": "list", "data": [await _model(service)]})
 
     @app.get("/v1/models/{name:path}", responses=_ERRORS, tags=["openai"])
-    async def model(name: str, record: Annotated[Record, Depends(record)]) -> Response:
+    async def model(name: str, record: Recorded) -> Response:
         """The served model by its name."""
         if name != service.served.name:
             raise Refusal(
@@ -314,7 +321,6 @@ class _Envelope:
                 headers = MutableHeaders(scope=message)
                 headers["X-Content-Type-Options"] = "nosniff"
                 headers["Referrer-Policy"] = "no-referrer"
-                headers["X-Request-Id"] = record.id
             await send(message)
 
         try:

@@ -158,11 +158,11 @@ def openai_extras(answers: Sequence[Answer], include_candidates: bool, ignored: 
     return extras | ({"ignored": list(ignored)} if ignored else {})
 
 
-def openai_chunks(kind: OpenAiKind, answer: Answer, choices: int) -> Iterator[Json]:
+def openai_chunks(kind: OpenAiKind, answer: Answer, choices: int, extras: Json) -> Iterator[Json]:
     """A finished answer as the chunks of a stream, without usage."""
     for place, candidate in enumerate(answer.reasoned.candidates[:choices]):
         yield text_chunk(kind, answer, place, candidate.text, first=True)
-        yield last_chunk(kind, answer, place, candidate.finish_reason)
+        yield last_chunk(kind, answer, place, candidate.finish_reason, extras if place == 0 else None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,16 +181,16 @@ def text_chunk(kind: OpenAiKind, of: Answer | Opening, place: int, text: str, fi
     return _chunk(kind, of, {"index": place, "delta": delta, "logprobs": None, "finish_reason": None})
 
 
-def last_chunk(kind: OpenAiKind, of: Answer | Opening, place: int, finish_reason: str) -> Json:
-    if kind == "text_completion":
-        return _chunk(kind, of, {"index": place, "text": "", "logprobs": None, "finish_reason": finish_reason})
-    return _chunk(kind, of, {"index": place, "delta": {}, "logprobs": None, "finish_reason": finish_reason})
+def last_chunk(kind: OpenAiKind, answer: Answer, place: int, finish_reason: str, extras: Json | None) -> Json:
+    """The end of a choice; the first one's also says how the answer came about."""
+    nothing: Json = {"text": ""} if kind == "text_completion" else {"delta": {}}
+    chunk = _chunk(kind, answer, {"index": place, **nothing, "logprobs": None, "finish_reason": finish_reason})
+    return chunk if extras is None else chunk | {"aft_ray": extras}
 
 
-def usage_chunk(kind: OpenAiKind, answer: Answer, extras: Json, with_usage: bool) -> Json:
-    """The end of a stream: no choice, how the answer came about and, where asked for, the tokens."""
-    chunk = _chunk(kind, answer, None) | {"aft_ray": extras}
-    return chunk | ({"usage": usage([answer])} if with_usage else {})
+def usage_chunk(kind: OpenAiKind, answer: Answer) -> Json:
+    """The tokens, after all choices, for clients that ask for them."""
+    return _chunk(kind, answer, None) | {"usage": usage([answer])}
 
 
 def event(data: Json | str, name: str | None = None) -> bytes:
