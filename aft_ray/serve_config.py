@@ -27,7 +27,7 @@ class AnsweringConfig(Section):
         "often; weighted_vote: votes weighted by exp(score)",
     )
     n: Positive = Field(8, description="candidates sampled for a question")
-    temperature: float = Field(0.7, ge=0, le=5, description="of sampling; scores are always at temperature 1")
+    temperature: float = Field(0.7, ge=0, le=2, description="of sampling; scores are always at temperature 1")
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling")
     max_tokens: Positive = Field(256, description="longest response, end-of-sequence included")
     stop_confidence: float = Field(

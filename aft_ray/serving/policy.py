@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -184,18 +184,15 @@ class PolicyServer(LLMServer):  # type: ignore[misc]
             )
         prompt = Prompt(draw.prompt_token_ids, draw.seed + index)
         how = SamplingSpec(1, draw.how.temperature, draw.how.top_p, draw.how.max_tokens)
-        return request_parameters(prompt, how, min(how.max_tokens, room), self._spec.eos_token_id)
+        with _refused():
+            return request_parameters(prompt, how, min(how.max_tokens, room), self._spec.eos_token_id)
 
     async def _generate(self, token_ids: Sequence[int], params: Any) -> AsyncIterator[Any]:
-        from vllm.exceptions import VLLMClientError, VLLMValidationError
-
-        try:
+        with _refused():
             async for output in self.engine.client.generate(
                 {"prompt_token_ids": list(token_ids)}, params, uuid.uuid4().hex
             ):
                 yield output
-        except (VLLMValidationError, VLLMClientError) as error:
-            raise BadRequest(str(error)) from error
 
     async def _follow(self, rollout: Any) -> None:
         """Takes each new version when its turn comes; one engine at a time, so that the others answer meanwhile."""
@@ -254,3 +251,14 @@ class PolicyServer(LLMServer):  # type: ignore[misc]
                     f"a probe of {publication.model} scores {difference:.2g} nats per token away from the trainer "
                     f"(tolerance {self._spec.tolerance:g}): these are not the weights that were published"
                 )
+
+
+@contextlib.contextmanager
+def _refused() -> Iterator[None]:
+    """What vLLM refuses, as BadRequest."""
+    from vllm.exceptions import VLLMClientError, VLLMValidationError
+
+    try:
+        yield
+    except (VLLMValidationError, VLLMClientError) as error:
+        raise BadRequest(str(error)) from error

@@ -23,7 +23,8 @@ def _writable(text: str) -> str:
 
 
 Text = Annotated[str, Field(min_length=1), AfterValidator(_writable)]
-Temperature = Annotated[float, Field(ge=0, le=5)]
+# vLLM takes no more.
+Temperature = Annotated[float, Field(ge=0, le=2)]
 TopP = Annotated[float, Field(gt=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**62)]
 Count = Annotated[int, Field(ge=1)]
