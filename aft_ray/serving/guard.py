@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
-import json
 import os
 import time
 from collections.abc import AsyncIterator
@@ -125,7 +124,7 @@ class Admission:
 
 
 class BodyLimit:
-    """ASGI middleware: a body that is longer than allowed is refused with 413 before it is held in memory."""
+    """ASGI middleware: raises Refusal (413) for a body that is longer than allowed, before it is held in memory."""
 
     def __init__(self, app: Any, limit_bytes: int) -> None:
         self._app = app
@@ -137,8 +136,7 @@ class BodyLimit:
             return
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > self._limit:
-            await self._refuse(send)
-            return
+            raise self._refusal()
         chunks: list[bytes] = []
         length, more = 0, True
         while more:
@@ -149,8 +147,7 @@ class BodyLimit:
             length += len(chunks[-1])
             more = message.get("more_body", False)
             if length > self._limit:
-                await self._refuse(send)
-                return
+                raise self._refusal()
         whole: list[Any] = [{"type": "http.request", "body": b"".join(chunks), "more_body": False}]
 
         async def replay() -> Any:
@@ -158,9 +155,5 @@ class BodyLimit:
 
         await self._app(scope, replay, send)
 
-    async def _refuse(self, send: Any) -> None:
-        refusal = Refusal(413, f"the request body is longer than {self._limit >> 10} KiB, limits.body_kib")
-        body = json.dumps(refusal.body).encode()
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-        await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+    def _refusal(self) -> Refusal:
+        return Refusal(413, f"the request body is longer than {self._limit >> 10} KiB, limits.body_kib")
