@@ -255,19 +255,29 @@ def _file(content: bytes, kind: str) -> Callable[[], Awaitable[Response]]:
 
 
 class _Held(StreamingResponse):
-    """A stream that gives back what it holds at its end, also when it never began."""
+    """A stream that gives back what it holds at its end, also when it never began, and knows whether it was taken."""
 
-    def __init__(self, content: AsyncIterator[bytes], held: contextlib.AsyncExitStack) -> None:
+    def __init__(self, content: AsyncIterator[bytes], held: contextlib.AsyncExitStack, record: Record) -> None:
         # Without these, proxies on the way may hold events back.
         super().__init__(
             content, media_type="text/event-stream", headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         )
         self._held = held
+        self._record = record
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        taken = False
+
+        async def sending(message: Any) -> None:
+            nonlocal taken
+            await send(message)
+            taken = message["type"] == "http.response.body" and not message.get("more_body", False)
+
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, sending)
         finally:
+            if not taken:
+                self._record.gone()
             await self._held.aclose()
 
 
@@ -291,7 +301,7 @@ async def _stream(
             record.failed(refusal)
             yield event(refusal.body, error_event)
 
-    return _Held(whole(), held)
+    return _Held(whole(), held, record)
 
 
 # ── around every request ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -348,7 +358,9 @@ def _errors(app: FastAPI) -> None:
         record = request.state.record
         refusal = _refusal(error, record)
         record.failed(refusal)
-        return JSONResponse(refusal.body, refusal.status, refusal.headers)
+        # Allow, which comes with a 405.
+        more = getattr(error, "headers", None) or {}
+        return JSONResponse(refusal.body, refusal.status, more | refusal.headers)
 
 
 def _refusal(error: Exception, record: Record) -> Refusal:
