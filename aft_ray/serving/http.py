@@ -205,10 +205,7 @@ def _answers(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models/{name:path}", responses=_ERRORS, tags=["openai"])
     async def model(name: str, record: Recorded) -> Response:
         """The served model by its name."""
-        if name != service.served.name:
-            raise Refusal(
-                404, f"the model {name!r} is not served here; {service.served.name!r} is", "not_found_error", "model"
-            )
+        service.check_model(name)
         return JSONResponse(await _model(service))
 
 
@@ -370,6 +367,8 @@ def _refusal(error: Exception, record: Record) -> Refusal:
     if isinstance(error, RequestValidationError):
         return _invalid(error)
     if isinstance(error, HTTPException):
+        if error.status_code == 400:
+            return Refusal(400, "the body cannot be read as JSON: it is no UTF-8, or nested or long beyond measure")
         kind = "not_found_error" if error.status_code == 404 else "invalid_request_error"
         return Refusal(error.status_code, f"{error.detail}".lower(), kind)  # type: ignore[arg-type]
     logger.error(f"request {record.id} failed", exc_info=error)
@@ -378,14 +377,37 @@ def _refusal(error: Exception, record: Record) -> Refusal:
 
 def _invalid(error: RequestValidationError) -> Refusal:
     """The first thing wrong with a body, as a sentence that names the field."""
-    first = error.errors()[0]
-    path = [str(part) for part in first["loc"] if part != "body"]
+    errors = error.errors()
+    path, first = _path(errors[0], error.body), errors[0]
+    # A field of several kinds has an error for each; the one that came furthest says most.
+    for other in errors[1:]:
+        if len(found := _path(other, error.body)) > len(path) and found[: len(path)] == path:
+            path, first = found, other
     if first["type"] == "json_invalid":
         return Refusal(400, "the body is not valid JSON")
-    name = ".".join(path) or "the body"
+    if not path:
+        if "param" in first.get("ctx", {}):
+            return Refusal(400, first["msg"], param=first["ctx"]["param"])
+        return Refusal(400, "the body must be a JSON object, sent with Content-Type: application/json")
+    name = ".".join(path)
     if first["type"] == "missing":
         return Refusal(400, f"{name} is missing", param=name)
     if first["type"] == "extra_forbidden":
         return Refusal(400, f"{name} is not a field of this request; /docs lists them", param=name)
     message = first["msg"].removeprefix("Value error, ")
-    return Refusal(400, f"{name}: {message[0].lower()}{message[1:]}", param=name if path else None)
+    return Refusal(400, f"{name}: {message[0].lower()}{message[1:]}", param=name)
+
+
+def _path(error: Json, body: Any) -> list[str]:
+    """Where in the body an error is: its location, without pydantic's names of the kinds that a field may be of."""
+    _, *location = error["loc"]
+    path: list[str] = []
+    for part in location:
+        if isinstance(body, dict) and (part in body or error["type"] == "missing"):
+            body = body.get(part)
+        elif isinstance(body, list) and isinstance(part, int):
+            body = body[part]
+        else:
+            continue
+        path.append(str(part))
+    return path

@@ -6,9 +6,10 @@ of OpenAI's API that could not change it are taken and listed as ignored.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from aft_ray.serve_config import Strategy
 
@@ -53,6 +54,7 @@ class _Request(BaseModel):
 class ReasonRequest(_Request):
     """A question, and how to answer it; what is left out is as the service is configured."""
 
+    asked_in: ClassVar[str] = "question"
     question: Text
     model: str | None = Field(None, description="the served model's name; none: whatever is served")
     n: Count | None = Field(None, description="candidates to sample")
@@ -60,6 +62,11 @@ class ReasonRequest(_Request):
     @property
     def candidates(self) -> int | None:
         return self.n
+
+    @property
+    def names(self) -> dict[str, str]:
+        """What the client called a number that is bounded by the service."""
+        return {}
 
 
 # Fields of OpenAI's API that change what is generated, with the value that asks for nothing.
@@ -82,6 +89,11 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
 }
 
 
+def _wrong(param: str, sentence: str) -> PydanticCustomError:
+    """What is wrong with a field that only the whole request shows. The sentence names the field."""
+    return PydanticCustomError("wrong_together", "{sentence}", {"sentence": sentence, "param": param})
+
+
 class StreamOptions(BaseModel):
     include_usage: bool | None = False
 
@@ -100,15 +112,20 @@ class _OpenAiRequest(_Request):
         for name, idle in _REFUSED.items():
             value = (self.model_extra or {}).get(name)
             if value not in idle:
-                raise ValueError(f"{name} is not supported: answers are ranked whole, by the scores of whole responses")
+                sentence = f"{name} is not supported: answers are ranked whole, by the scores of whole responses"
+                raise _wrong(name, sentence)
         if self.best_of is not None and self.n is not None and self.best_of < self.n:
-            raise ValueError(f"best_of ({self.best_of}) is less than n ({self.n})")
+            raise _wrong("best_of", f"best_of ({self.best_of}) is less than n ({self.n})")
         return self
 
     @property
     def candidates(self) -> int | None:
         """As many as are asked for, and never fewer than are to be returned."""
         return self.best_of
+
+    @property
+    def names(self) -> dict[str, str]:
+        return {} if self.best_of is None else {"n": "best_of"}
 
     @property
     def choices(self) -> int:
@@ -136,19 +153,26 @@ class Message(BaseModel):
 class ChatRequest(_OpenAiRequest):
     """OpenAI's chat completion. The last message is the question."""
 
+    asked_in: ClassVar[str] = "messages"
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Count | None = Field(None, description="the newer name of max_tokens")
 
     @model_validator(mode="after")
     def _ends_with_a_question(self) -> ChatRequest:
         if self.messages[-1].role != "user" or not self.messages[-1].text.strip():
-            raise ValueError("the last message must be the user's, with the question as its text")
+            raise _wrong("messages", "the last message must be the user's, with the question as its text")
         return self
+
+    @property
+    def names(self) -> dict[str, str]:
+        newer = {} if self.max_completion_tokens is None else {"max_tokens": "max_completion_tokens"}
+        return super().names | newer
 
 
 class CompletionRequest(_OpenAiRequest):
     """OpenAI's completion. The prompt goes to the model as it is, without the task's own prompt around it."""
 
+    asked_in: ClassVar[str] = "prompt"
     prompt: Text | list[Text] | list[int] | list[list[int]]
 
     @property

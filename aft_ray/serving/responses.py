@@ -140,18 +140,7 @@ def openai_extras(answers: Sequence[Answer], include_candidates: bool, ignored: 
     details = []
     for answer in answers:
         body = reason_body(answer)
-        kept = (
-            "version",
-            "strategy",
-            "answer",
-            "confidence",
-            "agreement",
-            "explanation",
-            "seed",
-            "sampling",
-            "timings",
-        )
-        details.append({name: body[name] for name in kept})
+        details.append({name: body[name] for name in _EXTRAS})
         if include_candidates:
             details[-1]["candidates"] = body["candidates"]
     extras = details[0] if len(details) == 1 else {"prompts": details}

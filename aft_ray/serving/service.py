@@ -59,7 +59,7 @@ class Service:
     # ── from requests to questions ───────────────────────────────────────────────────────────────────────────────
 
     def reason_ask(self, request: ReasonRequest, record: Record) -> Ask:
-        self._check_model(request.model)
+        self.check_model(request.model)
         record.asked(request.question)
         task = self._task(request.task)
         return self._ask(request, self._render(task, request.question, "question"), task, 1)
@@ -67,7 +67,7 @@ class Service:
     def chat_ask(self, request: ChatRequest, record: Record) -> Ask:
         """The question is the last message, put as the task puts it. What comes before it reaches the model only
         through a chat template: a model without one was not trained on conversations."""
-        self._check_model(request.model)
+        self.check_model(request.model)
         *before, last = request.messages
         record.asked(last.text)
         task = self._task(request.task)
@@ -76,7 +76,7 @@ class Service:
         return self._ask(request, prompt, task, request.choices, request.max_completion_tokens)
 
     def completion_asks(self, request: CompletionRequest, record: Record) -> list[Ask]:
-        self._check_model(request.model)
+        self.check_model(request.model)
         task = self._task(request.task)
         prompts = request.prompts
         if not prompts or len(prompts) > self.config.limits.concurrency:
@@ -120,14 +120,15 @@ class Service:
         max_tokens = max_completion_tokens or request.max_tokens or defaults.max_tokens
         for name, value, most in (("n", n, limits.n), ("max_tokens", max_tokens, limits.max_tokens)):
             if value > most:
-                raise Refusal(400, f"{name} ({value}) is more than this service takes, {most}", param=name)
+                said = request.names.get(name, name)
+                raise Refusal(400, f"{said} ({value}) is more than this service takes, {most}", param=said)
         room = self.served.run.model.max_length - len(prompt)
         if room < 1:
             raise Refusal(
                 400,
                 f"the question has {len(prompt)} tokens as a prompt, which leaves no room for a response in the "
                 f"model's {self.served.run.model.max_length}",
-                param="question",
+                param=request.asked_in,
                 code="context_length_exceeded",
             )
         return Ask(
@@ -140,7 +141,8 @@ class Service:
             stop_confidence=request.stop_confidence or defaults.stop_confidence,
         )
 
-    def _check_model(self, name: str | None) -> None:
+    def check_model(self, name: str | None) -> None:
+        """Raises Refusal (404) for another model than the one served."""
         if name is not None and name != self.served.name:
             raise Refusal(
                 404, f"the model {name!r} is not served here; {self.served.name!r} is", "not_found_error", "model",
@@ -250,7 +252,7 @@ def refusals() -> Any:
     try:
         yield
     except BadRequest as error:
-        raise Refusal(400, str(error), param="question") from error
+        raise Refusal(400, str(error)) from error
     except TooLate as error:
         raise Refusal(504, str(error), "timeout_error", None, "deadline") from error
     except EngineUnavailable as error:
