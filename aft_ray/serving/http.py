@@ -40,6 +40,16 @@ from aft_ray.serving.responses import (
     text_chunk,
     usage_chunk,
 )
+from aft_ray.serving.schemas import (
+    ChatCompletion,
+    Health,
+    ModelCard,
+    ModelList,
+    Ready,
+    ReasonAnswer,
+    TextCompletion,
+    documented,
+)
 from aft_ray.serving.service import Service
 from aft_ray.serving.telemetry import Record
 
@@ -56,18 +66,10 @@ _PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; form-action 'none'; "
     "base-uri 'none'; frame-ancestors 'none'"
 )
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"description": text, "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}}
-    for status, text in {
-        400: "the request asks for something that cannot be done",
-        401: "no API key, or a wrong one",
-        404: "no such model",
-        413: "the body is too long",
-        429: "too many questions are waiting; Retry-After says when to come again",
-        503: "no engine answers",
-        504: "the deadline passed",
-    }.items()
-}
+# What may come instead of an answer to a question.
+_ASKED = (400, 401, 404, 413, 429, 500, 503, 504)
+_EVENTS = "events `start` (what is asked), `candidate` (one each, before the ranking), `result` (the whole) or `error`"
+_PARTS = "OpenAI's chunks; the last one of the first choice says in `aft_ray` how the answer came about"
 
 
 # For the OpenAPI document; the key is checked before, by `_Envelope`.
@@ -107,7 +109,7 @@ def build_http(service: Service) -> FastAPI:
 
 
 def _answers(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/reason", responses=_ERRORS, tags=["reason"])
+    @app.post("/v1/reason", responses=documented(ReasonAnswer, *_ASKED, stream=_EVENTS), tags=["reason"])
     async def reason(request: ReasonRequest, record: Recorded) -> Response:
         """Answer a question: candidates, their scores and votes, the winner.
 
@@ -139,13 +141,13 @@ def _answers(app: FastAPI, service: Service) -> None:
 
         return await _stream(service, record, events, "error")
 
-    @app.post("/v1/chat/completions", responses=_ERRORS, tags=["openai"])
+    @app.post("/v1/chat/completions", responses=documented(ChatCompletion, *_ASKED, stream=_PARTS), tags=["openai"])
     async def chat(request: ChatRequest, record: Recorded) -> Response:
         """OpenAI's chat completion: the content is the winning response, `aft_ray` says how it won."""
         asks = [service.chat_ask(request, record)]
         return await _openai("chat.completion", request, asks, record)
 
-    @app.post("/v1/completions", responses=_ERRORS, tags=["openai"])
+    @app.post("/v1/completions", responses=documented(TextCompletion, *_ASKED, stream=_PARTS), tags=["openai"])
     async def completions(request: CompletionRequest, record: Recorded) -> Response:
         """OpenAI's completion: the prompt goes to the model as it is."""
         return await _openai("text_completion", request, service.completion_asks(request, record), record)
@@ -197,12 +199,12 @@ def _answers(app: FastAPI, service: Service) -> None:
 
         return await _stream(service, record, greedy if ask.strategy == "greedy" else ranked, None)
 
-    @app.get("/v1/models", responses=_ERRORS, tags=["openai"])
+    @app.get("/v1/models", responses=documented(ModelList, 401), tags=["openai"])
     async def models(record: Recorded) -> Response:
         """The served model: its version, tasks, defaults and limits."""
         return JSONResponse({"object": "list", "data": [await _model(service)]})
 
-    @app.get("/v1/models/{name:path}", responses=_ERRORS, tags=["openai"])
+    @app.get("/v1/models/{name:path}", responses=documented(ModelCard, 401, 404), tags=["openai"])
     async def model(name: str, record: Recorded) -> Response:
         """The served model by its name."""
         service.check_model(name)
@@ -225,15 +227,15 @@ async def _model(service: Service) -> Json:
 
 
 def _public(app: FastAPI, service: Service) -> None:
-    @app.get("/health", tags=["service"])
-    async def health() -> dict[str, str]:
+    @app.get("/health", responses=documented(Health), tags=["service"])
+    async def health() -> Health:
         """Whether this process answers."""
-        return {"status": "ok"}
+        return Health(status="ok")
 
-    @app.get("/ready", responses={503: _ERRORS[503]}, tags=["service"])
-    async def ready() -> dict[str, Any]:
+    @app.get("/ready", responses=documented(Ready, 503), tags=["service"])
+    async def ready() -> Ready:
         """Whether an engine answers, and with which policy version."""
-        return {"status": "ready", "version": await service.version()}
+        return Ready(status="ready", version=await service.version())
 
     files = resources.files("aft_ray.serving") / "page"
     for path, (name, kind) in _PAGE.items():
