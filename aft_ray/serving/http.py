@@ -19,6 +19,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi.security import HTTPBearer
 from fastapi_offline import FastAPIOffline
+from ray.exceptions import TaskCancelledError
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 
@@ -332,10 +333,19 @@ class _Envelope:
                 headers["Referrer-Policy"] = "no-referrer"
             await send(message)
 
+        async def receiving() -> Any:
+            try:
+                return await receive()
+            except TaskCancelledError:
+                # How Serve, at times, says that the client went away.
+                return {"type": "http.disconnect"}
+
         try:
             if record.counted:
                 self._service.keys.check(record.authorization)
-            await self._app(scope, receive, sending)
+            await self._app(scope, receiving, sending)
+            if not started:
+                record.gone()
         except asyncio.CancelledError:
             record.gone()
             raise
