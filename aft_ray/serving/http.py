@@ -42,6 +42,8 @@ from aft_ray.serving.responses import (
     usage_chunk,
 )
 from aft_ray.serving.schemas import (
+    CHUNKS,
+    EVENTS,
     ChatCompletion,
     Health,
     ModelCard,
@@ -69,8 +71,6 @@ _PAGE_POLICY = (
 )
 # What may come instead of an answer to a question.
 _ASKED = (400, 401, 404, 413, 429, 500, 503, 504)
-_EVENTS = "events `start` (what is asked), `candidate` (one each, before the ranking), `result` (the whole) or `error`"
-_PARTS = "OpenAI's chunks; the last one of the first choice says in `aft_ray` how the answer came about"
 
 
 # For the OpenAPI document; the key is checked before, by `_Envelope`.
@@ -110,7 +110,7 @@ def build_http(service: Service) -> FastAPI:
 
 
 def _answers(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/reason", responses=documented(ReasonAnswer, *_ASKED, stream=_EVENTS), tags=["reason"])
+    @app.post("/v1/reason", responses=documented(ReasonAnswer, *_ASKED, stream=EVENTS), tags=["reason"])
     async def reason(request: ReasonRequest, record: Recorded) -> Response:
         """Answer a question: candidates, their scores and votes, the winner.
 
@@ -142,13 +142,13 @@ def _answers(app: FastAPI, service: Service) -> None:
 
         return await _stream(service, record, events, "error")
 
-    @app.post("/v1/chat/completions", responses=documented(ChatCompletion, *_ASKED, stream=_PARTS), tags=["openai"])
+    @app.post("/v1/chat/completions", responses=documented(ChatCompletion, *_ASKED, stream=CHUNKS), tags=["openai"])
     async def chat(request: ChatRequest, record: Recorded) -> Response:
         """OpenAI's chat completion: the content is the winning response, `aft_ray` says how it won."""
         asks = [service.chat_ask(request, record)]
         return await _openai("chat.completion", request, asks, record)
 
-    @app.post("/v1/completions", responses=documented(TextCompletion, *_ASKED, stream=_PARTS), tags=["openai"])
+    @app.post("/v1/completions", responses=documented(TextCompletion, *_ASKED, stream=CHUNKS), tags=["openai"])
     async def completions(request: CompletionRequest, record: Recorded) -> Response:
         """OpenAI's completion: the prompt goes to the model as it is."""
         return await _openai("text_completion", request, service.completion_asks(request, record), record)

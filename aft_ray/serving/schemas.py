@@ -210,11 +210,36 @@ _MISTAKES: dict[int, dict[str, Any]] = {
 }
 
 
-def documented(model: type[BaseModel], *mistakes: int, stream: str | None = None) -> dict[int | str, dict[str, Any]]:
+def _event(names: list[str], data: str) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": {
+            "event": {"type": "string", "enum": names},
+            "data": {"type": "string", "contentMediaType": "application/json", "description": data},
+        },
+        "required": ["data"],
+    }
+
+
+# An event of a stream, which without a name of its own is a message.
+EVENTS = _event(
+    ["start", "candidate", "result", "error"],
+    "of start: what is asked; of each candidate: the same as in the answer, without rank and votes; of result: the "
+    "whole answer; of error, instead of it: the body of the error",
+)
+CHUNKS = _event(
+    ["message"],
+    "OpenAI's chunk, or [DONE]; the last chunk of the first choice says in `aft_ray` how the answer came about",
+)
+
+
+def documented(
+    model: type[BaseModel], *mistakes: int, stream: dict[str, Any] | None = None
+) -> dict[int | str, dict[str, Any]]:
     """The responses of an operation: what is wanted, its events where it can stream, and what may come instead."""
     wanted: dict[str, Any] = {"model": model}
     if stream is not None:
-        wanted["content"] = {"text/event-stream": {"schema": {"type": "string", "description": stream}}}
+        wanted["content"] = {"text/event-stream": {"itemSchema": stream}}
     # Without a 4XX FastAPI would document its own 422, which never comes.
     other = {"model": Error, "description": "any other mistake in the request"}
     return {200: wanted, **{status: {"model": Error, **_MISTAKES[status]} for status in mistakes}, "4XX": other}
