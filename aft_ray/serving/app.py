@@ -41,12 +41,13 @@ class Reasoner:
         return build_http(self._service)
 
 
-def build(args: dict[str, Any] | ServeConfig) -> Application:
-    """The application, from the keys of ServeConfig: what a Serve config file names as `import_path`.
+def build(args: dict[str, Any]) -> Application:
+    """What a Serve config file names as `import_path`; `args` are the keys of ServeConfig. Raises ConfigError."""
+    return application(parse_serve_config(args))
 
-    Raises ConfigError, one sentence.
-    """
-    config = args if isinstance(args, ServeConfig) else parse_serve_config(args)
+
+def application(config: ServeConfig) -> Application:
+    """The Serve application of a config. Raises ConfigError, one sentence."""
     served, publication = resolve(config)
     tokenizer = load_tokenizer(served.run)
     policy = PolicySpec(
