@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Callable, Hashable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -70,7 +70,7 @@ class Scored:
     index: int
     text: str
     answer: str | None
-    key: Hashable | None
+    key: str | None
     score: float
     tokens: int
     finish_reason: str

@@ -7,7 +7,7 @@ Invariant: over the same candidates a strategy elects what the rule of the same 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from aft_ray.serve_config import Strategy
@@ -19,7 +19,7 @@ class Vote:
 
     index: int
     score: float
-    key: Hashable | None
+    key: str | None
 
     @property
     def weight(self) -> float:
@@ -117,9 +117,9 @@ def next_wave(strategy: Strategy, votes: Sequence[Vote], n: int, stop_confidence
     return remaining
 
 
-def _parties(votes: Sequence[Vote]) -> dict[Hashable, list[Vote]]:
+def _parties(votes: Sequence[Vote]) -> dict[str | None, list[Vote]]:
     """The candidates that give an answer, by answer, in order of the answers' first mention."""
-    parties: dict[Hashable, list[Vote]] = {}
+    parties: dict[str | None, list[Vote]] = {}
     for vote in sorted(votes, key=lambda vote: vote.index):
         if vote.key is not None:
             parties.setdefault(vote.key, []).append(vote)

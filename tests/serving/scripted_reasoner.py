@@ -58,8 +58,9 @@ MODEL: dict[str, Any] = {
 
 def candidate(index: int, answer: str | None, score: float, response: str = "", **more: Any) -> dict[str, Any]:
     text = response or f"4 + 9 = 13. 13 * 3 = {answer}. #### {answer}"
-    sampled = {"index": index, "answer": answer, "response": text, "score": score, "weight": math.exp(score)}
-    return {**sampled, "tokens": 31, "finish_reason": "stop", **more}
+    key = answer if answer is None else answer.removesuffix(".0")
+    sampled = {"index": index, "answer": answer, "key": key, "response": text, "score": score}
+    return {**sampled, "weight": math.exp(score), "tokens": 31, "finish_reason": "stop", **more}
 
 
 CANDIDATES = [

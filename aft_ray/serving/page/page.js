@@ -244,11 +244,10 @@ function showFacts({ strategy, version, sampling, timings, usage, seed }) {
 
 function showVotes({ candidates, strategy }) {
   const weighted = strategy === "weighted_vote";
-  const spellings = Map.groupBy(candidates.filter((c) => c.answer !== null), (c) => c.answer);
-  // The server counts 12 and 12.0 as one answer: spellings with fewer candidates than votes belong together.
-  const same = Map.groupBy(spellings.values(), (group) => (group.length === group[0].votes ? group : group[0].votes));
   const size = (group) => group.reduce((sum, c) => sum + (weighted ? c.weight : 1), 0);
-  const answers = [...same.values()].map((groups) => groups.flat()).sort((a, b) => size(b) - size(a));
+  // Equal answers have equal keys, however they are spelled.
+  const same = Map.groupBy(candidates.filter((c) => c.key !== null), (c) => c.key);
+  const answers = [...same.values()].sort((a, b) => size(b) - size(a));
   const total = size(answers.flat());
   const rows = answers.map((group) => {
     const share = size(group) / total;
