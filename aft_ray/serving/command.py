@@ -23,6 +23,7 @@ from aft_ray.config import ConfigError
 from aft_ray.observe.reporter import Reporter, chatter_to
 from aft_ray.serve_config import ServeConfig
 from aft_ray.serving.proxy import CALLBACK
+from aft_ray.serving.served import resolve
 
 APPLICATION = "aft_ray"
 _SAY_S = 15.0
@@ -36,6 +37,7 @@ def serve(config: ServeConfig, host: str, port: int, log: Path) -> None:
     """Serves until SIGINT or SIGTERM. Raises ConfigError, or ServingFailed with the reason."""
     config = _open_on_loopback(config, host)
     _check_free(host, port)
+    resolve(config)
     # Read by the proxies, when Ray or Serve is started from here.
     os.environ.setdefault("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", CALLBACK)
     ended = threading.Event()

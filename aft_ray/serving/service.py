@@ -10,10 +10,8 @@ import contextlib
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from aft_ray.config import RunConfig
 from aft_ray.questions import load_tokenizer
 from aft_ray.records import Question
 from aft_ray.sampling.engine import SamplingSpec
@@ -23,21 +21,13 @@ from aft_ray.serving.policy import BadRequest
 from aft_ray.serving.reasoning import Ask, EngineUnavailable, Reasoned, Reasoning, Scored, TooLate
 from aft_ray.serving.requests import ChatRequest, CompletionRequest, ReasonRequest, Refusal
 from aft_ray.serving.responses import Answer, Opening
+from aft_ray.serving.served import ServedModel
 from aft_ray.serving.telemetry import Record, Telemetry
 from aft_ray.tasks import Task, build_tasks
 from aft_ray.tasks.rendering import render_prompt
 
 # Seconds a client is told to wait when no engine answers.
 _RETRY_AFTER_S = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class ServedModel:
-    """What is served: its name to clients, its local directory or hub name, and the config it is asked with."""
-
-    name: str
-    model: str
-    run: RunConfig
 
 
 class Service:
