@@ -3,9 +3,9 @@
     python benchmarks/serving.py runs/demo/seed0/aft --output serving.json
 
 Accuracy: every strategy on the same unseen questions with the same draws. Adaptive n: the tokens that stopping early
-saves, and the accuracy it keeps. Cost: requests/s of n candidates a question through the reasoner, over the same
-candidates asked of the engine's handle directly, without HTTP, ranking or texts; and of LLMServer's own OpenAI method
-with log-probs. The three take turns in one run; the ratio is that of the medians.
+saves, and the accuracy it keeps. Cost: requests/s of n candidates a question through the reasoner, over the
+same sampling asked of the same engine through Ray's own OpenAI ingress, with log-probs, which ranks nothing; and, to
+see what HTTP and Serve cost at all, of the engine's handle. They take turns in one run; ratios are of the medians.
 """
 
 from __future__ import annotations
@@ -32,12 +32,14 @@ from aft_ray.observe.reporter import Reporter, chatter_to
 from aft_ray.published import find_run, read_config
 from aft_ray.records import Verdict
 from aft_ray.sampling.engine import SamplingSpec
-from aft_ray.serve_config import load_serve_config
+from aft_ray.serve_config import ServeConfig, load_serve_config
 
 TARGET = 0.9
 STRATEGIES = ("greedy", "score", "vote", "weighted_vote")
 CONFIDENCES = (1.0, 0.99, 0.95, 0.9, 0.8)
 WARM_UP = 32
+MODEL, PEER = "model", "/peer"
+REASONER, INGRESS, HANDLE = "reasoner", "Ray's OpenAI ingress", "engine's handle"
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,21 +119,20 @@ class Bench:
             tokens += sum(len(candidate.token_ids) for _, candidate in part.candidates)
         return tokens
 
-    async def of_llm_server(self, position: int) -> int:
-        from ray.serve.llm.openai_api_models import CompletionRequest
-
-        request = CompletionRequest(
-            prompt=self.prompts[position % len(self.prompts)],
-            n=self.options.n,
-            temperature=self.options.temperature,
-            max_tokens=self.max_tokens,
-            seed=1000 * position,
-            logprobs=0,
-        )
-        async for response in self.engine.options(stream=True).completions.remote(request):
-            assert hasattr(response, "usage"), response
-            return int(response.usage.completion_tokens)
-        raise AssertionError("no response")
+    async def of_openai_ingress(self, position: int) -> int:
+        body = {
+            "model": MODEL,
+            "prompt": self.prompts[position % len(self.prompts)],
+            "n": self.options.n,
+            "temperature": self.options.temperature,
+            "max_tokens": self.max_tokens,
+            "seed": 1000 * position,
+            "logprobs": 0,
+        }
+        async with self.session.post(f"{self.url}{PEER}/v1/completions", json=body) as response:
+            answer = await response.json()
+            assert response.status == 200, answer
+            return int(answer["usage"]["completion_tokens"])
 
     async def each(self, positions: Sequence[int], do: Callable[[int], Awaitable[Any]]) -> list[Any]:
         """Does it for every position, `concurrency` at once; results in order."""
@@ -164,7 +165,7 @@ async def accuracy(bench: Bench, strategy: str, stop_confidence: float) -> Row:
 
 
 async def turn(bench: Bench, side: str, requests: int, first: int) -> Turn:
-    do = {"reasoner": bench.through_reasoner, "engine": bench.of_engine, "LLMServer": bench.of_llm_server}[side]
+    do = {REASONER: bench.through_reasoner, INGRESS: bench.of_openai_ingress, HANDLE: bench.of_engine}[side]
     seconds: list[float] = []
 
     async def timed(position: int) -> None:
@@ -196,7 +197,9 @@ def main(
         raise typer.BadParameter(f"{model} is not a run directory")
     run = read_config(found[0])
     overrides = ["access.open=true", f"limits.concurrency={concurrency}", f"limits.queue={concurrency}"]
-    config = load_serve_config(model, None, [*overrides, "limits.deadline_s=300"])
+    config = load_serve_config(
+        model, None, [*overrides, "limits.deadline_s=300", "cluster.logical_cpus=4", f"name={MODEL}"]
+    )
     log = Path(tempfile.gettempdir()) / "aft-ray-benchmark.log"
     with (
         chatter_to(log) as console,
@@ -206,17 +209,43 @@ def main(
         from aft_ray.serving.command import running
 
         with running(config, "127.0.0.1", port, reporter):
+            run_peer(config)
             options = Options(questions, n, temperature, requests, concurrency, repeats)
             figures = asyncio.run(measure(reporter.say, run, f"http://127.0.0.1:{port}", options))
     if output:
         output.write_text(json.dumps(figures, indent=1) + "\n")
 
 
-async def measure(say: Callable[[str], None], run: Any, url: str, options: Options) -> dict[str, Any]:
+def run_peer(config: ServeConfig) -> None:
+    """Ray's OpenAI ingress in front of the same engine."""
+    from ray import serve
+    from ray.llm._internal.serve.core.configs.openai_api_models import to_model_metadata
+    from ray.llm._internal.serve.core.ingress.ingress import OpenAiIngress, make_fastapi_ingress
+
+    from aft_ray.serving.app import llm_config
+    from aft_ray.serving.served import resolve
+
+    served, _ = resolve(config)
+    ingress = serve.deployment(make_fastapi_ingress(OpenAiIngress)).options(
+        name="peer", num_replicas=1, max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0.5}
+    )
+    card = to_model_metadata(served.name, llm_config(config, served, 0))
+    bound = ingress.bind(llm_deployments={MODEL: engines()}, model_cards={MODEL: card})
+    serve.run(bound, name="peer", route_prefix=PEER)
+
+
+def engines() -> Any:
+    """The handle of the policy servers."""
     from ray import serve
 
-    from aft_ray.questions import load_tokenizer
     from aft_ray.serving.command import APPLICATION
+
+    deployments = serve.status().applications[APPLICATION].deployments
+    return serve.get_deployment_handle(next(name for name in deployments if name.startswith("Policy:")), APPLICATION)
+
+
+async def measure(say: Callable[[str], None], run: Any, url: str, options: Options) -> dict[str, Any]:
+    from aft_ray.questions import load_tokenizer
     from aft_ray.tasks import build_tasks, load_split
     from aft_ray.tasks.rendering import render_prompt
 
@@ -224,7 +253,6 @@ async def measure(say: Callable[[str], None], run: Any, url: str, options: Optio
     asked = load_split(task, "test", options.questions, run.seed)
     tokenizer = load_tokenizer(run)
     prompts = [render_prompt(task.prompt(one), tokenizer, run.model.chat_template) for one in asked]
-    policy = next(name for name in serve.status().applications[APPLICATION].deployments if name.startswith("Policy:"))
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=600)) as session:
         bench = Bench(
             url,
@@ -234,9 +262,9 @@ async def measure(say: Callable[[str], None], run: Any, url: str, options: Optio
             task,
             options,
             run.sampling.max_tokens,
-            serve.get_deployment_handle(policy, APPLICATION),
+            engines(),
         )
-        await turn(bench, "reasoner", WARM_UP, 10**6)
+        await turn(bench, REASONER, WARM_UP, 10**6)
         say(f"\n{len(asked)} unseen questions of {task.name}, n {options.n}, temperature {options.temperature:g}")
         say(f"{'strategy':15} {'stops at':>8} {'accuracy':>14} {'candidates':>10} {'tokens':>7}")
         rows = []
@@ -252,18 +280,17 @@ async def measure(say: Callable[[str], None], run: Any, url: str, options: Optio
         turns: list[Turn] = []
         if options.requests:
             say(f"\n{options.requests} requests a turn, {options.concurrency} in flight, n {options.n}")
-            say(f"{'side':12} {'requests/s':>10} {'p50 s':>7} {'p99 s':>7}")
+            sides = (REASONER, INGRESS, HANDLE)
+            say(f"{'side':20} {'requests/s':>10} {'p50 s':>7} {'p99 s':>7}")
+            await turn(bench, INGRESS, WARM_UP, 10**6)
             for repeat in range(options.repeats):
-                for side in ("engine", "reasoner", "LLMServer"):
-                    turns.append(await turn(bench, side, options.requests, repeat * options.requests))
-                    one = turns[-1]
-                    say(f"{one.side:12} {one.rate:10.2f} {one.p50:7.3f} {one.p99:7.3f}")
-            median = {
-                side: statistics.median(one.rate for one in turns if one.side == side)
-                for side in ("engine", "reasoner", "LLMServer")
-            }
-            for peer in ("engine", "LLMServer"):
-                say(f"reasoner / {peer}: {median['reasoner'] / median[peer]:.3f} (target {TARGET})")
+                for side in sides:
+                    one = await turn(bench, side, options.requests, repeat * options.requests)
+                    turns.append(one)
+                    say(f"{one.side:20} {one.rate:10.2f} {one.p50:7.3f} {one.p99:7.3f}")
+            median = {side: statistics.median(one.rate for one in turns if one.side == side) for side in sides}
+            say(f"{REASONER} / {INGRESS}: {median[REASONER] / median[INGRESS]:.3f} (target {TARGET})")
+            say(f"{REASONER} / {HANDLE}, which has no HTTP: {median[REASONER] / median[HANDLE]:.3f}")
     return {"rows": [asdict(row) for row in rows], "turns": [asdict(one) for one in turns]}
 
 
