@@ -15,13 +15,15 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from aft_ray.cluster import connected, serving_placement
 from aft_ray.config import ConfigError
 from aft_ray.observe.reporter import Reporter, chatter_to
 from aft_ray.serve_config import ServeConfig
+from aft_ray.serving.proxy import CALLBACK
+from aft_ray.serving.served import resolve
 
 APPLICATION = "aft_ray"
 _SAY_S = 15.0
@@ -31,10 +33,13 @@ class ServingFailed(RuntimeError):
     """The service did not start, or ended by itself."""
 
 
-def serve(config: ServeConfig, host: str, port: int, log: Path, ready: Callable[[], None] = lambda: None) -> None:
+def serve(config: ServeConfig, host: str, port: int, log: Path) -> None:
     """Serves until SIGINT or SIGTERM. Raises ConfigError, or ServingFailed with the reason."""
     config = _open_on_loopback(config, host)
     _check_free(host, port)
+    resolve(config)
+    # Read by the proxies, when Ray or Serve is started from here.
+    os.environ.setdefault("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", CALLBACK)
     ended = threading.Event()
     with (
         _on_signals(ended),
@@ -43,18 +48,12 @@ def serve(config: ServeConfig, host: str, port: int, log: Path, ready: Callable[
         connected(config.cluster, serving_placement(config)),
     ):
         started = time.monotonic()
-        from aft_ray.serving.app import build
-
-        application = build(config)
-        reporter.say(f"starting {config.engine.replicas} engine(s) with {config.model}")
-        with _running(config, application, host, port, reporter, ended):
+        with running(config, host, port, reporter, ended):
             if ended.is_set():
                 return
-            _wait_ready(host, port, config.engine.start_timeout_s)
             reporter.say(f"ready after {time.monotonic() - started:.0f} s")
             for line in _welcome(config, host, port):
                 reporter.say(line)
-            ready()
             _watch(ended)
             reporter.say("stopping; questions that are being answered are finished first")
 
@@ -100,10 +99,15 @@ def _on_signals(ended: threading.Event) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _running(
-    config: ServeConfig, application: object, host: str, port: int, reporter: Reporter, ended: threading.Event
+def running(
+    config: ServeConfig, host: str, port: int, reporter: Reporter, ended: threading.Event | None = None
 ) -> Iterator[None]:
-    """The application, from the moment Serve reports it as running or `ended` is set, to its end."""
+    """The service on the Ray that is connected, ready to answer or `ended` set; taken down at the end."""
+    ended = ended or threading.Event()
+    from aft_ray.serving.app import application
+
+    bound = application(config)
+    reporter.say(f"starting {config.engine.replicas} engine(s) with {config.model}")
     from ray import serve
     from ray.serve.schema import ApplicationStatus
 
@@ -116,7 +120,7 @@ def _running(
         }
     )
     try:
-        serve._run(application, name=APPLICATION, route_prefix="/", _blocking=False)
+        serve._run(bound, name=APPLICATION, route_prefix="/", _blocking=False)
         deadline = time.monotonic() + config.engine.start_timeout_s
         said = time.monotonic()
         while not ended.wait(0.5):
@@ -133,6 +137,8 @@ def _running(
                 said = time.monotonic()
                 waiting = [name for name, one in status.deployments.items() if one.status != "HEALTHY"]
                 reporter.say(f"waiting for {', '.join(waiting)}")
+        if not ended.is_set():
+            _wait_ready(host, port, config.engine.start_timeout_s)
         yield
     finally:
         # Waits for what is being answered, within each deployment's graceful_shutdown_timeout_s.

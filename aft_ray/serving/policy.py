@@ -30,9 +30,6 @@ from aft_ray.sampling.engine import (
 from aft_ray.serving.gate import Gate
 from aft_ray.weights.publication import Publication, PublicationFailed
 
-# Candidates that finish within so many seconds of each other travel together.
-_TOGETHER_S = 0.03
-
 
 class WrongVersion(RuntimeError):
     """The engine does not hold the policy version asked for: it has gone on to another, or failed to."""
@@ -47,13 +44,15 @@ class Draw:
     """Those candidates of a question that have the given indices.
 
     how: its k is not read. seed: of the candidate with index 0; each next one has one more, as in one vLLM request for
-    all of them. version: None: any.
+    all of them. together_s: candidates that finish within so many seconds of each other travel together. version: None:
+    any.
     """
 
     prompt_token_ids: list[int]
     how: SamplingSpec
     indices: tuple[int, ...]
     seed: int
+    together_s: float = 0.0
     version: int | None = None
 
 
@@ -108,7 +107,7 @@ class PolicyServer(LLMServer):  # type: ignore[misc]
         self._failure: str | None = None
         self._publication = spec.publication if rollout is None else await rollout.current.remote()
         if self._publication is not None:
-            llm_config.model_loading_config.model_source = self._publication.model
+            llm_config = _with_model(llm_config, self._publication.model)
         await super().__init__(llm_config, engine_cls=PolicyEngine)
         if self._publication is not None:
             await self._prove(self._publication)
@@ -124,7 +123,7 @@ class PolicyServer(LLMServer):  # type: ignore[misc]
             try:
                 while running:
                     await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-                    done, running = await asyncio.wait(running, timeout=_TOGETHER_S)
+                    done, running = await asyncio.wait(running, timeout=draw.together_s)
                     yield Drawn(version, tuple(task.result() for task in done))
             finally:
                 for task in running:
@@ -262,3 +261,10 @@ def _refused() -> Iterator[None]:
         yield
     except (VLLMValidationError, VLLMClientError) as error:
         raise BadRequest(str(error)) from error
+
+
+def _with_model(llm_config: LLMConfig, model: str) -> LLMConfig:
+    """A new config: the one given has worked out by now what it would load."""
+    given = {name: getattr(llm_config, name) for name in llm_config.model_fields_set}
+    loading = {"model_id": llm_config.model_id, "model_source": model}
+    return LLMConfig(**given | {"model_loading_config": loading})

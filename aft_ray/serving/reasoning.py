@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Callable, Hashable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -31,10 +31,19 @@ if TYPE_CHECKING:
 # Times a question is asked again after an engine failed or changed its version, and seconds before each.
 _ATTEMPTS = 4
 _RETRY_S = 0.5
+# Seconds that finished candidates wait for others, so that they travel together, when a client watches them come and
+# when none does; each journey costs a millisecond of two processes.
+_WATCHED_S = 0.03
+_UNWATCHED_S = 0.3
+# Seconds within which an engine that is there says what version it has.
+_ANSWERS_S = 3.0
 
 
 class EngineUnavailable(RuntimeError):
     """No engine could answer."""
+
+    def __init__(self) -> None:
+        super().__init__("no engine answers; the service is starting or restarting one")
 
 
 class TooLate(RuntimeError):
@@ -61,7 +70,7 @@ class Scored:
     index: int
     text: str
     answer: str | None
-    key: Hashable | None
+    key: str | None
     score: float
     tokens: int
     finish_reason: str
@@ -139,7 +148,7 @@ class Reasoning:
                 stopped = await self._sample(ask, progress, on_candidate)
         except TimeoutError:
             if not progress.candidates:
-                raise TooLate(f"no candidate was finished within {deadline_s:.0f} s") from None
+                raise await self._late(f"no candidate was finished within {deadline_s:.0f} s") from None
             stopped = "deadline"
         ranking = rank(ask.strategy, progress.votes())
         ordered = tuple(progress.candidates[vote.index] for vote in ranking.order)
@@ -179,9 +188,24 @@ class Reasoning:
                             time.monotonic() - started,
                         )
         except TimeoutError:
-            raise TooLate(f"the response was not finished within {deadline_s:.0f} s") from None
+            raise await self._late(f"the response was not finished within {deadline_s:.0f} s") from None
         except (RayError, RayServeException) as error:
             raise _meant(error) from error
+
+    async def version(self) -> int | None:
+        """Policy version of an engine. Raises EngineUnavailable when none answers at once."""
+        try:
+            return await asyncio.wait_for(self._engines.policy_version.remote(), _ANSWERS_S)  # type: ignore[no-any-return]
+        except (RayError, RayServeException, TimeoutError) as error:
+            raise EngineUnavailable from error
+
+    async def _late(self, why: str) -> Exception:
+        """What a passed deadline means: with no engine there, it was not the question."""
+        try:
+            await self.version()
+        except EngineUnavailable as error:
+            return error
+        return TooLate(why)
 
     async def _sample(self, ask: Ask, progress: _Progress, on_candidate: Callable[[Scored], None] | None) -> Stopped:
         failures = 0
@@ -194,7 +218,8 @@ class Reasoning:
                 if sure >= ask.stop_confidence:
                     return "certain" if sure == 1 else "confident"
                 progress.goal += next_wave(ask.strategy, progress.votes(), ask.n, ask.stop_confidence)
-            draw = Draw(ask.prompt_token_ids, ask.how, progress.missing(), ask.seed, progress.version)
+            together_s = _WATCHED_S if on_candidate else _UNWATCHED_S
+            draw = Draw(ask.prompt_token_ids, ask.how, progress.missing(), ask.seed, together_s, progress.version)
             try:
                 async with contextlib.aclosing(self._call("sample", draw)) as drawn:
                     async for some in drawn:
@@ -251,7 +276,7 @@ def _meant(error: Exception) -> Exception:
     if isinstance(error, BadRequest | WrongVersion):
         cause = getattr(error, "cause", error)
         return type(cause)(*cause.args) if isinstance(cause, BadRequest | WrongVersion) else error
-    return EngineUnavailable("no engine could answer; the service is starting or restarting one")
+    return EngineUnavailable()
 
 
 class _Spoken:

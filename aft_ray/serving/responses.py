@@ -77,10 +77,11 @@ def reason_body(answer: Answer) -> Json:
 
 
 def candidate_row(candidate: Scored) -> Json:
-    """A candidate before the ranking."""
+    """A candidate before the ranking. Equal answers have equal keys, however they are spelled."""
     return {
         "index": candidate.index,
         "answer": candidate.answer,
+        "key": candidate.key,
         "response": candidate.text,
         "score": candidate.score,
         "weight": candidate.vote.weight,

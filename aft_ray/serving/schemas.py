@@ -47,6 +47,7 @@ class Candidate(_Part):
     votes: Count = Field(description="candidates that give its answer; 0 without an answer")
     index: Count = Field(description="its place among those asked for; sampled with seed + index")
     answer: str | None = Field(description="null: it gives none")
+    key: str | None = Field(description="equal for equal answers, however they are spelled")
     response: str
     score: float = Field(description="mean log-probability of its tokens, nats per token")
     weight: Share = Field(description="exp(score)")

@@ -10,10 +10,8 @@ import contextlib
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from aft_ray.config import RunConfig
 from aft_ray.questions import load_tokenizer
 from aft_ray.records import Question
 from aft_ray.sampling.engine import SamplingSpec
@@ -23,22 +21,13 @@ from aft_ray.serving.policy import BadRequest
 from aft_ray.serving.reasoning import Ask, EngineUnavailable, Reasoned, Reasoning, Scored, TooLate
 from aft_ray.serving.requests import ChatRequest, CompletionRequest, ReasonRequest, Refusal
 from aft_ray.serving.responses import Answer, Opening
+from aft_ray.serving.served import ServedModel
 from aft_ray.serving.telemetry import Record, Telemetry
 from aft_ray.tasks import Task, build_tasks
 from aft_ray.tasks.rendering import render_prompt
 
-# Seconds a client is told to wait when no engine answers, and seconds after which an engine counts as not answering.
+# Seconds a client is told to wait when no engine answers.
 _RETRY_AFTER_S = 5.0
-_ENGINE_ANSWERS_S = 3.0
-
-
-@dataclass(frozen=True, slots=True)
-class ServedModel:
-    """What is served: its name to clients, its local directory or hub name, and the config it is asked with."""
-
-    name: str
-    model: str
-    run: RunConfig
 
 
 class Service:
@@ -51,7 +40,6 @@ class Service:
         self.tasks: Mapping[str, Task] = build_tasks(served.run)
         self.telemetry = Telemetry(config.access.log_questions)
         self._tokenizer = load_tokenizer(served.run)
-        self._engines = engines
         self._reasoning = Reasoning(engines, self._tokenizer)
         self._admission = Admission(config.limits)
         self._last_version: int | None = None
@@ -219,10 +207,8 @@ class Service:
 
     async def version(self) -> int | None:
         """Policy version of an engine. Raises Refusal (503) when none answers."""
-        try:
-            self._last_version = await asyncio.wait_for(self._engines.policy_version.remote(), _ENGINE_ANSWERS_S)
-        except Exception as error:  # whatever Ray says of a deployment that is not there yet
-            raise Refusal(503, "no engine is ready", "server_error", None, "not_ready", _RETRY_AFTER_S) from error
+        with refusals():
+            self._last_version = await self._reasoning.version()
         return self._last_version
 
     async def last_version(self) -> int | None:

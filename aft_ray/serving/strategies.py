@@ -7,7 +7,7 @@ Invariant: over the same candidates a strategy elects what the rule of the same 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from aft_ray.serve_config import Strategy
@@ -19,7 +19,7 @@ class Vote:
 
     index: int
     score: float
-    key: Hashable | None
+    key: str | None
 
     @property
     def weight(self) -> float:
@@ -60,7 +60,7 @@ def rank(strategy: Strategy, votes: Sequence[Vote]) -> Ranking:
     elif strategy == "vote":
         confidence = len(party) / len(votes)
     else:
-        confidence = sum(vote.weight for vote in party) / sum(vote.weight for vote in votes)
+        confidence = _weight(party) / _weight(votes)
     return Ranking(tuple(ordered), len(party) / len(votes), confidence)
 
 
@@ -88,9 +88,9 @@ def certainty(strategy: Strategy, votes: Sequence[Vote], remaining: int) -> floa
     if strategy == "vote":
         lead, heaviest, typical = float(len(first) - len(second)), 1.0, 1.0
     else:
-        lead = sum(vote.weight for vote in first) - sum(vote.weight for vote in second)
+        lead = _weight(first) - _weight(second)
         # No score is above 0, so no weight is above 1.
-        heaviest, typical = 1.0, sum(vote.weight for vote in votes) / len(votes)
+        heaviest, typical = 1.0, _weight(votes) / len(votes)
     if lead > remaining * heaviest:
         return 1.0
     stays = [won for won in range(remaining + 1) if lead + (2 * won - remaining) * typical > 0]
@@ -117,9 +117,9 @@ def next_wave(strategy: Strategy, votes: Sequence[Vote], n: int, stop_confidence
     return remaining
 
 
-def _parties(votes: Sequence[Vote]) -> dict[Hashable, list[Vote]]:
+def _parties(votes: Sequence[Vote]) -> dict[str | None, list[Vote]]:
     """The candidates that give an answer, by answer, in order of the answers' first mention."""
-    parties: dict[Hashable, list[Vote]] = {}
+    parties: dict[str | None, list[Vote]] = {}
     for vote in sorted(votes, key=lambda vote: vote.index):
         if vote.key is not None:
             parties.setdefault(vote.key, []).append(vote)
@@ -130,8 +130,13 @@ def _tally(strategy: Strategy, party: Sequence[Vote]) -> tuple[float, ...]:
     """What answers are compared by, the greatest first; rounded, so that the order of a sum cannot break a tie."""
     first = -min(vote.index for vote in party)
     if strategy == "vote":
-        return len(party), round(sum(vote.score for vote in party), 12), first
-    return round(sum(vote.weight for vote in party), 12), first, 0.0
+        return len(party), round(math.fsum(vote.score for vote in party), 12), first
+    return round(_weight(party), 12), first, 0.0
+
+
+def _weight(votes: Sequence[Vote]) -> float:
+    """The same whatever the order of the candidates."""
+    return math.fsum(vote.weight for vote in votes)
 
 
 def _beta_binomial(won: int, draws: int, a: int, b: int) -> float:

@@ -347,7 +347,7 @@ def test_an_answer_has_the_fields_of_the_contract(http, reasoner):
     assert abs(answer["created"] - time.time()) < 120
     for rank, row in enumerate(answer["candidates"], start=1):
         assert set(row) == {
-            "rank", "index", "answer", "response", "score", "votes", "weight", "tokens", "finish_reason"
+            "rank", "index", "answer", "key", "response", "score", "votes", "weight", "tokens", "finish_reason"
         }  # fmt: skip
         assert row["rank"] == rank
         assert row["score"] <= 0

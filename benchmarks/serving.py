@@ -1,0 +1,298 @@
+"""What serving adds and what it costs, all through HTTP, of one run's model.
+
+    python benchmarks/serving.py runs/demo/seed0/aft --output serving.json
+
+Accuracy: every strategy on the same unseen questions with the same draws. Adaptive n: the tokens that stopping early
+saves, and the accuracy it keeps. Cost: requests/s of n candidates a question through the reasoner, over the
+same sampling asked of the same engine through Ray's own OpenAI ingress, with log-probs, which ranks nothing; and, to
+see what HTTP and Serve cost at all, of the engine's handle. They take turns in one run; ratios are of the medians.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import aiohttp
+import numpy as np
+import typer
+
+from aft_ray.cluster import connected, serving_placement
+from aft_ray.observe.reporter import Reporter, chatter_to
+from aft_ray.published import find_run, read_config
+from aft_ray.records import Verdict
+from aft_ray.sampling.engine import SamplingSpec
+from aft_ray.serve_config import ServeConfig, load_serve_config
+
+TARGET = 0.9
+STRATEGIES = ("greedy", "score", "vote", "weighted_vote")
+CONFIDENCES = (1.0, 0.99, 0.95, 0.9, 0.8)
+WARM_UP = 32
+MODEL, PEER = "model", "/peer"
+REASONER, INGRESS, HANDLE = "reasoner", "Ray's OpenAI ingress", "engine's handle"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A strategy's answers: accuracy with its standard error, and what they took, per question."""
+
+    strategy: str
+    stop_confidence: float
+    accuracy: float
+    error: float
+    candidates: float
+    tokens: float
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One side's turn: requests/s, and seconds a request took."""
+
+    side: str
+    rate: float
+    p50: float
+    p99: float
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the command line says."""
+
+    questions: int
+    n: int
+    temperature: float
+    requests: int
+    concurrency: int
+    repeats: int
+
+
+@dataclass(slots=True)
+class Bench:
+    """Clients of one service. Questions are answered with the draws of their position, whoever asks."""
+
+    url: str
+    session: aiohttp.ClientSession
+    questions: Sequence[Any]
+    prompts: Sequence[list[int]]
+    task: Any
+    options: Options
+    max_tokens: int
+    engine: Any
+
+    async def reason(self, position: int, strategy: str, stop_confidence: float) -> dict[str, Any]:
+        body = {
+            "question": self.questions[position % len(self.questions)].text,
+            "strategy": strategy,
+            "seed": 1000 * position,
+            "max_tokens": self.max_tokens,
+        }
+        if strategy != "greedy":
+            body |= {"n": self.options.n, "temperature": self.options.temperature, "stop_confidence": stop_confidence}
+        async with self.session.post(f"{self.url}/v1/reason", json=body) as response:
+            answer: dict[str, Any] = await response.json()
+            assert response.status == 200, answer
+            return answer
+
+    async def through_reasoner(self, position: int) -> int:
+        answer = await self.reason(position, "score", 1.0)
+        return int(answer["usage"]["completion_tokens"])
+
+    async def of_engine(self, position: int) -> int:
+        from aft_ray.serving.policy import Draw
+
+        how = SamplingSpec(1, self.options.temperature, 1.0, self.max_tokens)
+        prompt = self.prompts[position % len(self.prompts)]
+        # Candidates travel together as they do for the reasoner.
+        draw = Draw(prompt, how, tuple(range(self.options.n)), 1000 * position, together_s=0.3)
+        tokens = 0
+        async for part in self.engine.options(stream=True).sample.remote(draw):
+            tokens += sum(len(candidate.token_ids) for _, candidate in part.candidates)
+        return tokens
+
+    async def of_openai_ingress(self, position: int) -> int:
+        body = {
+            "model": MODEL,
+            "prompt": self.prompts[position % len(self.prompts)],
+            "n": self.options.n,
+            "temperature": self.options.temperature,
+            "max_tokens": self.max_tokens,
+            "seed": 1000 * position,
+            "logprobs": 0,
+        }
+        async with self.session.post(f"{self.url}{PEER}/v1/completions", json=body) as response:
+            answer = await response.json()
+            assert response.status == 200, answer
+            return int(answer["usage"]["completion_tokens"])
+
+    async def each(self, positions: Sequence[int], do: Callable[[int], Awaitable[Any]]) -> list[Any]:
+        """Does it for every position, `concurrency` at once; results in order."""
+        slots = asyncio.Semaphore(self.options.concurrency)
+
+        async def one(position: int) -> Any:
+            async with slots:
+                return await do(position)
+
+        return list(await asyncio.gather(*(one(position) for position in positions)))
+
+
+async def accuracy(bench: Bench, strategy: str, stop_confidence: float) -> Row:
+    answers = await bench.each(
+        range(len(bench.questions)), lambda position: bench.reason(position, strategy, stop_confidence)
+    )
+    right = [
+        bench.task.same(answer["answer"], question.gold).verdict is Verdict.RIGHT
+        for answer, question in zip(answers, bench.questions, strict=True)
+    ]
+    share = float(np.mean(right))
+    return Row(
+        strategy,
+        stop_confidence,
+        100 * share,
+        100 * float(np.sqrt(share * (1 - share) / len(right))),
+        float(np.mean([len(answer["candidates"]) for answer in answers])),
+        float(np.mean([answer["usage"]["completion_tokens"] for answer in answers])),
+    )
+
+
+async def turn(bench: Bench, side: str, requests: int, first: int) -> Turn:
+    do = {REASONER: bench.through_reasoner, INGRESS: bench.of_openai_ingress, HANDLE: bench.of_engine}[side]
+    seconds: list[float] = []
+
+    async def timed(position: int) -> None:
+        started = time.monotonic()
+        await do(position)
+        seconds.append(time.monotonic() - started)
+
+    started = time.monotonic()
+    await bench.each(range(first, first + requests), timed)
+    rate = requests / (time.monotonic() - started)
+    p50, p99 = np.percentile(seconds, [50, 99])
+    return Turn(side, rate, float(p50), float(p99))
+
+
+def main(
+    model: Annotated[str, typer.Argument(help="run directory, or RUN@VERSION")],
+    questions: Annotated[int, typer.Option(help="unseen questions of the accuracy tables")] = 300,
+    n: Annotated[int, typer.Option(help="candidates")] = 8,
+    temperature: Annotated[float, typer.Option(help="of sampling")] = 0.7,
+    requests: Annotated[int, typer.Option(help="requests of one turn of the cost; 0: leave it out")] = 200,
+    concurrency: Annotated[int, typer.Option(help="requests in flight")] = 16,
+    repeats: Annotated[int, typer.Option(help="turns of each side")] = 3,
+    port: Annotated[int, typer.Option(help="port to serve at meanwhile")] = 8017,
+    output: Annotated[Path | None, typer.Option(help="JSON file of all figures")] = None,
+) -> None:
+    """Serve a run's model here, and measure."""
+    found = find_run(model)
+    if found is None:
+        raise typer.BadParameter(f"{model} is not a run directory")
+    run = read_config(found[0])
+    overrides = ["access.open=true", f"limits.concurrency={concurrency}", f"limits.queue={concurrency}"]
+    config = load_serve_config(
+        model, None, [*overrides, "limits.deadline_s=300", "cluster.logical_cpus=4", f"name={MODEL}"]
+    )
+    log = Path(tempfile.gettempdir()) / "aft-ray-benchmark.log"
+    with (
+        chatter_to(log) as console,
+        Reporter(None, console) as reporter,
+        connected(config.cluster, serving_placement(config)),
+    ):
+        from aft_ray.serving.command import running
+
+        with running(config, "127.0.0.1", port, reporter):
+            run_peer(config)
+            options = Options(questions, n, temperature, requests, concurrency, repeats)
+            figures = asyncio.run(measure(reporter.say, run, f"http://127.0.0.1:{port}", options))
+    if output:
+        output.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def run_peer(config: ServeConfig) -> None:
+    """Ray's OpenAI ingress in front of the same engine."""
+    from ray import serve
+    from ray.llm._internal.serve.core.configs.openai_api_models import to_model_metadata
+    from ray.llm._internal.serve.core.ingress.ingress import OpenAiIngress, make_fastapi_ingress
+
+    from aft_ray.serving.app import llm_config
+    from aft_ray.serving.served import resolve
+
+    served, _ = resolve(config)
+    ingress = serve.deployment(make_fastapi_ingress(OpenAiIngress)).options(
+        name="peer", num_replicas=1, max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0.5}
+    )
+    card = to_model_metadata(served.name, llm_config(config, served, 0))
+    bound = ingress.bind(llm_deployments={MODEL: engines()}, model_cards={MODEL: card})
+    serve.run(bound, name="peer", route_prefix=PEER)
+
+
+def engines() -> Any:
+    """The handle of the policy servers."""
+    from ray import serve
+
+    from aft_ray.serving.command import APPLICATION
+
+    deployments = serve.status().applications[APPLICATION].deployments
+    return serve.get_deployment_handle(next(name for name in deployments if name.startswith("Policy:")), APPLICATION)
+
+
+async def measure(say: Callable[[str], None], run: Any, url: str, options: Options) -> dict[str, Any]:
+    from aft_ray.questions import load_tokenizer
+    from aft_ray.tasks import build_tasks, load_split
+    from aft_ray.tasks.rendering import render_prompt
+
+    task = next(iter(build_tasks(run).values()))
+    asked = load_split(task, "test", options.questions, run.seed)
+    tokenizer = load_tokenizer(run)
+    prompts = [render_prompt(task.prompt(one), tokenizer, run.model.chat_template) for one in asked]
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=600)) as session:
+        bench = Bench(
+            url,
+            session,
+            asked,
+            prompts,
+            task,
+            options,
+            run.sampling.max_tokens,
+            engines(),
+        )
+        await turn(bench, REASONER, WARM_UP, 10**6)
+        say(f"\n{len(asked)} unseen questions of {task.name}, n {options.n}, temperature {options.temperature:g}")
+        say(f"{'strategy':15} {'stops at':>8} {'accuracy':>14} {'candidates':>10} {'tokens':>7}")
+        rows = []
+        plan = [("greedy", 1.0), *((s, 1.0) for s in STRATEGIES[1:])]
+        plan += [(s, c) for s in STRATEGIES[1:] for c in CONFIDENCES[1:]]
+        for strategy, confidence in plan:
+            row = await accuracy(bench, strategy, confidence)
+            rows.append(row)
+            say(
+                f"{row.strategy:15} {row.stop_confidence:8.2f} {row.accuracy:6.1f} ± {row.error:4.1f} % "
+                f"{row.candidates:10.2f} {row.tokens:7.0f}"
+            )
+        turns: list[Turn] = []
+        if options.requests:
+            say(f"\n{options.requests} requests a turn, {options.concurrency} in flight, n {options.n}")
+            sides = (REASONER, INGRESS, HANDLE)
+            say(f"{'side':20} {'requests/s':>10} {'p50 s':>7} {'p99 s':>7}")
+            await turn(bench, INGRESS, WARM_UP, 10**6)
+            for repeat in range(options.repeats):
+                for side in sides:
+                    one = await turn(bench, side, options.requests, repeat * options.requests)
+                    turns.append(one)
+                    say(f"{one.side:20} {one.rate:10.2f} {one.p50:7.3f} {one.p99:7.3f}")
+            median = {side: statistics.median(one.rate for one in turns if one.side == side) for side in sides}
+            say(f"{REASONER} / {INGRESS}: {median[REASONER] / median[INGRESS]:.3f} (target {TARGET})")
+            say(f"{REASONER} / {HANDLE}, which has no HTTP: {median[REASONER] / median[HANDLE]:.3f}")
+    return {"rows": [asdict(row) for row in rows], "turns": [asdict(one) for one in turns]}
+
+
+if __name__ == "__main__":
+    typer.run(main)
