@@ -9,10 +9,10 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
+from chromium import ARGS, CHROMIUM
 from scripted_reasoner import (
     CANDIDATES,
     EXAMPLES,
@@ -32,16 +32,6 @@ from scripted_reasoner import (
 playwright = pytest.importorskip("playwright.sync_api", reason="the page is tested with playwright")
 expect = playwright.expect
 
-CHROMIUM = Path("/usr/bin/chromium")
-ARGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 MARKUP = '<script>alert(1)</script><img src=x onerror="alert(2)"><b>bold</b> &amp;'
 
 pytestmark = pytest.mark.skipif(not CHROMIUM.exists(), reason="there is no chromium here")
