@@ -34,6 +34,9 @@ def train(directory: Path) -> Path:
     from aft_ray.tasks.arithmetic_model import build_tiny_model
 
     steps, batch, peak = 250, 32, 4e-3
+    # More than one only wait for each other, with a model so small.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     build_tiny_model(directory, 0, hidden_size=96, layers=2, heads=3, max_length=LENGTH)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = AutoModelForCausalLM.from_pretrained(directory)
@@ -58,6 +61,7 @@ def train(directory: Path) -> Path:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         schedule.step()
+    torch.set_num_threads(threads)
     model.save_pretrained(directory)
     return directory
 
