@@ -124,7 +124,7 @@ class SamplingConfig(Section):
     """How candidates are drawn, and what the samplers may use."""
 
     k: Positive = Field(6, description="candidates per question")
-    temperature: float = Field(1.0, gt=0, le=5, description="of sampling; scores are always at temperature 1")
+    temperature: float = Field(1.0, gt=0, le=2, description="of sampling; scores are always at temperature 1")
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling")
     max_tokens: Positive = Field(256, description="longest response, end-of-sequence included")
     samplers: Positive = Field(1, description="vLLM engines")
@@ -199,7 +199,7 @@ class EvaluationConfig(Section):
 
     split: Literal["validation", "test"] = Field("test", description="of `aft-ray evaluate`; runs use validation")
     k: Positive = Field(6, description="samples per question beside the greedy answer")
-    temperature: float = Field(1.0, gt=0, le=5, description="of the samples")
+    temperature: float = Field(1.0, gt=0, le=2, description="of the samples")
     seed: Natural = Field(0, description="of the samples and of the bootstrap")
     seeds: Positive = Field(
         1, description="times k samples are drawn, by the seeds seed, seed + 1, ...; figures are means. Runs use one"
