@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from aft_ray.config import ConfigError, RunConfig, dump_config, load_config
+from aft_ray.config_section import Section
 
 app = typer.Typer(
     help="Alignment Fine-Tuning of language models into better reasoners, on a Ray cluster.",
@@ -27,14 +28,14 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="`key.sub=value`, each overriding the file", metavar="[KEY=VALUE]...")
 ]
 
+DryRun = Annotated[bool, typer.Option("--dry-run", help="print the resolved config and the placement, then stop")]
+
 
 @app.command()
 def train(
     config: Annotated[Path, typer.Argument(help="YAML config, see jobs/configs")],
     overrides: Overrides = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="print the resolved config and the placement, then stop")
-    ] = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Train a reasoner: VFT, then rounds of sampling and AFT. The same command resumes a run that was stopped.
 
@@ -50,10 +51,14 @@ def train(
     if dry_run:
         from aft_ray.cluster import training_placement
 
-        print(dump_config(parsed), end="")
-        print("\n".join(["", "# placement", *(f"# {line}" for line in training_placement(parsed).lines())]))
+        print_plan(parsed, training_placement(parsed).lines())
         return
     train_run(parsed)
+
+
+def print_plan(config: Section, placement: list[str]) -> None:
+    print(dump_config(config), end="")
+    print("\n".join(["", "# placement", *(f"# {line}" for line in placement)]))
 
 
 def train_run(config: RunConfig) -> None:
@@ -142,6 +147,7 @@ def serve(
     follow: Annotated[
         bool, typer.Option("--follow", help="of a run: serve each new version as it is published, without an outage")
     ] = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Serve a reasoner over HTTP: samples several answers and returns the one its own score ranks best.
 
@@ -161,6 +167,11 @@ def serve(
     from aft_ray.serve_config import load_serve_config
 
     parsed = load_serve_config(model, config, [*(["follow=true"] if follow else []), *(overrides or [])])
+    if dry_run:
+        from aft_ray.cluster import serving_placement
+
+        print_plan(parsed, serving_placement(parsed).lines())
+        return
     from aft_ray.serving.command import serve as serve_until_stopped
 
     serve_until_stopped(parsed, host, port, driver_log(None))

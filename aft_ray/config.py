@@ -385,8 +385,8 @@ def parse_section(model: type[S], tree: dict[str, Any]) -> S:
         raise ConfigError(_sentence(error, model)) from None
 
 
-def dump_config(config: RunConfig) -> str:
-    """The resolved config as YAML, in declaration order; `load_config` reads it back to an equal config."""
+def dump_config(config: Section) -> str:
+    """The resolved config as YAML, in declaration order, which reads back to an equal config."""
     return yaml.safe_dump(_tree(config), sort_keys=False, allow_unicode=True)
 
 
@@ -405,9 +405,10 @@ def _differences(before: dict[str, Any], after: dict[str, Any], prefix: str) -> 
             yield f"{prefix}{key}: {before[key]} -> {after[key]}"
 
 
-def _tree(config: RunConfig) -> dict[str, Any]:
-    """The config as nested dicts of plain values, with that one of `data` and `tasks` that it has."""
-    return config.model_dump(mode="json", exclude={"data" if config.tasks else "tasks"})
+def _tree(config: Section) -> dict[str, Any]:
+    """The config as nested dicts of plain values; a run's with that one of `data` and `tasks` that it has."""
+    unused = {"data" if config.tasks else "tasks"} if isinstance(config, RunConfig) else set()
+    return config.model_dump(mode="json", exclude=unused)
 
 
 def _section(field: FieldInfo) -> tuple[str, type[Section]] | None:

@@ -98,7 +98,7 @@ def llm_config(config: ServeConfig, served: ServedModel, eos_token_id: int) -> L
         "pipeline_parallel_size": engine.pipeline_parallel_size,
     }
     processes = engine.tensor_parallel_size * engine.pipeline_parallel_size
-    # Serve adds one CPU for the replica itself to the first bundle.
+    # The replica itself runs in the first bundle and asks for nothing on top.
     bundle = {"GPU": 1, "CPU": engine.cpus} if gpu else {"CPU": engine.cpus}
     deployment: dict[str, Any] = {
         "max_ongoing_requests": config.reasoner.replicas * config.limits.concurrency + _SLACK,

@@ -162,7 +162,7 @@ def _answers(app: FastAPI, service: Service) -> None:
             return openai_extras(answers, request.include_candidates, request.ignored)
 
         if not request.stream:
-            answers = [await service.answer(ask, record) for ask in asks]
+            answers = await service.answer_all(asks, record)
             return JSONResponse(openai_body(kind, answers, choices, extras(answers)))
         if len(asks) > 1:
             raise Refusal(400, "a stream answers one prompt; send one request for each", param="prompt")

@@ -130,6 +130,8 @@ class Reasoning:
 
     def __init__(self, engines: Any, tokenizer: PreTrainedTokenizerBase) -> None:
         self._engines = engines
+        # Made once: every handle keeps a connection to Serve's controller.
+        self._streaming = engines.options(stream=True)
         self._tokenizer = tokenizer
 
     async def reason(
@@ -260,7 +262,7 @@ class Reasoning:
 
     async def _call(self, method: str, draw: Draw) -> AsyncGenerator[Any, None]:
         """The parts of a streamed call. Closing it before its end cancels the call, and so what the engine runs."""
-        responses = getattr(self._engines.options(stream=True), method).remote(draw)
+        responses = getattr(self._streaming, method).remote(draw)
         finished = False
         try:
             async for part in responses:

@@ -173,6 +173,15 @@ class Service:
                 reasoned = await self._reasoning.reason(ask, self._left(queued_s))
             return self._done(ask, reasoned, queued_s, record)
 
+    async def answer_all(self, asks: Sequence[Ask], record: Record) -> list[Answer]:
+        """Several at once, each admitted by itself; one that is refused ends the others. Raises Refusal."""
+        answering = [asyncio.ensure_future(self.answer(ask, record)) for ask in asks]
+        try:
+            return list(await asyncio.gather(*answering))
+        finally:
+            for one in answering:
+                one.cancel()
+
     async def candidates(
         self, ask: Ask, queued_s: float, record: Record, alive_every_s: float
     ) -> AsyncGenerator[Scored | Answer | None, None]:

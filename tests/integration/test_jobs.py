@@ -1,47 +1,26 @@
 """What an infra team does: `ray start`, then `ray job submit` of training and of evaluation, for real."""
 
+import contextlib
 import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 import uuid
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import pytest
 import yaml
+from processes import carriers, free_ports
 from tiny import tiny_tree
 
 pytestmark = pytest.mark.timeout(2400)
 ROOT = Path(__file__).parents[2]
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
-
-
-def carriers(mark: str) -> list[int]:
-    """The live processes that inherited a mark in their environment."""
-    found = []
-    for entry in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            if mark.encode() in Path(f"/proc/{entry}/environ").read_bytes():
-                found.append(int(entry))
-        except OSError:
-            continue
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +60,6 @@ def cluster():
 
 
 def wait_for_jobs(port: int, head: subprocess.Popen, log: str) -> None:
-    from urllib.request import urlopen
-
     deadline = time.monotonic() + 400
     while True:
         try:
@@ -146,3 +123,41 @@ def test_a_submitted_mistake_fails_with_its_sentence(cluster, package, trained):
     assert status != 0
     assert "error: sampling.k=0" in log
     assert "Traceback" not in log
+
+
+def test_a_serve_config_file_deploys_the_run(cluster, trained, tmp_path):
+    """The file for clusters, with what is particular to a cluster put in."""
+    address, environment = cluster
+    run_dir, _ = trained
+    (port,) = free_ports(1)
+    file = yaml.safe_load((ROOT / "jobs/serve_deploy.yaml").read_text())
+    file["http_options"] |= {"host": "127.0.0.1", "port": port}
+    (application,) = file["applications"]
+    keys = tmp_path / "keys"
+    keys.write_text("one\n")
+    engine = {"replicas": 1, "kv_cache_gib": 0.25}
+    application["args"] |= {"model": str(run_dir), "access": {"keys_file": str(keys)}, "engine": engine}
+    application["args"] |= {"reasoner": {"replicas": 1}, "answering": {"n": 2, "max_tokens": 16}}
+    (tmp_path / "serve.yaml").write_text(yaml.safe_dump(file))
+    serve = [sys.executable, "-m", "ray.serve.scripts"]
+    done = subprocess.run(
+        [*serve, "deploy", str(tmp_path / "serve.yaml"), "--address", address],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    body = json.dumps({"question": "Tom has 3 apples. how many apples does Tom have?"}).encode()
+    headers = {"Content-Type": "application/json", "Authorization": "Bearer one"}
+    request = Request(f"http://127.0.0.1:{port}/v1/reason", body, headers)
+    answered, deadline = None, time.monotonic() + 300
+    while answered is None and time.monotonic() < deadline:
+        with contextlib.suppress(OSError), urlopen(request, timeout=60) as answer:
+            answered = json.load(answer)
+        time.sleep(1)
+    assert answered is not None, "the application did not answer"
+    assert (answered["model"], answered["version"]) == ("run", 1)
+    assert len(answered["candidates"]) == 2
+    down = subprocess.run([*serve, "shutdown", "-y", "--address", address], env=environment, timeout=120)
+    assert down.returncode == 0

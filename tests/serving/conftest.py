@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from served import LENGTH, ROOT, SMALL, Reasoner, carriers, free_port, train, wait_ready
+from processes import carriers, free_ports
+from served import LENGTH, ROOT, SMALL, Reasoner, train, wait_ready
 
 STOP_S = 90
 
@@ -37,7 +38,7 @@ def reasoner(tmp_path_factory) -> Iterator[Reasoner]:
         "TMPDIR": str(temporary),
         "PYTHONPATH": os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")]).rstrip(os.pathsep),
     }
-    port = free_port()
+    (port,) = free_ports(1)
     concurrency, queue = 2, 2
     command = [
         str(Path(sys.executable).parent / "aft-ray"), "serve", str(model), "task.task=arithmetic", f"--port={port}",

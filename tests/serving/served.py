@@ -5,9 +5,7 @@ ends to answer, so that tests can keep it busy.
 """
 
 import json
-import os
 import random
-import socket
 import subprocess
 import time
 from dataclasses import dataclass
@@ -91,27 +89,9 @@ class Reasoner:
         return [json.loads(line) for line in lines if line.startswith("{") and '"route"' in line]
 
 
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
-
-
 def wait_ready(process: subprocess.Popen, log: Path) -> None:
     deadline = time.monotonic() + START_S
     while "Ctrl-C stops it" not in log.read_text():
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < deadline, f"not ready after {START_S} s: {log.read_text()}"
         time.sleep(0.5)
-
-
-def carriers(mark: str) -> list[int]:
-    """The live processes that inherited a mark in their environment."""
-    found = []
-    for entry in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            if mark.encode() in Path(f"/proc/{entry}/environ").read_bytes():
-                found.append(int(entry))
-        except OSError:
-            continue
-    return found
