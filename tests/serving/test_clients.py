@@ -752,3 +752,12 @@ def test_the_access_log_tells_what_was_done_and_nothing_that_was_said(http, reas
     assert answer["id"] in written
     assert "Zanzibar" not in written
     assert reasoner.key not in written
+
+
+def test_pages_of_other_sites_may_not_ask(reasoner):
+    other = {"Origin": "https://elsewhere.example"}
+    with reasoner.client() as client:
+        before = client.options("/v1/reason", headers=other | {"Access-Control-Request-Method": "POST"})
+        read = client.get("/v1/models", headers=other)
+    assert read.status_code == 200
+    assert not [name for answer in (before, read) for name in answer.headers if name.startswith("access-control-")]
