@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 import uuid
 from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
@@ -65,6 +66,14 @@ class Drawn:
 
 
 @dataclass(frozen=True, slots=True)
+class Standing:
+    """What an engine holds, and for how many seconds it has been answering."""
+
+    version: int | None
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class PolicySpec:
     """What a policy server is beside its LLMConfig.
 
@@ -111,6 +120,7 @@ class PolicyServer(LLMServer):  # type: ignore[misc]
         await super().__init__(llm_config, engine_cls=PolicyEngine)
         if self._publication is not None:
             await self._prove(self._publication)
+        self._began = time.monotonic()
         self._following = asyncio.create_task(self._follow(rollout)) if rollout is not None else None
 
     async def sample(self, draw: Draw) -> AsyncIterator[Drawn]:
@@ -144,8 +154,8 @@ class PolicyServer(LLMServer):  # type: ignore[misc]
                 last = output
             yield Drawn(version, ((index, candidates_of(last)[0]),))
 
-    async def policy_version(self) -> int | None:
-        return self._version
+    async def standing(self) -> Standing:
+        return Standing(self._version, time.monotonic() - self._began)
 
     @property
     def _version(self) -> int | None:

@@ -21,7 +21,7 @@ from aft_ray.evaluation.metrics import normalise
 from aft_ray.records import Candidate
 from aft_ray.sampling.engine import SamplingSpec
 from aft_ray.serve_config import Strategy
-from aft_ray.serving.policy import BadRequest, Draw, Drawn, WrongVersion
+from aft_ray.serving.policy import BadRequest, Draw, Drawn, Standing, WrongVersion
 from aft_ray.serving.strategies import Ranking, Vote, certainty, next_wave, rank
 from aft_ray.tasks import Task
 
@@ -150,7 +150,7 @@ class Reasoning:
                 stopped = await self._sample(ask, progress, on_candidate)
         except TimeoutError:
             if not progress.candidates:
-                raise await self._late(f"no candidate was finished within {deadline_s:.0f} s") from None
+                raise await self._late(started, f"no candidate was finished within {deadline_s:.0f} s") from None
             stopped = "deadline"
         ranking = rank(ask.strategy, progress.votes())
         ordered = tuple(progress.candidates[vote.index] for vote in ranking.order)
@@ -190,24 +190,27 @@ class Reasoning:
                             time.monotonic() - started,
                         )
         except TimeoutError:
-            raise await self._late(f"the response was not finished within {deadline_s:.0f} s") from None
+            raise await self._late(started, f"the response was not finished within {deadline_s:.0f} s") from None
         except (RayError, RayServeException) as error:
             raise _meant(error) from error
 
     async def version(self) -> int | None:
         """Policy version of an engine. Raises EngineUnavailable when none answers at once."""
+        return (await self._standing()).version
+
+    async def _standing(self) -> Standing:
         try:
-            return await asyncio.wait_for(self._engines.policy_version.remote(), _ANSWERS_S)  # type: ignore[no-any-return]
+            return await asyncio.wait_for(self._engines.standing.remote(), _ANSWERS_S)  # type: ignore[no-any-return]
         except (RayError, RayServeException, TimeoutError) as error:
             raise EngineUnavailable from error
 
-    async def _late(self, why: str) -> Exception:
-        """What a passed deadline means: with no engine there, it was not the question."""
+    async def _late(self, started: float, why: str) -> Exception:
+        """What a passed deadline means: with no engine there all the time, it was not the question."""
         try:
-            await self.version()
+            standing = await self._standing()
         except EngineUnavailable as error:
             return error
-        return TooLate(why)
+        return TooLate(why) if standing.seconds > time.monotonic() - started else EngineUnavailable()
 
     async def _sample(self, ask: Ask, progress: _Progress, on_candidate: Callable[[Scored], None] | None) -> Stopped:
         failures = 0

@@ -1,5 +1,6 @@
 """A service that is asked without pause while versions are published, and while its processes are killed."""
 
+import contextlib
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_tree
 
 pytestmark = pytest.mark.timeout(1500)
+DEADLINE_S = 8
 QUESTIONS = [f"Tom has {n} apples. Tom finds {n + 2} more. how many apples does Tom have?" for n in range(3, 11)]
 
 
@@ -60,7 +62,7 @@ class Service:
             probe.bind(("127.0.0.1", 0))
             self.url = f"http://127.0.0.1:{probe.getsockname()[1]}"
         self.log = log
-        options = ["follow_s=1", "answering.max_tokens=16", "limits.deadline_s=120", "reasoner.replicas=2"]
+        options = ["follow_s=1", "answering.max_tokens=16", f"limits.deadline_s={DEADLINE_S}", "reasoner.replicas=2"]
         command = aft_ray("serve", str(run_dir), "--follow", "--port", self.url.rpartition(":")[2], *options)
         with log.open("w") as file:
             self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
@@ -73,13 +75,15 @@ class Service:
             assert time.monotonic() < deadline, f"waited {seconds} s for {what}: {self.log.read_text()}"
             time.sleep(0.2)
 
-    def ask(self, question: str) -> tuple[int, dict[str, Any], dict[str, str]]:
-        body = {"question": question, "seed": 5, "n": 4, "stop_confidence": 1, "strategy": "score"}
-        request = urllib.request.Request(
+    def request(self, question: str, **more: Any) -> urllib.request.Request:
+        body = {"question": question, "seed": 5, "n": 4, "stop_confidence": 1, "strategy": "score", **more}
+        return urllib.request.Request(
             f"{self.url}/v1/reason", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
+
+    def ask(self, question: str) -> tuple[int, dict[str, Any], dict[str, str]]:
         try:
-            with urllib.request.urlopen(request, timeout=130) as response:
+            with urllib.request.urlopen(self.request(question), timeout=60) as response:
                 return response.status, json.load(response), dict(response.headers)
         except urllib.error.HTTPError as error:
             return error.code, json.load(error), dict(error.headers)
@@ -93,15 +97,27 @@ class Service:
         lines = [" ".join(child.cmdline()) for child in psutil.Process(self.process.pid).children(recursive=True)]
         return Path(next(found[1] for line in lines if (found := re.search(r"--session_dir=(\S+)", line))))
 
+    def find(self, part: str) -> psutil.Process:
+        """A process of the service."""
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if part in " ".join(process.cmdline()):
+                    return process
+        raise AssertionError(f"no process of {part}")
+
     def kill(self, part: str) -> None:
         """One process of a deployment, as a machine that fails would."""
-        replicas = [
-            process
-            for process in psutil.Process(self.process.pid).children(recursive=True)
-            if process.name().startswith("ray::") and part in " ".join(process.cmdline())
-        ]
-        assert replicas, f"no process of {part}"
-        os.kill(replicas[0].pid, signal.SIGKILL)
+        os.kill(self.find(f"ServeReplica:aft_ray:{part}").pid, signal.SIGKILL)
+
+    @contextlib.contextmanager
+    def frozen_engine(self) -> Iterator[None]:
+        """The engine's own process stands still, and goes on afterwards."""
+        engine = self.find("VLLM::EngineCore")
+        engine.suspend()
+        try:
+            yield
+        finally:
+            engine.resume()
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +196,29 @@ def test_a_version_with_wrong_weights_never_answers(service, run_dir):
     said = "".join(log.read_text() for log in (service.session() / "logs/serve").glob("*Rollout*"))
     assert re.search(r"did not take version 2 .*not the weights that were published", said)
     kept.rename(weights)
+
+
+def test_at_the_deadline_the_best_so_far_is_the_answer(service):
+    with contextlib.ExitStack() as frozen:
+        request = service.request(QUESTIONS[0], n=64, max_tokens=100, temperature=1.5, stream=True)
+        started = time.monotonic()
+        with urllib.request.urlopen(request, timeout=60) as response:
+            for line in response:
+                if line.startswith(b"event: candidate"):
+                    frozen.enter_context(service.frozen_engine())
+                    break
+            last = [line for line in response if line.startswith(b"data: ")][-1]
+        answer = json.loads(last.removeprefix(b"data: "))
+    assert answer["sampling"]["stopped"] == "deadline"
+    assert 1 <= len(answer["candidates"]) < 64
+    assert time.monotonic() - started < DEADLINE_S + 10
+
+
+def test_without_a_candidate_at_the_deadline_the_question_is_too_late_and_the_next_is_answered(service):
+    with service.frozen_engine():
+        status, answer, _ = service.ask(QUESTIONS[0])
+    assert (status, answer["error"]["type"], answer["error"]["code"]) == (504, "timeout_error", "deadline")
+    service.wait(lambda: service.version() == 1, 60, "an answer")
 
 
 def test_a_killed_reasoner_loses_no_question_but_to_a_clean_503(service):
