@@ -185,6 +185,15 @@ def _url(host: str, port: int) -> str:
     return f"http://{shown}:{port}"
 
 
+def _metrics_url() -> str:
+    """Where Prometheus finds the metrics of this node; the others of a cluster have their own."""
+    import ray
+
+    here = ray.util.get_node_ip_address()
+    node = next((node for node in ray.nodes() if node["NodeManagerAddress"] == here), ray.nodes()[0])
+    return f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+
+
 def _welcome(config: ServeConfig, host: str, port: int) -> list[str]:
     url = _url(host, port)
     key = "" if config.access.open else ' -H "Authorization: Bearer $KEY"'
@@ -194,6 +203,7 @@ def _welcome(config: ServeConfig, host: str, port: int) -> list[str]:
         f"  ask           curl {url}/v1/reason{key} -H 'Content-Type: application/json' -d '{question}'",
         f"  OpenAI        base_url={url}/v1",
         f"  API           {url}/docs",
+        f"  metrics       {_metrics_url()}",
         "  keys          " + ("none: anyone who reaches it may ask" if config.access.open else "on"),
         "Ctrl-C stops it.",
     ]
