@@ -52,7 +52,10 @@ class TooLate(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """A question as the engines see it, and how to answer it. how: its k is not read."""
+    """A question as the engines see it, and how to answer it. how: its k is not read.
+
+    at_least: candidates that are wanted however sure the winner is.
+    """
 
     prompt_token_ids: list[int]
     task: Task
@@ -61,6 +64,7 @@ class Ask:
     how: SamplingSpec
     seed: int
     stop_confidence: float
+    at_least: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,12 +221,13 @@ class Reasoning:
         while True:
             if not progress.missing():
                 remaining = ask.n - len(progress.candidates)
-                sure = certainty(ask.strategy, progress.votes(), remaining)
                 if remaining == 0:
                     return "complete"
-                if sure >= ask.stop_confidence:
+                sure = certainty(ask.strategy, progress.votes(), remaining)
+                if len(progress.candidates) >= ask.at_least and sure >= ask.stop_confidence:
                     return "certain" if sure == 1 else "confident"
-                progress.goal += next_wave(ask.strategy, progress.votes(), ask.n, ask.stop_confidence)
+                wave = next_wave(ask.strategy, progress.votes(), ask.n, ask.stop_confidence)
+                progress.goal = max(progress.goal + wave, ask.at_least)
             together_s = _WATCHED_S if on_candidate else _UNWATCHED_S
             draw = Draw(ask.prompt_token_ids, ask.how, progress.missing(), ask.seed, together_s, progress.version)
             try:
@@ -230,7 +235,8 @@ class Reasoning:
                     async for some in drawn:
                         self._take(ask, progress, some, on_candidate)
                         remaining = ask.n - len(progress.candidates)
-                        if remaining and certainty(ask.strategy, progress.votes(), remaining) == 1:
+                        enough = len(progress.candidates) >= ask.at_least
+                        if remaining and enough and certainty(ask.strategy, progress.votes(), remaining) == 1:
                             return "certain"
             except (RayError, RayServeException) as error:
                 meant = _meant(error)

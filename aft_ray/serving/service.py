@@ -127,6 +127,7 @@ class Service:
             how=SamplingSpec(1, temperature, request.top_p or defaults.top_p, max_tokens),
             seed=secrets.randbelow(2**31) if request.seed is None else request.seed,
             stop_confidence=request.stop_confidence or defaults.stop_confidence,
+            at_least=choices,
         )
 
     def check_model(self, name: str | None) -> None:

@@ -161,6 +161,17 @@ def test_openai_chat_streams_a_greedy_response_token_by_token(client, reasoner):
     assert whole.aft_ray["strategy"] == "greedy"
 
 
+def test_openai_gets_as_many_choices_as_it_asks_for_however_sure_the_winner_is(client, reasoner):
+    answer = client.chat.completions.create(
+        model=reasoner.model,
+        messages=[{"role": "user", "content": reasoner.problems[0]}],
+        n=5,
+        seed=4,
+        extra_body={"best_of": 8, "strategy": "vote", "stop_confidence": 0.5},
+    )
+    assert [choice.index for choice in answer.choices] == list(range(5))
+
+
 def test_openai_gets_the_best_of_several_as_choices(client, reasoner):
     done = client.chat.completions.create(
         model=reasoner.model,
