@@ -38,7 +38,9 @@ def run_dir(tmp_path_factory, tiny_model) -> Path:
     """A run of which versions 1 and 2 are trained, but not yet in the ledger: putting an entry back publishes it."""
     place = tmp_path_factory.mktemp("followed")
     config = place / "config.yaml"
-    config.write_text(yaml.safe_dump(tiny_tree(place / "run", tiny_model, rounds={"count": 2, "evaluate_every": 0})))
+    # Rounds of fine-tuning publish versions like any others, and need no engines.
+    sections = {"rounds": {"count": 2, "evaluate_every": 0}, "objective": {"name": "vft"}}
+    config.write_text(yaml.safe_dump(tiny_tree(place / "run", tiny_model, **sections)))
     done = subprocess.run(aft_ray("train", str(config)), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     (place / "held").mkdir()
