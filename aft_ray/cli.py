@@ -141,7 +141,7 @@ def serve(
         str, typer.Argument(help="a run directory (its last model), RUN@VERSION, or a model directory (with task.task)")
     ],
     overrides: Overrides = None,
-    config: Annotated[Path | None, typer.Option(help="YAML config, see jobs/configs/serve.yaml")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML config, see jobs/serve.yaml")] = None,
     host: Annotated[str, typer.Option(help="address to listen on; 0.0.0.0: all, which needs keys")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="port to listen on")] = 8000,
     follow: Annotated[

@@ -72,7 +72,7 @@ def test_the_files_for_clusters_are_configs_of_a_service():
     module, _, name = served["import_path"].partition(":")
     assert callable(getattr(importlib.import_module(module), name))
     assert parse_serve_config(served["args"]).follow
-    assert load_serve_config("RUN", JOBS / "configs/serve.yaml", []).model == "RUN"
+    assert load_serve_config("RUN", JOBS / "serve.yaml", []).model == "RUN"
 
 
 def test_a_model_directory_is_served_as_its_task_says_and_without_its_own_code(tiny_model, monkeypatch):
