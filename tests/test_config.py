@@ -1,6 +1,7 @@
 """Configs: what loads, what is refused and with which sentence, and that nothing is lost on the way to a file."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -254,6 +255,12 @@ def test_a_file_that_is_no_config_is_refused(tmp_path, text, words):
 )
 def test_the_configs_that_come_along_load(path):
     assert load_config(path).task_configs
+
+
+def test_the_demos_control_is_a_config():
+    demo = runpy.run_path(str(Path(__file__).parents[1] / "jobs/demo.py"))
+    control = load_config(demo["CONFIG"], demo["CONTROL"])
+    assert (control.objective.name, control.vft.epochs, control.samples) == ("vft", 0, False)
 
 
 def test_the_default_tolerance_follows_the_precision():
