@@ -99,7 +99,7 @@ def runs(tmp_path_factory, tiny_model) -> tuple[RunDir, RunDir]:
         # Sums so small that some candidates are right; steps so many that a kill comes between them.
         data={"train_limit": 48, "arithmetic": {**SUMS, "train_size": 200}},
         vft={"questions_per_step": 1, "epochs": 6},
-        training={"groups_per_step": 1, "epochs": 2},
+        training={"groups_per_step": 1, "epochs": 4},
     )
     file = place / "run.yaml"
     file.write_text(yaml.safe_dump(tree))
@@ -131,7 +131,7 @@ def test_a_killed_run_samples_the_same_groups(runs):
 
 def test_a_killed_run_takes_the_same_steps(runs):
     whole, killed = map(steps, runs)
-    assert len(whole) == 48 * (6 + 2 + 2)
+    assert len(whole) == 48 * (6 + 4 + 4)
     # A step's event may die with the driver, though its round was trained to the end; that is in the ledger.
     assert killed.items() <= whole.items()
     timeless = ("loss", "vft_loss", "alignment_loss", "grad_norm", "right_score", "wrong_score", "tokens", "steps")
