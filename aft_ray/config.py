@@ -128,8 +128,15 @@ class SamplingConfig(Section):
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling")
     max_tokens: Positive = Field(256, description="longest response, end-of-sequence included")
     samplers: Positive = Field(1, description="vLLM engines")
+    tensor_parallel_size: Positive = Field(1, description="processes in one node that split every layer of an engine")
+    pipeline_parallel_size: Positive = Field(1, description="stages of layers, each tensor_parallel_size processes")
     cpus_per_sampler: float = Field(1, gt=0, description="Ray CPUs of an engine; on a CPU engine also its threads")
-    gpus_per_sampler: float = Field(0, ge=0, description="GPUs of an engine")
+    gpus_per_sampler: float = Field(
+        0, ge=0, description="GPUs of an engine: one a process, a share of one for a single process, or 0"
+    )
+    colocate: bool = Field(
+        False, description="engines take turns with the train workers on the workers' GPUs; needs max_staleness=0"
+    )
     max_num_seqs: Positive = Field(128, description="sequences an engine runs at once")
     kv_cache_gib: float = Field(1.0, gt=0, description="KV cache of a CPU engine, GiB")
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="share of a GPU's memory for the engine")
@@ -140,6 +147,11 @@ class SamplingConfig(Section):
     max_parked: float = Field(0.05, ge=0, le=1, description="share of a round's questions that may be parked")
     timeout_s: Seconds = Field(600, description="deadline of one call of a sampler, seconds")
     start_timeout_s: Seconds = Field(900, description="deadline of an engine's start, seconds")
+
+    @property
+    def processes_per_sampler(self) -> int:
+        """Processes that share an engine's weights."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
 
 
 class TrainingConfig(Section):
@@ -156,10 +168,25 @@ class TrainingConfig(Section):
     warmup: float = Field(0.03, ge=0, lt=1, description="share of steps that warm up; linear decay to zero after")
     weight_decay: float = Field(0.0, ge=0, description="AdamW")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
+    offload_optimizer: bool = Field(False, description="ZeRO 1 to 3: optimizer state and step in CPU memory")
+    offload_parameters: bool = Field(False, description="ZeRO 3: weights in CPU memory until a layer needs them")
     activation_checkpointing: bool = Field(False, description="recompute activations: less memory, a third slower")
     max_failures: Natural = Field(2, description="times the worker group is restarted from its last checkpoint")
     keep_checkpoints: Positive = Field(2, description="training states kept; models of all rounds are kept")
     timeout_s: Seconds = Field(3600, description="deadline of a wait for another worker, seconds")
+
+
+class LoraConfig(Section):
+    """Low-rank adapters are trained instead of the weights; the model directory of a round is merged."""
+
+    rank: Positive = Field(16, description="rank of the adapters")
+    alpha: float = Field(32, gt=0, description="an adapter counts alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="on the adapters' inputs, in training")
+    targets: list[str] = Field(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        min_length=1,
+        description="names of the linear layers that get an adapter",
+    )
 
 
 class VftConfig(Section):
@@ -183,14 +210,17 @@ class RoundsConfig(Section):
 class WeightsConfig(Section):
     """Publication of new weights to running engines."""
 
-    transport: Literal["object_store", "checkpoint"] = Field(
-        "object_store", description="checkpoint: engines read the round's model directory from shared storage"
+    transport: Literal["object_store", "checkpoint", "nccl", "lora"] = Field(
+        "object_store",
+        description="checkpoint: engines read the round's model directory from shared storage; nccl: broadcast from "
+        "train worker 0 (gloo without GPUs); lora: the adapter alone",
     )
     probes: int = Field(4, ge=1, le=64, description="sequences scored on both sides after each publication")
     tolerance: float | None = Field(
         None, gt=0, description="largest score difference, nats per token; none: 1e-4 in float32, 0.05 in bfloat16"
     )
     shard_mib: Positive = Field(1024, description="size of a safetensors shard, MiB; the most rank 0 holds at once")
+    bucket_mib: Positive = Field(512, description="nccl: size of a bucket, MiB; each side holds two")
     timeout_s: Seconds = Field(600, description="deadline of each phase of a publication, seconds")
 
 
@@ -230,6 +260,7 @@ class RunConfig(Section):
     rounds: RoundsConfig = RoundsConfig()
     sampling: SamplingConfig = SamplingConfig()
     training: TrainingConfig = TrainingConfig()
+    lora: LoraConfig | None = Field(None, description="train adapters; none: all weights")
     weights: WeightsConfig = WeightsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     cluster: ClusterConfig = ClusterConfig()
@@ -283,7 +314,45 @@ class RunConfig(Section):
                 f"training.groups_per_step ({self.training.groups_per_step}) is less than training.workers "
                 f"({self.training.workers}); every worker needs a group in a step"
             )
+        self._placement_agrees()
         return self
+
+    def _placement_agrees(self) -> None:
+        sampling, training, weights = self.sampling, self.training, self.weights
+        if sampling.gpus_per_sampler not in (0, sampling.processes_per_sampler) and (
+            sampling.processes_per_sampler > 1 or sampling.gpus_per_sampler > 1
+        ):
+            raise ConfigError(
+                f"sampling.gpus_per_sampler={sampling.gpus_per_sampler:g} does not go with "
+                f"sampling.tensor_parallel_size={sampling.tensor_parallel_size} x "
+                f"pipeline_parallel_size={sampling.pipeline_parallel_size}: an engine has one GPU a process, "
+                f"so {sampling.processes_per_sampler}, or 0 on the CPU"
+            )
+        if training.offload_optimizer and training.zero_stage == 0:
+            raise ConfigError("training.offload_optimizer needs training.zero_stage of at least 1")
+        if training.offload_parameters and training.zero_stage != 3:
+            raise ConfigError(
+                f"training.offload_parameters needs training.zero_stage=3, not {training.zero_stage}: only there are "
+                f"weights gathered layer by layer"
+            )
+        if weights.transport == "lora" and self.lora is None:
+            raise ConfigError(
+                "weights.transport=lora publishes an adapter and there is none; set lora.rank, or another transport"
+            )
+        if weights.transport == "nccl" and self.rounds.max_staleness > 1:
+            raise ConfigError(
+                f"weights.transport=nccl sends the weights while the trainer holds them still, which it does once a "
+                f"round: rounds.max_staleness must be at most 1, not {self.rounds.max_staleness}"
+            )
+        if sampling.colocate and self.rounds.max_staleness > 0:
+            raise ConfigError(
+                f"sampling.colocate lets engines and train workers take turns, so rounds.max_staleness must be 0, "
+                f"not {self.rounds.max_staleness}"
+            )
+        if sampling.colocate and sampling.pipeline_parallel_size > 1:
+            raise ConfigError(
+                "sampling.colocate is for engines inside a node: sampling.pipeline_parallel_size must be 1"
+            )
 
     @property
     def task_configs(self) -> dict[str, DataConfig]:

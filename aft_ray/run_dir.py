@@ -99,6 +99,14 @@ class RunDir:
             raise RunDirError(f"{self.uri(path)} is not on a mounted filesystem, so it has no local path")
         return Path(self._at(path))
 
+    def staging(self) -> str | None:
+        """Where directories are made before they move in: on the run's own disk where it is mounted, else anywhere."""
+        if not self.is_local:
+            return None
+        staging = self.local_path("tmp")
+        staging.mkdir(parents=True, exist_ok=True)
+        return str(staging)
+
     @property
     def filesystem(self) -> Any:
         """The pyarrow filesystem; `full_path` gives paths on it."""

@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import ray.train
 import torch
-import torch.distributed as dist
 
 from aft_ray.board import BoardFailed, call
 from aft_ray.config import RunConfig
@@ -28,11 +25,10 @@ from aft_ray.questions import load_tokenizer, round_size
 from aft_ray.records import Group
 from aft_ray.run_dir import LOGS, RunDir, RunDirError
 from aft_ray.sampling.sampler import redirect_output
-from aft_ray.training import batching, deepspeed, step
+from aft_ray.training import batching, checkpoint, deepspeed, step
 from aft_ray.training.collate import collate
-from aft_ray.weights.publication import Probe, Publication, read_publication, write_probes
-from aft_ray.weights.source import write_model
-from aft_ray.weights.transport import OFFERS
+from aft_ray.training.publisher import Publisher
+from aft_ray.weights.publication import read_publication
 
 
 @dataclass(frozen=True)
@@ -74,6 +70,7 @@ class _Trainer:
         self.ledger = Ledger(worker.run_dir)
         self.tokenizer = load_tokenizer(self.config)
         self.pad_token_id = self.tokenizer.pad_token_id or 0
+        self.publisher = Publisher(self.config, self.run_dir, self.tokenizer, self.rank)
         if self.config.training.gpus_per_worker == 0:
             torch.set_num_threads(max(1, int(self.config.training.cpus_per_worker)))
 
@@ -105,9 +102,23 @@ class _Trainer:
         waited = call(self.board.wait_ready, round_number, self.config.rounds.timeout_s)
         self.ledger.refresh()
         groups = self.ledger.read_groups(round_number)
-        probes = self._probe_texts(groups)
         metrics = self._train(engine, round_number, groups) | {"waited_s": waited}
-        self._publish(engine, round_number, probes, metrics)
+        self._finish(engine, round_number, groups, metrics)
+
+    def _finish(self, engine: Any, round_number: int, groups: list[Group], metrics: dict[str, Any]) -> None:
+        """Makes the round durable and offers its weights, in this order: model directory, checkpoint, ledger, board."""
+        started = time.monotonic()
+        publication = self.publisher.write(engine, round_number, groups)
+        checkpoint.save(engine, self.run_dir, round_number, self.rank)
+        if self.rank != 0:
+            return
+        assert publication is not None
+        metrics |= {"publish_s": time.monotonic() - started, "published_bytes": publication.bytes}
+        self.ledger.record_checkpoint(
+            Trained(round_number, metrics["steps"], self.run_dir.checkpoint(round_number), True, metrics)
+        )
+        call(self.board.publish, publication)
+        call(self.board.post, {"event": "trained", **metrics})
 
     def _train(self, engine: Any, round_number: int, groups: list[Group]) -> dict[str, Any]:
         """The optimiser steps of a round, and what they amounted to."""
@@ -157,88 +168,6 @@ class _Trainer:
                 for name in ("loss", "vft_loss", "alignment_loss", "grad_norm", "right_score", "wrong_score")
             },
         }
-
-    def _publish(self, engine: Any, round_number: int, texts: list[Group], metrics: dict[str, Any]) -> None:
-        """Makes the round durable and offers its weights: model directory, checkpoint, ledger, board, in this order."""
-        publishing = time.monotonic()
-        probes = self._probes(engine, texts)
-        model_dir = self.run_dir.model(round_number)
-        with tempfile.TemporaryDirectory(prefix="aft-ray-model-", dir=self._staging()) as scratch:
-            directory = Path(scratch) / "model"
-            written = write_model(
-                engine.module,
-                directory,
-                self.config.weights.shard_mib << 20,
-                OFFERS[self.config.weights.transport],
-                self.rank,
-                getattr(torch, self.config.model.dtype),
-            )
-            if self.rank == 0:
-                self.tokenizer.save_pretrained(directory)
-                write_probes(directory, probes)
-                self.run_dir.store_directory(directory, model_dir)
-        self._checkpoint(engine, round_number)
-        if self.rank != 0:
-            return
-        metrics["publish_s"] = time.monotonic() - publishing
-        metrics["published_bytes"] = written.bytes
-        self.ledger.record_checkpoint(
-            Trained(round_number, metrics["steps"], self.run_dir.checkpoint(round_number), True, metrics)
-        )
-        model = str(self.run_dir.fetch_directory(model_dir))
-        publication = Publication(round_number, model, tuple(written.shards), tuple(probes), tuple(written.objects))
-        call(self.board.publish, publication)
-        call(self.board.post, {"event": "trained", **metrics})
-
-    def _checkpoint(self, engine: Any, round_number: int) -> None:
-        """Saves this rank's shards; Ray Train merges them into one directory of the run. The manifest comes last."""
-        path = self.run_dir.checkpoint(round_number)
-        if self.rank == 0:
-            self.run_dir.delete(path)
-        dist.barrier()
-        with tempfile.TemporaryDirectory(prefix="aft-ray-checkpoint-", dir=self._staging()) as scratch:
-            deepspeed.save(engine, Path(scratch), {"round": round_number})
-            ray.train.report(
-                {"round": round_number},
-                checkpoint=ray.train.Checkpoint.from_directory(scratch),
-                checkpoint_dir_name=path.removeprefix("rounds/"),
-            )
-        if self.rank == 0:
-            self.run_dir.write_manifest(path)
-
-    def _staging(self) -> str | None:
-        """Where files are made before they move into the run directory: on its own disk, where it is local."""
-        if not self.run_dir.is_local:
-            return None
-        staging = self.run_dir.local_path("tmp")
-        staging.mkdir(parents=True, exist_ok=True)
-        return str(staging)
-
-    def _probe_texts(self, groups: list[Group]) -> list[Group]:
-        """Sequences of this round to prove its publication by, each as a group whose reference is the response."""
-        texts = [
-            replace(group, reference_token_ids=group.candidates[0].token_ids, candidates=[])
-            if group.candidates
-            else group
-            for group in groups
-        ]
-        # The engine that scores a probe must have room to answer with one more token.
-        room = self.config.model.max_length
-        fitting = [t for t in texts if len(t.prompt_token_ids) + len(t.reference_token_ids) < room]
-        return fitting[: self.config.weights.probes]
-
-    def _probes(self, engine: Any, texts: list[Group]) -> list[Probe]:
-        """The probes under the new weights. Every rank scores them, since ZeRO-3 gathers weights on all."""
-        batch = collate(texts, build_objective("vft"), self.pad_token_id).to(engine.device)
-        engine.eval()
-        with torch.no_grad():
-            scores = step.score_groups(engine, batch).reference_scores
-        engine.train()
-        assert scores is not None
-        return [
-            Probe(text.prompt_token_ids, text.reference_token_ids, score)
-            for text, score in zip(texts, scores.tolist(), strict=True)
-        ]
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,8 @@ class Publication:
     """Policy version `version`: the model directory that holds it and, while the trainer lives, its shards in memory.
 
     model: a local or shared directory, in Hugging Face form. shards: file names in it, in loading order.
-    objects: the same files as object references, one a shard; empty for the `checkpoint` transport.
+    objects: the same files as object references, one a shard; empty for the `checkpoint` transport. bytes: of the
+    weights; 0 when they were read from disk.
     """
 
     version: int
@@ -41,6 +42,7 @@ class Publication:
     shards: tuple[str, ...]
     probes: tuple[Probe, ...]
     objects: tuple[Any, ...] = field(default=())
+    bytes: int = 0
 
 
 def write_probes(directory: str | Path, probes: Sequence[Probe]) -> None:

@@ -1,0 +1,88 @@
+"""The trainer's side of a publication: probes scored, the model directory made whole, the shards offered.
+
+Invariant: the probes are scored by the weights that are written, before anything changes them.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aft_ray.config import RunConfig
+from aft_ray.objectives import build_objective
+from aft_ray.records import Group
+from aft_ray.run_dir import RunDir
+from aft_ray.training import step
+from aft_ray.training.collate import collate
+from aft_ray.weights.publication import Probe, Publication, write_probes
+from aft_ray.weights.source import write_model
+from aft_ray.weights.transport import OFFERS
+
+
+@dataclass(frozen=True)
+class Publisher:
+    """What one rank needs to publish the weights that it trains a share of."""
+
+    config: RunConfig
+    run_dir: RunDir
+    tokenizer: Any
+    rank: int
+
+    def write(self, engine: Any, round_number: int, groups: Sequence[Group]) -> Publication | None:
+        """Makes the round's model directory. All ranks call it together; rank 0 gets what it may offer on the board."""
+        probes = self._probes(engine, self._probe_texts(groups))
+        model_dir = self.run_dir.model(round_number)
+        with tempfile.TemporaryDirectory(prefix="aft-ray-model-", dir=self.run_dir.staging()) as scratch:
+            directory = Path(scratch) / "model"
+            written = write_model(
+                engine.module,
+                directory,
+                self.config.weights.shard_mib << 20,
+                OFFERS[self.config.weights.transport],
+                self.rank,
+                getattr(torch, self.config.model.dtype),
+            )
+            if self.rank != 0:
+                return None
+            self.tokenizer.save_pretrained(directory)
+            write_probes(directory, probes)
+            self.run_dir.store_directory(directory, model_dir)
+        return Publication(
+            version=round_number,
+            model=str(self.run_dir.fetch_directory(model_dir)),
+            shards=tuple(written.shards),
+            probes=tuple(probes),
+            objects=tuple(written.objects),
+            bytes=written.bytes,
+        )
+
+    def _probe_texts(self, groups: Sequence[Group]) -> list[Group]:
+        """Sequences of this round to prove its publication by, each as a group whose reference is the response."""
+        texts = [
+            replace(group, reference_token_ids=group.candidates[0].token_ids, candidates=[])
+            if group.candidates
+            else group
+            for group in groups
+        ]
+        # The engine that scores a probe must have room to answer with one more token.
+        room = self.config.model.max_length
+        fitting = [t for t in texts if len(t.prompt_token_ids) + len(t.reference_token_ids) < room]
+        return fitting[: self.config.weights.probes]
+
+    def _probes(self, engine: Any, texts: list[Group]) -> list[Probe]:
+        """The probes under the new weights. Every rank scores them, since ZeRO-3 gathers weights on all."""
+        batch = collate(texts, build_objective("vft"), self.tokenizer.pad_token_id or 0).to(engine.device)
+        engine.eval()
+        with torch.no_grad():
+            scores = step.score_groups(engine, batch).reference_scores
+        engine.train()
+        assert scores is not None
+        return [
+            Probe(text.prompt_token_ids, text.reference_token_ids, score)
+            for text, score in zip(texts, scores.tolist(), strict=True)
+        ]
