@@ -12,7 +12,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from aft_ray.config import ConfigError, RunConfig, dump_config, load_config
+from aft_ray.config import ConfigError, RunConfig, load_config
+from aft_ray.config_file import describe_keys, dump_config
 from aft_ray.config_section import Section
 
 app = typer.Typer(
@@ -200,7 +201,6 @@ def status(run_dir: Annotated[str, typer.Argument(help="run directory")]) -> Non
 @app.command()
 def keys(serve: Annotated[bool, typer.Option("--serve", help="the keys of `aft-ray serve` instead")] = False) -> None:
     """List every config key with its default and its meaning."""
-    from aft_ray.config import describe_keys
     from aft_ray.serve_config import ServeConfig
 
     for line in describe_keys(ServeConfig if serve else RunConfig):

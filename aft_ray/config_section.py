@@ -5,7 +5,7 @@ Invariant: importing this and the sections brings in nothing but pydantic.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -20,3 +20,7 @@ class ConfigError(ValueError):
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False, protected_namespaces=())
+
+    def tree(self) -> dict[str, Any]:
+        """The section as nested dicts of plain values, as a file gives it."""
+        return self.model_dump(mode="json")

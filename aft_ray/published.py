@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import yaml
 
-from aft_ray.config import ConfigError, RunConfig, apply_override, parse_config
+from aft_ray.config import ConfigError, RunConfig, parse_config
+from aft_ray.config_file import apply_override
 from aft_ray.ledger import Ledger
 from aft_ray.run_dir import CONFIG, RunDir
 

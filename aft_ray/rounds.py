@@ -20,7 +20,8 @@ from ray.exceptions import RayError
 from aft_ray import board
 from aft_ray.board import BoardFailed
 from aft_ray.cluster import connected, needs_samplers, training_placement
-from aft_ray.config import ConfigError, RunConfig, config_difference, dump_config
+from aft_ray.config import ConfigError, RunConfig
+from aft_ray.config_file import config_difference, dump_config
 from aft_ray.evaluation.evaluator import ask, unanswered
 from aft_ray.evaluation.generations import generations_text
 from aft_ray.evaluation.metrics import measure

@@ -11,7 +11,8 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from aft_ray.config import ClusterConfig, parse_section, read_tree
+from aft_ray.config import ClusterConfig
+from aft_ray.config_file import parse_section, read_tree
 from aft_ray.config_section import ConfigError, Natural, Positive, Seconds, Section
 from aft_ray.task_config import DataConfig
 

@@ -32,7 +32,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import typer
 
-from aft_ray.config import RunConfig, apply_override, parse_config
+from aft_ray.config import RunConfig, parse_config
+from aft_ray.config_file import apply_override
 
 TARGET = 0.85
 

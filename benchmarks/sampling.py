@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import typer
 
 from aft_ray.config import RunConfig, parse_config
+from aft_ray.config_file import apply_override
 from aft_ray.sampling.engine import EngineSpec, SamplingSpec, engine_arguments, prepare_environment, request_parameters
 
 TARGET = 0.9
@@ -94,8 +95,6 @@ def main(
 
 
 def _config(run_dir: str, model: str, questions: int, k: int, max_tokens: int, settings: list[str]) -> RunConfig:
-    from aft_ray.config import apply_override
-
     tree: dict[str, Any] = {
         "run_dir": run_dir,
         "model": {"name": model, "dtype": "float32", "max_length": 256},

@@ -7,7 +7,8 @@ import pytest
 import yaml
 from tiny import tiny_config, tiny_tree
 
-from aft_ray.config import config_difference, load_config, parse_config
+from aft_ray.config import load_config, parse_config
+from aft_ray.config_file import config_difference
 from aft_ray.ledger import Ledger, Parked, Trained, write_group_file
 from aft_ray.questions import load_tokenizer, prepare, questions_of_round
 from aft_ray.rounds import adopt_config

@@ -11,15 +11,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aft_ray.config import (
-    ConfigError,
-    RunConfig,
-    config_difference,
-    describe_keys,
-    dump_config,
-    load_config,
-    parse_config,
-)
+from aft_ray.config import ConfigError, RunConfig, load_config, parse_config
+from aft_ray.config_file import config_difference, describe_keys, dump_config
 
 HEAVY = {"torch", "ray", "vllm", "pyarrow", "transformers", "deepspeed", "datasets", "numpy"}
 CONFIGS = Path(__file__).parents[1] / "jobs/configs"
@@ -314,7 +307,7 @@ def test_the_difference_of_configs_with_several_tasks_names_what_is_new_and_what
 
 
 def test_every_key_is_described_with_its_default():
-    lines = describe_keys()
+    lines = describe_keys(RunConfig)
     assert any(line.startswith("  model.name (required): ") for line in lines)
     assert any(line.startswith("  sampling.k (default 6): ") for line in lines)
     assert not [line for line in lines if line.endswith(": None")]

@@ -2,7 +2,8 @@ import pytest
 import yaml
 from tiny import tiny_config, tiny_tree
 
-from aft_ray.config import ConfigError, dump_config
+from aft_ray.config import ConfigError
+from aft_ray.config_file import dump_config
 from aft_ray.evaluation.answers import Answered, Response
 from aft_ray.evaluation.generations import generations_text
 from aft_ray.evaluation.targets import plan
