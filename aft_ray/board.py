@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from aft_ray.weights.publication import Publication
 
@@ -103,5 +104,6 @@ def call(method: Any, *args: Any) -> Any:
 
 
 def start_board() -> Any:
-    """A board that lives as long as the driver."""
-    return ray.remote(Board).options(num_cpus=0, max_concurrency=1000).remote()
+    """A board that lives as long as the driver, on its node: another node may be lost while the run goes on."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(Board).options(num_cpus=0, max_concurrency=1000, scheduling_strategy=here).remote()

@@ -11,7 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -37,6 +37,9 @@ from aft_ray.sampling.pool import SamplerPool, last_line
 from aft_ray.sampling.stream import Tally, sample_round, tally
 from aft_ray.training.worker import WorkerConfig, first_round, fit
 from aft_ray.weights.publication import Publication, read_publication
+
+# Seconds that the train workers get to end after the run has failed elsewhere.
+_PATIENCE_S = 15.0
 
 
 class RunFailed(RuntimeError):
@@ -325,7 +328,8 @@ def _training(worker: Any, reporter: Reporter) -> Iterator[list[str]]:
             fit(worker)
         except Exception as error:
             failures.append(_training_failure(error, worker.run_dir))
-            board.call(worker.board.fail, failures[0])
+            with suppress(RayError):  # the driver may have left the cluster meanwhile
+                board.call(worker.board.fail, failures[0])
 
     def listen() -> None:
         while not ended.wait(0.5):
@@ -342,6 +346,8 @@ def _training(worker: Any, reporter: Reporter) -> Iterator[list[str]]:
         if failures:
             raise RunFailed(failures[0])
     finally:
+        # After a failure elsewhere the workers end by themselves, because the board says so.
+        threads[0].join(_PATIENCE_S)
         ended.set()
         threads[1].join()
         _pass_on(board.call(worker.board.drain), reporter)
