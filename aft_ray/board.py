@@ -7,7 +7,6 @@ deadline, and a failure on one side ends the waits of the other at once.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -83,7 +82,8 @@ class Board:
             self._changed.notify_all()
 
     async def _wait(self, condition: Callable[[], bool], timeout_s: float, what: str) -> float:
-        started = time.monotonic()
+        now = asyncio.get_running_loop().time
+        started = now()
         async with self._changed:
             try:
                 await asyncio.wait_for(
@@ -92,7 +92,7 @@ class Board:
             except TimeoutError:
                 raise BoardFailed(f"waited {timeout_s:.0f} s for {what}; rounds.timeout_s sets this deadline") from None
         await self.check()
-        return time.monotonic() - started
+        return now() - started
 
 
 def call(method: Any, *args: Any) -> Any:

@@ -10,7 +10,6 @@ import asyncio
 import hashlib
 import json
 import logging
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -207,13 +206,14 @@ class Ask:
 
     async def _alive(self, job: _Job) -> Sequence[int]:
         """The samplers that answer. While none does, waits as long as an engine may take to start again."""
-        deadline = time.monotonic() + job.pool.start_timeout_s
+        now = asyncio.get_running_loop().time
+        deadline = now() + job.pool.start_timeout_s
         async with self._looking:
             while True:
                 states = await asyncio.gather(*(_state(actor) for actor in job.pool.actors))
                 if alive := [index for index, error in enumerate(states) if error is None]:
                     return alive
-                if time.monotonic() > deadline or all(isinstance(error, ActorDiedError) for error in states):
+                if now() > deadline or all(isinstance(error, ActorDiedError) for error in states):
                     return range(len(states))
                 await asyncio.sleep(_RETRY_S)
 
