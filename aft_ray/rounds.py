@@ -35,6 +35,7 @@ from aft_ray.run_dir import CONFIG, EVALUATIONS, LOGS, RunDir
 from aft_ray.sampling.judging import RemoteJudge, check_judge, start_judge
 from aft_ray.sampling.pool import SamplerPool, last_line
 from aft_ray.sampling.stream import Tally, sample_round, tally
+from aft_ray.schedule import AwaitVersion, SampleRound, order_of_rounds
 from aft_ray.training.worker import WorkerConfig, first_round, fit
 from aft_ray.weights.publication import Publication, read_publication
 
@@ -64,35 +65,32 @@ class Conductor:
         """All rounds, from the first that is not trained yet to the last."""
         first = first_round(self.config, self.ledger)
         self._publish_what_is_on_disk(first - 1)
-        for number in range(first, self.config.rounds.count + 1):
-            if number == 0 or not self.config.samples:
-                self._write_references(number)
+        for step in order_of_rounds(first, self.config.rounds.count, self.config.rounds.max_staleness):
+            if isinstance(step, AwaitVersion):
+                publication, _ = board.call(self.board.wait_publication, step.version, self.config.rounds.timeout_s)
+                if self.pool is not None:
+                    self._bring_samplers_to(publication)
+                continue
+            if step.round == 0 or not self.config.samples:
+                self._write_references(step.round)
             else:
-                publication, waited = self._publication_for(number)
+                publication, waited = self._publication_for(step)
                 self._bring_samplers_to(publication)
-                self._sample(number, publication, waited)
-            board.call(self.board.set_ready, number)
-        # What is still in training is measured as it comes; the last wait ends the run.
-        for version in range(
-            max(0, self.config.rounds.count - self.config.rounds.max_staleness), self.config.rounds.count + 1
-        ):
-            publication, _ = board.call(self.board.wait_publication, version, self.config.rounds.timeout_s)
-            if self.pool is not None:
-                self._bring_samplers_to(publication)
+                self._sample(step.round, publication, waited)
+            board.call(self.board.set_ready, step.round)
 
     @property
     def samplers(self) -> SamplerPool:
         assert self.pool is not None, "a run that needs no samplers asked for them"
         return self.pool
 
-    def _publication_for(self, number: int) -> tuple[Publication, float]:
+    def _publication_for(self, step: SampleRound) -> tuple[Publication, float]:
         """The version that samples a round: the newest within max_staleness, or the one it was begun with."""
-        begun_with = self.ledger.policy_version(number)
-        needed = max(0, number - 1 - self.config.rounds.max_staleness)
-        publication, waited = board.call(self.board.wait_publication, needed, self.config.rounds.timeout_s)
+        begun_with = self.ledger.policy_version(step.round)
+        publication, waited = board.call(self.board.wait_publication, step.version, self.config.rounds.timeout_s)
         if begun_with is not None and begun_with != publication.version:
             publication = self._on_disk(begun_with)
-        self.ledger.record_policy_version(number, publication.version)
+        self.ledger.record_policy_version(step.round, publication.version)
         return publication, waited
 
     def _bring_samplers_to(self, publication: Publication) -> None:
