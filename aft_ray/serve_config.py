@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
@@ -17,6 +17,7 @@ from aft_ray.config_section import ConfigError, Natural, Positive, Seconds, Sect
 from aft_ray.task_config import DataConfig
 
 Strategy = Literal["greedy", "score", "vote", "weighted_vote"]
+STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
 
 class AnsweringConfig(Section):

@@ -14,7 +14,6 @@ import asyncio
 import json
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -26,16 +25,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import aiohttp
 import numpy as np
 import typer
+from served import Service, service_of
 
-from aft_ray.cluster import connected, serving_placement
-from aft_ray.observe.reporter import Reporter, chatter_to
-from aft_ray.published import find_run, read_config
 from aft_ray.records import Verdict
 from aft_ray.sampling.engine import SamplingSpec
-from aft_ray.serve_config import ServeConfig, load_serve_config
+from aft_ray.serve_config import STRATEGIES
 
 TARGET = 0.9
-STRATEGIES = ("greedy", "score", "vote", "weighted_vote")
 CONFIDENCES = (1.0, 0.99, 0.95, 0.9, 0.8)
 WARM_UP = 32
 MODEL, PEER = "model", "/peer"
@@ -78,7 +74,10 @@ class Options:
 
 @dataclass(slots=True)
 class Bench:
-    """Clients of one service. Questions are answered with the draws of their position, whoever asks."""
+    """Clients of one service. Questions are answered with the draws of their position, whoever asks.
+
+    engine: the streaming handle of the policy servers, made once as the reasoner does.
+    """
 
     url: str
     session: aiohttp.ClientSession
@@ -109,13 +108,14 @@ class Bench:
 
     async def of_engine(self, position: int) -> int:
         from aft_ray.serving.policy import Draw
+        from aft_ray.serving.reasoning import UNWATCHED_S
 
         how = SamplingSpec(1, self.options.temperature, 1.0, self.max_tokens)
         prompt = self.prompts[position % len(self.prompts)]
         # Candidates travel together as they do for the reasoner.
-        draw = Draw(prompt, how, tuple(range(self.options.n)), 1000 * position, together_s=0.3)
+        draw = Draw(prompt, how, tuple(range(self.options.n)), 1000 * position, UNWATCHED_S)
         tokens = 0
-        async for part in self.engine.options(stream=True).sample.remote(draw):
+        async for part in self.engine.sample.remote(draw):
             tokens += sum(len(candidate.token_ids) for _, candidate in part.candidates)
         return tokens
 
@@ -192,44 +192,27 @@ def main(
     output: Annotated[Path | None, typer.Option(help="JSON file of all figures")] = None,
 ) -> None:
     """Serve a run's model here, and measure."""
-    found = find_run(model)
-    if found is None:
-        raise typer.BadParameter(f"{model} is not a run directory")
-    run = read_config(found[0])
-    overrides = ["access.open=true", f"limits.concurrency={concurrency}", f"limits.queue={concurrency}"]
-    config = load_serve_config(
-        model, None, [*overrides, "limits.deadline_s=300", "cluster.logical_cpus=4", f"name={MODEL}"]
-    )
-    log = Path(tempfile.gettempdir()) / "aft-ray-benchmark.log"
-    with (
-        chatter_to(log) as console,
-        Reporter(None, console) as reporter,
-        connected(config.cluster, serving_placement(config)),
-    ):
-        from aft_ray.serving.command import running
-
-        with running(config, "127.0.0.1", port, reporter):
-            run_peer(config)
-            options = Options(questions, n, temperature, requests, concurrency, repeats)
-            figures = asyncio.run(measure(reporter.say, run, f"http://127.0.0.1:{port}", options))
+    options = Options(questions, n, temperature, requests, concurrency, repeats)
+    overrides = [f"limits.concurrency={concurrency}", f"limits.queue={concurrency}", "limits.deadline_s=300"]
+    with service_of(model, port, [*overrides, "cluster.logical_cpus=4", f"name={MODEL}"]) as service:
+        run_peer(service)
+        figures = asyncio.run(measure(service, options))
     if output:
         output.write_text(json.dumps(figures, indent=1) + "\n")
 
 
-def run_peer(config: ServeConfig) -> None:
+def run_peer(service: Service) -> None:
     """Ray's OpenAI ingress in front of the same engine."""
     from ray import serve
     from ray.llm._internal.serve.core.configs.openai_api_models import to_model_metadata
     from ray.llm._internal.serve.core.ingress.ingress import OpenAiIngress, make_fastapi_ingress
 
     from aft_ray.serving.app import llm_config
-    from aft_ray.serving.served import resolve
 
-    served, _ = resolve(config)
     ingress = serve.deployment(make_fastapi_ingress(OpenAiIngress)).options(
         name="peer", num_replicas=1, max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0.5}
     )
-    card = to_model_metadata(served.name, llm_config(config, served, 0))
+    card = to_model_metadata(service.served.name, llm_config(service.config, service.served, 0))
     bound = ingress.bind(llm_deployments={MODEL: engines()}, model_cards={MODEL: card})
     serve.run(bound, name="peer", route_prefix=PEER)
 
@@ -244,26 +227,19 @@ def engines() -> Any:
     return serve.get_deployment_handle(next(name for name in deployments if name.startswith("Policy:")), APPLICATION)
 
 
-async def measure(say: Callable[[str], None], run: Any, url: str, options: Options) -> dict[str, Any]:
+async def measure(service: Service, options: Options) -> dict[str, Any]:
     from aft_ray.questions import load_tokenizer
     from aft_ray.tasks import build_tasks, load_split
     from aft_ray.tasks.rendering import render_prompt
 
+    run, say = service.run, service.reporter.say
     task = next(iter(build_tasks(run).values()))
     asked = load_split(task, "test", options.questions, run.seed)
     tokenizer = load_tokenizer(run)
     prompts = [render_prompt(task.prompt(one), tokenizer, run.model.chat_template) for one in asked]
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=600)) as session:
-        bench = Bench(
-            url,
-            session,
-            asked,
-            prompts,
-            task,
-            options,
-            run.sampling.max_tokens,
-            engines(),
-        )
+        engine = engines().options(stream=True)
+        bench = Bench(service.url, session, asked, prompts, task, options, run.sampling.max_tokens, engine)
         await turn(bench, REASONER, WARM_UP, 10**6)
         say(f"\n{len(asked)} unseen questions of {task.name}, n {options.n}, temperature {options.temperature:g}")
         say(f"{'strategy':15} {'stops at':>8} {'accuracy':>14} {'candidates':>10} {'tokens':>7}")

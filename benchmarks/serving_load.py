@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -24,11 +23,9 @@ import aiohttp
 import numpy as np
 import psutil
 import typer
+from served import service_of
 
-from aft_ray.cluster import connected, serving_placement
-from aft_ray.observe.reporter import Reporter, chatter_to
-from aft_ray.published import find_run, read_config
-from aft_ray.serve_config import load_serve_config
+from aft_ray.observe.reporter import Reporter
 
 LOOK_S = 5.0
 
@@ -44,25 +41,12 @@ def main(
     output: Annotated[Path | None, typer.Option(help="JSON file of all figures")] = None,
 ) -> None:
     """Serve a run's model here, and ask for too much."""
-    found = find_run(model)
-    if found is None:
-        raise typer.BadParameter(f"{model} is not a run directory")
-    overrides = ["access.open=true", f"limits.concurrency={concurrency}", f"limits.queue={queue}"]
-    config = load_serve_config(model, None, overrides)
-    with (
-        chatter_to(Path(tempfile.gettempdir()) / "aft-ray-load.log") as console,
-        Reporter(None, console) as reporter,
-        connected(config.cluster, serving_placement(config)),
-    ):
-        from aft_ray.serving.command import running
+    with service_of(model, port, [f"limits.concurrency={concurrency}", f"limits.queue={queue}"]) as service:
         from aft_ray.tasks import build_tasks, load_split
 
-        run = read_config(found[0])
-        questions = load_split(next(iter(build_tasks(run).values())), "test", clients, run.seed)
-        with running(config, "127.0.0.1", port, reporter):
-            figures = asyncio.run(
-                load(f"http://127.0.0.1:{port}/v1/reason", [one.text for one in questions], n, seconds, reporter)
-            )
+        run = service.run
+        questions = [q.text for q in load_split(next(iter(build_tasks(run).values())), "test", clients, run.seed)]
+        figures = asyncio.run(load(f"{service.url}/v1/reason", questions, n, seconds, service.reporter))
     if output:
         output.write_text(json.dumps(figures, indent=1) + "\n")
     if figures["other"] or figures["wrong"]:

@@ -18,6 +18,10 @@ from typing import Any
 from aft_ray.records import Candidate
 
 
+class NoRoom(ValueError):
+    """A prompt that fills the model's context."""
+
+
 class EngineDead(RuntimeError):
     """vLLM failed inside this process; the process must end and be replaced."""
 
@@ -104,13 +108,8 @@ class Engine:
             raise EngineDead(f"vLLM did not start {spec.model} within {start_timeout_s:.0f} s") from None
 
     def sample(self, prompt: Prompt, how: SamplingSpec) -> Future[list[Candidate]]:
-        """k unlabelled candidates. Raises ValueError when the prompt leaves no room for a response."""
-        room = self._spec.max_length - len(prompt.token_ids)
-        if room < 1:
-            raise ValueError(
-                f"the prompt has {len(prompt.token_ids)} tokens, which leaves no room for a response within "
-                f"model.max_length={self._spec.max_length}"
-            )
+        """k unlabelled candidates. Raises NoRoom."""
+        room = response_room(len(prompt.token_ids), self._spec.max_length)
         params = request_parameters(prompt, how, min(how.max_tokens, room), self._spec.eos_token_id)
         return self._request(prompt.token_ids, params, candidates_of)
 
@@ -234,6 +233,16 @@ class _Task:
     function: Callable[[Any], Any] | None
     answer: Future[Any]
     exclusive: bool
+
+
+def response_room(prompt_tokens: int, max_length: int) -> int:
+    """Tokens that a prompt leaves for the response in a context of `max_length`. Raises NoRoom when there are none."""
+    if prompt_tokens >= max_length:
+        raise NoRoom(
+            f"the question has {prompt_tokens} tokens as a prompt, which leaves no room for a response in the model's "
+            f"context of {max_length}"
+        )
+    return max_length - prompt_tokens
 
 
 def request_parameters(prompt: Prompt, how: SamplingSpec, max_tokens: int, eos_token_id: int) -> Any:

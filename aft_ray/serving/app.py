@@ -18,7 +18,7 @@ from aft_ray.serve_config import ServeConfig, parse_serve_config
 from aft_ray.serving.http import build_http
 from aft_ray.serving.policy import PolicyServer, PolicySpec
 from aft_ray.serving.rollout import Rollout
-from aft_ray.serving.served import ServedModel, resolve
+from aft_ray.serving.served import Resolved, ServedModel, resolve
 from aft_ray.serving.service import Service
 from aft_ray.tasks.rendering import end_of_sequence
 
@@ -39,12 +39,13 @@ class Reasoner:
 
 def build(args: dict[str, Any]) -> Application:
     """What a Serve config file names as `import_path`; `args` are the keys of ServeConfig. Raises ConfigError."""
-    return application(parse_serve_config(args))
+    config = parse_serve_config(args)
+    return application(config, resolve(config))
 
 
-def application(config: ServeConfig) -> Application:
-    """The Serve application of a config. Raises ConfigError, one sentence."""
-    served, publication = resolve(config)
+def application(config: ServeConfig, resolved: Resolved) -> Application:
+    """The Serve application of a config and of what it names. Raises ConfigError, one sentence."""
+    served, publication = resolved
     tokenizer = load_tokenizer(served.run)
     policy = PolicySpec(
         publication=publication,

@@ -23,7 +23,7 @@ from aft_ray.config import ConfigError
 from aft_ray.observe.reporter import Reporter, chatter_to
 from aft_ray.serve_config import ServeConfig
 from aft_ray.serving.proxy import CALLBACK
-from aft_ray.serving.served import resolve
+from aft_ray.serving.served import Resolved, resolve
 
 APPLICATION = "aft_ray"
 _SAY_S = 15.0
@@ -37,7 +37,7 @@ def serve(config: ServeConfig, host: str, port: int, log: Path) -> None:
     """Serves until SIGINT or SIGTERM. Raises ConfigError, or ServingFailed with the reason."""
     config = _open_on_loopback(config, host)
     _check_free(host, port)
-    resolve(config)
+    resolved = resolve(config)
     # Read by the proxies, when Ray or Serve is started from here.
     os.environ.setdefault("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", CALLBACK)
     ended = threading.Event()
@@ -48,7 +48,7 @@ def serve(config: ServeConfig, host: str, port: int, log: Path) -> None:
         connected(config.cluster, serving_placement(config)),
     ):
         started = time.monotonic()
-        with running(config, host, port, reporter, ended):
+        with running(config, resolved, host, port, reporter, ended):
             if ended.is_set():
                 return
             reporter.say(f"ready after {time.monotonic() - started:.0f} s")
@@ -100,13 +100,18 @@ def _on_signals(ended: threading.Event) -> Iterator[None]:
 
 @contextlib.contextmanager
 def running(
-    config: ServeConfig, host: str, port: int, reporter: Reporter, ended: threading.Event | None = None
+    config: ServeConfig,
+    resolved: Resolved,
+    host: str,
+    port: int,
+    reporter: Reporter,
+    ended: threading.Event | None = None,
 ) -> Iterator[None]:
     """The service on the Ray that is connected, ready to answer or `ended` set; taken down at the end."""
     ended = ended or threading.Event()
     from aft_ray.serving.app import application
 
-    bound = application(config)
+    bound = application(config, resolved)
     reporter.say(f"starting {config.engine.replicas} engine(s) with {config.model}")
     from ray import serve
     from ray.serve.schema import ApplicationStatus

@@ -20,11 +20,11 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi.security import HTTPBearer
 from fastapi_offline import FastAPIOffline
 from ray.exceptions import TaskCancelledError
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 
 from aft_ray import __version__
-from aft_ray.serving.examples import examples
+from aft_ray.serve_config import STRATEGIES
 from aft_ray.serving.guard import BodyLimit
 from aft_ray.serving.requests import ChatRequest, CompletionRequest, ReasonRequest, Refusal
 from aft_ray.serving.responses import (
@@ -220,8 +220,8 @@ async def _model(service: Service) -> Json:
         "created": 0,
         "owned_by": "aft_ray",
         "version": await service.last_version(),
-        "strategies": ["greedy", "score", "vote", "weighted_vote"],
-        "tasks": {name: {"examples": examples(service.served.run, name)} for name in service.tasks},
+        "strategies": list(STRATEGIES),
+        "tasks": {name: {"examples": questions} for name, questions in service.examples.items()},
         "defaults": config.answering.model_dump(),
         "limits": config.limits.model_dump(include={"n", "max_tokens", "question_chars", "deadline_s"}),
     }
@@ -318,8 +318,7 @@ class _Envelope:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request = Request(scope)
-        record = Record(scope["path"], request.headers.get("authorization"))
+        record = Record(scope["path"], Headers(scope=scope).get("authorization"))
         scope.setdefault("state", {})["record"] = record
         started = False
 

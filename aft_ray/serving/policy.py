@@ -21,10 +21,12 @@ from ray.serve.llm.deployment import LLMServer
 
 from aft_ray.records import Candidate
 from aft_ray.sampling.engine import (
+    NoRoom,
     Prompt,
     SamplingSpec,
     candidates_of,
     request_parameters,
+    response_room,
     score_of,
     scoring_parameters,
 )
@@ -77,8 +79,8 @@ class Standing:
 class PolicySpec:
     """What a policy server is beside its LLMConfig.
 
-    publication: the weights to start with; version None when they are of no run. tolerance: largest difference of a
-    probe's score, nats per token. drain_s: deadline of waiting for running candidates before weights change.
+    publication: the weights to start with; None when they are of no run. tolerance: largest difference of a probe's
+    score, nats per token. drain_s: deadline of waiting for running candidates before weights change.
     """
 
     publication: Publication | None
@@ -185,15 +187,10 @@ class PolicyServer(LLMServer):  # type: ignore[misc]
         return index, candidates_of(last)[0]
 
     def _parameters(self, draw: Draw, index: int) -> Any:
-        room = self._spec.max_length - len(draw.prompt_token_ids)
-        if room < 1:
-            raise BadRequest(
-                f"the question has {len(draw.prompt_token_ids)} tokens as a prompt, which leaves no room for a "
-                f"response in the model's {self._spec.max_length}"
-            )
         prompt = Prompt(draw.prompt_token_ids, draw.seed + index)
         how = SamplingSpec(1, draw.how.temperature, draw.how.top_p, draw.how.max_tokens)
         with _refused():
+            room = response_room(len(draw.prompt_token_ids), self._spec.max_length)
             return request_parameters(prompt, how, min(how.max_tokens, room), self._spec.eos_token_id)
 
     async def _generate(self, token_ids: Sequence[int], params: Any) -> AsyncIterator[Any]:
@@ -264,12 +261,12 @@ class PolicyServer(LLMServer):  # type: ignore[misc]
 
 @contextlib.contextmanager
 def _refused() -> Iterator[None]:
-    """What vLLM refuses, as BadRequest."""
+    """What cannot be asked of the engine, as BadRequest."""
     from vllm.exceptions import VLLMClientError, VLLMValidationError
 
     try:
         yield
-    except (VLLMValidationError, VLLMClientError) as error:
+    except (NoRoom, VLLMValidationError, VLLMClientError) as error:
         raise BadRequest(str(error)) from error
 
 

@@ -34,7 +34,7 @@ _RETRY_S = 0.5
 # Seconds that finished candidates wait for others, so that they travel together, when a client watches them come and
 # when none does; each journey costs a millisecond of two processes.
 _WATCHED_S = 0.03
-_UNWATCHED_S = 0.3
+UNWATCHED_S = 0.3
 # Seconds within which an engine that is there says what version it has.
 _ANSWERS_S = 3.0
 
@@ -228,7 +228,7 @@ class Reasoning:
                     return "certain" if sure == 1 else "confident"
                 wave = next_wave(ask.strategy, progress.votes(), ask.n, ask.stop_confidence)
                 progress.goal = max(progress.goal + wave, ask.at_least)
-            together_s = _WATCHED_S if on_candidate else _UNWATCHED_S
+            together_s = _WATCHED_S if on_candidate else UNWATCHED_S
             draw = Draw(ask.prompt_token_ids, ask.how, progress.missing(), ask.seed, together_s, progress.version)
             try:
                 async with contextlib.aclosing(self._call("sample", draw)) as drawn:

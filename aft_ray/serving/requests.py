@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from aft_ray.serve_config import Strategy
+from aft_ray.serve_config import AnsweringConfig, Strategy
 
 
 def _writable(text: str) -> str:
@@ -32,22 +32,21 @@ Count = Annotated[int, Field(ge=1)]
 Confidence = Annotated[float, Field(ge=0.5, le=1)]
 
 
+def _configured(key: str) -> str | None:
+    """The description of the key of `answering` that a field of the same name overrides."""
+    return AnsweringConfig.model_fields[key].description
+
+
 class _Request(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
     task: str | None = Field(None, description="which of the model's tasks; none: its first")
-    strategy: Strategy | None = Field(
-        None,
-        description="greedy: one response; score: the candidate with the best score; vote: the answer given most "
-        "often; weighted_vote: votes weighted by exp(score)",
-    )
-    temperature: Temperature | None = Field(None, description="of sampling; scores are always at temperature 1")
-    top_p: TopP | None = Field(None, description="nucleus sampling")
+    strategy: Strategy | None = Field(None, description=_configured("strategy"))
+    temperature: Temperature | None = Field(None, description=_configured("temperature"))
+    top_p: TopP | None = Field(None, description=_configured("top_p"))
     seed: Seed | None = Field(None, description="fixes the candidates; none: drawn, and told in the answer")
-    max_tokens: Count | None = Field(None, description="longest response, end-of-sequence included")
-    stop_confidence: Confidence | None = Field(
-        None, description="sampling stops once the winner will stay the winner with this probability; 1: once certain"
-    )
+    max_tokens: Count | None = Field(None, description=_configured("max_tokens"))
+    stop_confidence: Confidence | None = Field(None, description=_configured("stop_confidence"))
     stream: bool | None = Field(False, description="server-sent events")
 
 

@@ -16,10 +16,6 @@ Json = dict[str, Any]
 OpenAiKind = Literal["chat.completion", "text_completion"]
 
 
-# What of our own shape OpenAI's carries in its field `aft_ray`.
-_EXTRAS = ("version", "strategy", "answer", "confidence", "agreement", "explanation", "seed", "sampling", "timings")
-
-
 @dataclass(frozen=True, slots=True)
 class Answer:
     """One question answered. Times in seconds."""
@@ -46,21 +42,29 @@ def usage(answers: Sequence[Answer]) -> Json:
 
 def reason_body(answer: Answer) -> Json:
     """The answer of POST /v1/reason."""
-    reasoned = answer.reasoned
     return {
         "id": answer.id,
         "object": "reason",
         "created": answer.created,
         "model": answer.model,
+        **_verdict(answer),
+        "response": answer.reasoned.winner.text,
+        "candidates": candidate_rows(answer.reasoned),
+        "usage": usage([answer]),
+    }
+
+
+def _verdict(answer: Answer) -> Json:
+    """How an answer came about, which both shapes tell."""
+    reasoned = answer.reasoned
+    return {
         "version": reasoned.version,
         "strategy": answer.ask.strategy,
         "answer": reasoned.winner.answer,
-        "response": reasoned.winner.text,
         "confidence": round(reasoned.ranking.confidence, 6),
         "agreement": round(reasoned.ranking.agreement, 6),
         "explanation": explanation(answer),
         "seed": answer.ask.seed,
-        "candidates": candidate_rows(reasoned),
         "sampling": {
             "asked": answer.ask.n,
             "sampled": len(reasoned.candidates),
@@ -72,7 +76,6 @@ def reason_body(answer: Answer) -> Json:
             "sampling_s": round(reasoned.sampling_s, 4),
             "total_s": round(answer.total_s, 4),
         },
-        "usage": usage([answer]),
     }
 
 
@@ -138,12 +141,10 @@ def openai_body(kind: OpenAiKind, answers: Sequence[Answer], choices: int, extra
 
 def openai_extras(answers: Sequence[Answer], include_candidates: bool, ignored: Sequence[str]) -> Json:
     """The field `aft_ray`: how the answer came about. Of several prompts, a list of the same."""
-    details = []
-    for answer in answers:
-        body = reason_body(answer)
-        details.append({name: body[name] for name in _EXTRAS})
-        if include_candidates:
-            details[-1]["candidates"] = body["candidates"]
+    details = [_verdict(answer) for answer in answers]
+    if include_candidates:
+        for detail, answer in zip(details, answers, strict=True):
+            detail["candidates"] = candidate_rows(answer.reasoned)
     extras = details[0] if len(details) == 1 else {"prompts": details}
     return extras | ({"ignored": list(ignored)} if ignored else {})
 

@@ -27,7 +27,11 @@ class ServedModel:
     run: RunConfig
 
 
-def resolve(config: ServeConfig) -> tuple[ServedModel, Publication | None]:
+# What a config names; of a run's version also the publication, which has its proof.
+Resolved = tuple[ServedModel, Publication | None]
+
+
+def resolve(config: ServeConfig) -> Resolved:
     """What `model` names, with the config it is asked by; a run's version also as a publication with its proof."""
     found = find_run(config.model)
     engine = config.engine

@@ -14,8 +14,9 @@ from typing import Any
 
 from aft_ray.questions import load_tokenizer
 from aft_ray.records import Question
-from aft_ray.sampling.engine import SamplingSpec
+from aft_ray.sampling.engine import NoRoom, SamplingSpec, response_room
 from aft_ray.serve_config import ServeConfig
+from aft_ray.serving.examples import examples
 from aft_ray.serving.guard import Admission, Keys
 from aft_ray.serving.policy import BadRequest
 from aft_ray.serving.reasoning import Ask, EngineUnavailable, Reasoned, Reasoning, Scored, TooLate
@@ -38,6 +39,7 @@ class Service:
         self.served = served
         self.keys = Keys(config.access)
         self.tasks: Mapping[str, Task] = build_tasks(served.run)
+        self.examples = {name: examples(served.run, name) for name in self.tasks}
         self.telemetry = Telemetry(config.access.log_questions)
         self._tokenizer = load_tokenizer(served.run)
         self._reasoning = Reasoning(engines, self._tokenizer)
@@ -110,15 +112,10 @@ class Service:
             if value > most:
                 said = request.names.get(name, name)
                 raise Refusal(400, f"{said} ({value}) is more than this service takes, {most}", param=said)
-        room = self.served.run.model.max_length - len(prompt)
-        if room < 1:
-            raise Refusal(
-                400,
-                f"the question has {len(prompt)} tokens as a prompt, which leaves no room for a response in the "
-                f"model's {self.served.run.model.max_length}",
-                param=request.asked_in,
-                code="context_length_exceeded",
-            )
+        try:
+            response_room(len(prompt), self.served.run.model.max_length)
+        except NoRoom as error:
+            raise Refusal(400, str(error), param=request.asked_in, code="context_length_exceeded") from error
         return Ask(
             prompt_token_ids=prompt,
             task=task,

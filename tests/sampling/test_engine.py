@@ -156,7 +156,7 @@ def test_a_response_ends_where_the_context_ends(engine):
 
 
 def test_a_prompt_without_room_for_a_response_is_refused_and_the_engine_lives_on(engine):
-    with pytest.raises(ValueError, match=f"{LENGTH} tokens, which leaves no room"):
+    with pytest.raises(ValueError, match=f"{LENGTH} tokens as a prompt, which leaves no room"):
         engine.sample(Prompt([5] * LENGTH, 1), FREE).result(DEADLINE)
     with pytest.raises(ValueError, match=r"length|tokens"):
         engine.score([5] * LENGTH, [6]).result(DEADLINE)

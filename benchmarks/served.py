@@ -1,0 +1,50 @@
+"""The service that a benchmark asks: a run's model, served here for as long as it is asked."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import typer
+
+from aft_ray.cluster import connected, serving_placement
+from aft_ray.config import RunConfig
+from aft_ray.observe.reporter import Reporter, chatter_to
+from aft_ray.published import find_run, read_config
+from aft_ray.serve_config import ServeConfig, load_serve_config
+from aft_ray.serving.served import ServedModel, resolve
+
+HOST = "127.0.0.1"
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """The running service, the run that its model is of, and where to tell the figures."""
+
+    url: str
+    run: RunConfig
+    config: ServeConfig
+    served: ServedModel
+    reporter: Reporter
+
+
+@contextlib.contextmanager
+def service_of(model: str, port: int, overrides: Sequence[str]) -> Iterator[Service]:
+    """Serves RUN or RUN@VERSION without keys, with `key.sub=value` overrides. Raises typer.BadParameter."""
+    found = find_run(model)
+    if found is None:
+        raise typer.BadParameter(f"{model} is not a run directory")
+    config = load_serve_config(model, None, ["access.open=true", *overrides])
+    resolved = resolve(config)
+    with (
+        chatter_to(Path(tempfile.gettempdir()) / "aft-ray-benchmark.log") as console,
+        Reporter(None, console) as reporter,
+        connected(config.cluster, serving_placement(config)),
+    ):
+        from aft_ray.serving.command import running
+
+        with running(config, resolved, HOST, port, reporter):
+            yield Service(f"http://{HOST}:{port}", read_config(found[0]), config, resolved[0], reporter)
