@@ -6,7 +6,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
+
+from processes import http_server
 
 
 @dataclass
@@ -101,13 +103,6 @@ def judge_server() -> Iterator[JudgeServer]:
         def log_message(self, format: str, *args: object) -> None:
             pass
 
-    class Server(ThreadingHTTPServer):
-        request_queue_size = 128  # with the default of 5 a busy machine drops connections
-
-    with Server(("127.0.0.1", 0), Handler) as http:
-        server.url = f"http://127.0.0.1:{http.server_port}/v1"
-        thread = threading.Thread(target=http.serve_forever, args=(0.05,), daemon=True)
-        thread.start()
+    with http_server(Handler) as url:
+        server.url = f"{url}/v1"
         yield server
-        http.shutdown()
-        thread.join()

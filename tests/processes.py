@@ -1,7 +1,13 @@
-"""What tests need to know of ports and processes."""
+"""What tests need to know of ports, servers and processes."""
 
 import os
 import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 
@@ -14,6 +20,33 @@ def free_ports(count: int) -> list[int]:
     finally:
         for one in sockets:
             one.close()
+
+
+class _Server(ThreadingHTTPServer):
+    request_queue_size = 128  # with the default of 5 a busy machine drops connections
+
+
+@contextmanager
+def http_server(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """A server in threads of this process, until the end. Yields its URL, without a slash at its end."""
+    with _Server(("127.0.0.1", 0), handler) as http:
+        thread = threading.Thread(target=http.serve_forever, args=(0.05,), daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{http.server_port}"
+        finally:
+            http.shutdown()
+            thread.join()
+
+
+def wait_for(condition: Callable[[], bool], seconds: float, what: str, process: subprocess.Popen, log: Path) -> None:
+    """Waits for what a process is to do. Fails with the end of its log when it ends first, or not in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        said = log.read_text()[-3000:]
+        assert process.poll() is None, f"it ended before {what}: {said}"
+        assert time.monotonic() < deadline, f"waited {seconds} s for {what}: {said}"
+        time.sleep(0.05)
 
 
 def carriers(mark: str) -> list[int]:

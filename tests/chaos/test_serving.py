@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -21,11 +20,13 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from processes import free_ports, wait_for
 from safetensors.torch import load_file, save_file
 from tiny import tiny_tree
 
 pytestmark = pytest.mark.timeout(1500)
 DEADLINE_S = 8
+WRONG_WEIGHTS = re.compile(r"did not take version 2 .*not the weights that were published")
 QUESTIONS = [f"Tom has {n} apples. Tom finds {n + 2} more. how many apples does Tom have?" for n in range(3, 11)]
 
 
@@ -60,22 +61,17 @@ class Service:
     """`aft-ray serve` as a process of its own."""
 
     def __init__(self, run_dir: Path, log: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.url = f"http://127.0.0.1:{probe.getsockname()[1]}"
+        (port,) = free_ports(1)
+        self.url = f"http://127.0.0.1:{port}"
         self.log = log
         options = ["follow_s=1", "answering.max_tokens=16", f"limits.deadline_s={DEADLINE_S}", "reasoner.replicas=2"]
-        command = aft_ray("serve", str(run_dir), "--follow", "--port", self.url.rpartition(":")[2], *options)
+        command = aft_ray("serve", str(run_dir), "--follow", "--port", str(port), *options)
         with log.open("w") as file:
             self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
         self.wait(lambda: "Ctrl-C" in log.read_text(), 400, "the start")
 
     def wait(self, condition: Callable[[], bool], seconds: float, what: str) -> None:
-        deadline = time.monotonic() + seconds
-        while not condition():
-            assert self.process.poll() is None, self.log.read_text()
-            assert time.monotonic() < deadline, f"waited {seconds} s for {what}: {self.log.read_text()}"
-            time.sleep(0.2)
+        wait_for(condition, seconds, what, self.process, self.log)
 
     def request(self, question: str, **more: Any) -> urllib.request.Request:
         body = {"question": question, "seed": 5, "n": 4, "stop_confidence": 1, "strategy": "score", **more}
@@ -98,6 +94,9 @@ class Service:
         """The directory of its Ray."""
         lines = [" ".join(child.cmdline()) for child in psutil.Process(self.process.pid).children(recursive=True)]
         return Path(next(found[1] for line in lines if (found := re.search(r"--session_dir=(\S+)", line))))
+
+    def rollout_log(self) -> str:
+        return "".join(log.read_text() for log in (self.session() / "logs/serve").glob("*Rollout*"))
 
     def find(self, part: str) -> psutil.Process:
         """A process of the service."""
@@ -192,11 +191,10 @@ def test_a_version_with_wrong_weights_never_answers(service, run_dir):
     save_file({name: tensor * 1.1 for name, tensor in load_file(kept).items()}, weights, {"format": "pt"})
     with Load(service) as load:
         publish(run_dir, 2)
-        time.sleep(12)
+        service.wait(lambda: WRONG_WEIGHTS.search(service.rollout_log()) is not None, 60, "a refusal")
+        time.sleep(3)
     assert set(load.statuses) == {(200, 1)}, load.errors[:3]
     load.assert_not_crossed()
-    said = "".join(log.read_text() for log in (service.session() / "logs/serve").glob("*Rollout*"))
-    assert re.search(r"did not take version 2 .*not the weights that were published", said)
     kept.rename(weights)
 
 

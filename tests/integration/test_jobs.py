@@ -15,7 +15,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 import yaml
-from processes import carriers, free_ports
+from processes import carriers, free_ports, wait_for
 from tiny import tiny_tree
 
 pytestmark = pytest.mark.timeout(2400)
@@ -44,8 +44,9 @@ def cluster():
     with open(f"{temporary}/start.log", "w") as log:
         head = subprocess.Popen(RAY + start, env=environment, stdout=log, stderr=log, start_new_session=True)
     try:
-        wait_for_jobs(dashboard, head, f"{temporary}/start.log")
-        yield f"http://127.0.0.1:{dashboard}", environment
+        url = f"http://127.0.0.1:{dashboard}"
+        wait_for(lambda: takes_jobs(url), 400, "the job server", head, Path(temporary) / "start.log")
+        yield url, environment
     finally:
         for stop in (signal.SIGTERM, signal.SIGKILL):
             for process in carriers(mark):
@@ -59,16 +60,13 @@ def cluster():
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def wait_for_jobs(port: int, head: subprocess.Popen, log: str) -> None:
-    deadline = time.monotonic() + 400
-    while True:
-        try:
-            with urlopen(f"http://127.0.0.1:{port}/api/jobs/", timeout=5) as answer:
-                assert json.load(answer) == []
-                return
-        except OSError:
-            assert head.poll() is None and time.monotonic() < deadline, Path(log).read_text()[-3000:]  # noqa: PT018
-            time.sleep(0.5)
+def takes_jobs(url: str) -> bool:
+    try:
+        with urlopen(f"{url}/api/jobs/", timeout=5) as answer:
+            assert json.load(answer) == []
+            return True
+    except OSError:
+        return False
 
 
 @pytest.fixture(scope="module")

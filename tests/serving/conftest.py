@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from processes import carriers, free_ports
-from served import LENGTH, ROOT, SMALL, Reasoner, train, wait_ready
+from processes import carriers, free_ports, wait_for
+from served import LENGTH, ROOT, SMALL, Reasoner, train
 
-STOP_S = 90
+START_S, STOP_S = 300, 90
 
 
 @pytest.fixture(scope="session")
@@ -52,7 +52,7 @@ def reasoner(tmp_path_factory) -> Iterator[Reasoner]:
             command, env=environment, cwd=here, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
         )
     try:
-        wait_ready(process, log)
+        wait_for(lambda: "Ctrl-C stops it" in log.read_text(), START_S, "the service", process, log)
         problems = generate(ArithmeticConfig(**SMALL), "test", 60)
         yield Reasoner(
             url=f"http://127.0.0.1:{port}",

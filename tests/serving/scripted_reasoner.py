@@ -13,9 +13,11 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
+
+from processes import http_server
 
 import aft_ray
 
@@ -221,11 +223,6 @@ def scripted_reasoner() -> Iterator[Reasoner]:
         def log_message(self, format: str, *args: object) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
-        http.daemon_threads = True
-        reasoner.url = f"http://127.0.0.1:{http.server_port}/"
-        thread = threading.Thread(target=http.serve_forever, args=(0.05,), daemon=True)
-        thread.start()
+    with http_server(Handler) as url:
+        reasoner.url = f"{url}/"
         yield reasoner
-        http.shutdown()
-        thread.join()

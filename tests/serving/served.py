@@ -6,8 +6,6 @@ ends to answer, so that tests can keep it busy.
 
 import json
 import random
-import subprocess
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +17,6 @@ SMALL = {"min_steps": 1, "max_steps": 2, "max_operand": 9, "max_value": 20, "ope
 # What it was trained to answer with words that never end.
 ENDLESS = "then then"
 LENGTH = 512
-START_S = 300
 
 
 def train(directory: Path) -> Path:
@@ -87,11 +84,3 @@ class Reasoner:
         """What the service wrote down of its requests so far."""
         lines = [line for file in self.session.glob("logs/worker*.out") for line in file.read_text().splitlines()]
         return [json.loads(line) for line in lines if line.startswith("{") and '"route"' in line]
-
-
-def wait_ready(process: subprocess.Popen, log: Path) -> None:
-    deadline = time.monotonic() + START_S
-    while "Ctrl-C stops it" not in log.read_text():
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, f"not ready after {START_S} s: {log.read_text()}"
-        time.sleep(0.5)

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from judge_server import chat, judge_server, rated
+from judge_server import chat, rated
 
 from aft_ray.config import FeedbackConfig, JudgeConfig
 from aft_ray.records import Candidate, Group, Question, Verdict
@@ -50,12 +50,6 @@ def untouched(groups: list[Group]) -> list[Group]:
               [Candidate(c.token_ids, c.logprob_sum, c.finish_reason, c.text, c.answer) for c in g.candidates])
         for g in groups
     ]  # fmt: skip
-
-
-@pytest.fixture
-def server():
-    with judge_server() as server:
-        yield server
 
 
 @pytest.fixture

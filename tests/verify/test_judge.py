@@ -12,12 +12,6 @@ from aft_ray.verify.judge import Judge, JudgeCounts, JudgeFailed, JudgeItem
 
 
 @pytest.fixture
-def server():
-    with judge_server() as server:
-        yield server
-
-
-@pytest.fixture
 def build(server, tmp_path):
     """A judge of the server, all of one cache."""
 

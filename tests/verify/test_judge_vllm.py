@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from processes import free_ports, wait_for
 
 from aft_ray.config import JudgeConfig
 from aft_ray.verify.judge import Judge, JudgeFailed, JudgeItem
@@ -73,9 +73,7 @@ def vllm(tmp_path_factory):
     place = tmp_path_factory.mktemp("vllm")
     model = build_byte_model(place / "model")
     (place / "chat.jinja").write_text(CHAT_TEMPLATE)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     environment = {
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
@@ -96,11 +94,7 @@ def vllm(tmp_path_factory):
             command, env={**os.environ, **environment}, stdout=log, stderr=log, start_new_session=True
         )
     try:
-        deadline = time.monotonic() + START_S
-        while not healthy(root):
-            assert server.poll() is None, (place / "log").read_text()[-3000:]
-            assert time.monotonic() < deadline, f"no server after {START_S} s: {(place / 'log').read_text()[-3000:]}"
-            time.sleep(0.5)
+        wait_for(lambda: healthy(root), START_S, "the server", server, place / "log")
         yield Vllm(f"{root}/v1", root)
     finally:
         os.killpg(server.pid, signal.SIGTERM)
@@ -161,14 +155,15 @@ def test_a_candidate_longer_than_the_context_is_refused_and_the_others_are_rated
 def test_nothing_is_paid_twice_when_the_judging_process_is_killed(vllm, tmp_path):
     count, concurrency, cache = 120, 4, tmp_path / "judge.sqlite"
     code = (
-        "import sys; sys.path.insert(0, sys.argv[3])\n"
+        "import sys; sys.path[:0] = sys.argv[3:]\n"
         "from pathlib import Path\n"
         "from test_judge_vllm import config, items\n"
         "from aft_ray.verify.judge import Judge\n"
         f"Judge(config(sys.argv[1], concurrency={concurrency}), Path(sys.argv[2])).rate(items({count}))\n"
     )
     before = vllm.answered()
-    judging = subprocess.Popen([sys.executable, "-c", code, vllm.url, str(cache), str(Path(__file__).parent)])
+    here = Path(__file__).parent
+    judging = subprocess.Popen([sys.executable, "-c", code, vllm.url, str(cache), str(here), str(here.parent)])
     deadline = time.monotonic() + 150
     while kept(cache) < 30:
         assert judging.poll() is None
