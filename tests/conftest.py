@@ -10,6 +10,8 @@ from aft_ray.tasks.arithmetic_model import build_tiny_model
 
 # A Ray that one test starts must not ask another's for a token.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+# How often Ray Train looks at its workers, seconds; by default a tiny run waits longer for that than it trains.
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 
 
 @pytest.fixture(scope="session")
