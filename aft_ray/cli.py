@@ -50,16 +50,16 @@ def train(
     """
     parsed = load_config(config, overrides or [])
     if dry_run:
-        from aft_ray.cluster import training_placement
+        from aft_ray.cluster import plan_lines, training_placement
 
-        print_plan(parsed, training_placement(parsed).lines())
+        print_plan(parsed, plan_lines(parsed.cluster, training_placement(parsed)))
         return
     train_run(parsed)
 
 
 def print_plan(config: Section, placement: list[str]) -> None:
     print(dump_config(config), end="")
-    print("\n".join(["", "# placement", *(f"# {line}" for line in placement)]))
+    print("\n".join(["", "# placement", *(f"# {line}".rstrip() for line in placement)]))
 
 
 def train_run(config: RunConfig) -> None:

@@ -1,50 +1,30 @@
-"""The Ray cluster of a run: found or started here, checked against what the run needs before any actor starts."""
+"""The Ray cluster of a run: found or started here, checked against what the run needs before any actor starts.
+
+A run is held against the nodes that are there and those that the cluster's autoscaler may add.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from aft_ray.config import ClusterConfig, ConfigError, RunConfig
+import yaml
+
+from aft_ray.config import ClusterConfig, ConfigError, RunConfig, SamplingConfig
+from aft_ray.placement import Bundle, Node, NodeGroup, Part, Place, Placement, place
 from aft_ray.serve_config import ServeConfig
 
 # For Ray Data's own tasks (labelling, writing) and the forwarding actor, beside samplers and train workers.
 DATA_CPUS = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """What a run reserves: `cpus` and `gpus` are totals over samplers, train workers and Ray Data."""
-
-    samplers: int
-    cpus_per_sampler: float
-    gpus_per_sampler: float
-    workers: int
-    cpus_per_worker: float
-    gpus_per_worker: float
-
-    @property
-    def cpus(self) -> int:
-        return math.ceil(self.samplers * self.cpus_per_sampler + self.workers * self.cpus_per_worker) + DATA_CPUS
-
-    @property
-    def gpus(self) -> float:
-        return self.samplers * self.gpus_per_sampler + self.workers * self.gpus_per_worker
-
-    advice = "Lower sampling.samplers or training.workers, or add nodes"
-
-    def lines(self) -> list[str]:
-        """The arithmetic, a line each part."""
-        return [
-            f"samplers       {self.samplers} x {self.cpus_per_sampler:g} CPU, {self.gpus_per_sampler:g} GPU",
-            f"train workers  {self.workers} x {self.cpus_per_worker:g} CPU, {self.gpus_per_worker:g} GPU",
-            f"Ray Data       {DATA_CPUS} CPU",
-            f"in all         {self.cpus} CPU, {self.gpus:g} GPU",
-        ]
+# Where Ray's cluster launcher leaves the cluster's config on its head node.
+_LAUNCHER_CONFIG = Path("~/ray_bootstrap_config.yaml")
+# The label in which a node that an autoscaler started carries the name of its group.
+_GROUP_LABEL = "ray.io/node-group"
 
 
 def training_placement(config: RunConfig) -> Placement:
@@ -61,62 +41,77 @@ def needs_samplers(config: RunConfig) -> bool:
     return (config.samples and config.rounds.count > 0) or config.rounds.evaluate_every > 0
 
 
+def sampler_bundles(sampling: SamplingConfig) -> tuple[Bundle, ...]:
+    """What a sampler reserves, by node: its stages may lie on different nodes, the processes of a stage may not."""
+    stages = sampling.pipeline_parallel_size if sampling.spans_nodes else 1
+    return (Bundle(sampling.cpus_per_sampler / stages, sampling.gpus_per_sampler / stages),) * stages
+
+
 def _placement(config: RunConfig, samplers: int, workers: int) -> Placement:
     sampling, training = config.sampling, config.training
+    stages = f"{sampling.pipeline_parallel_size} stages of " if sampling.pipeline_parallel_size > 1 else ""
+    processes = f"{stages}{sampling.tensor_parallel_size} in one node" if sampling.processes_per_sampler > 1 else ""
     return Placement(
-        samplers,
-        sampling.cpus_per_sampler,
-        sampling.gpus_per_sampler,
-        workers,
-        training.cpus_per_worker,
-        training.gpus_per_worker,
+        (
+            Part(
+                "sampler",
+                samplers,
+                sampler_bundles(sampling),
+                "sampling.tensor_parallel_size or sampling.cpus_per_sampler",
+                processes,
+            ),
+            Part(
+                "train worker",
+                workers,
+                (Bundle(training.cpus_per_worker, training.gpus_per_worker),),
+                "training.cpus_per_worker",
+            ),
+            Part("CPU for Ray Data", 1, (Bundle(1),) * DATA_CPUS),
+        ),
+        "Lower sampling.samplers or training.workers, or add nodes",
     )
 
 
-@dataclass(frozen=True, slots=True)
-class ServingPlacement:
-    """What a served reasoner reserves when it starts; engines that autoscaling adds come on top."""
-
-    engines: int
-    processes_per_engine: int
-    cpus_per_process: float
-    gpus_per_process: float
-    reasoners: int
-    cpus_per_reasoner: float
-
-    @property
-    def cpus(self) -> int:
-        engines = self.engines * self.processes_per_engine * self.cpus_per_process
-        return math.ceil(engines + self.reasoners * self.cpus_per_reasoner)
-
-    @property
-    def gpus(self) -> float:
-        return self.engines * self.processes_per_engine * self.gpus_per_process
-
-    advice = "Lower engine.replicas or reasoner.replicas, or add nodes"
-
-    def lines(self) -> list[str]:
-        """The arithmetic, a line each part."""
-        return [
-            f"engines        {self.engines} x {self.processes_per_engine} x {self.cpus_per_process:g} CPU, "
-            f"{self.gpus_per_process:g} GPU",
-            f"reasoners      {self.reasoners} x {self.cpus_per_reasoner:g} CPU",
-            f"in all         {self.cpus} CPU, {self.gpus:g} GPU",
-        ]
-
-
-def serving_placement(config: ServeConfig) -> ServingPlacement:
-    """What `aft-ray serve` reserves."""
+def serving_placement(config: ServeConfig) -> Placement:
+    """What `aft-ray serve` reserves when it starts; engines that autoscaling adds come on top."""
     engine, reasoner = config.engine, config.reasoner
     processes = engine.tensor_parallel_size * engine.pipeline_parallel_size
-    return ServingPlacement(engine.replicas, processes, engine.cpus, engine.gpus, reasoner.replicas, reasoner.cpus)
+    in_node = processes if engine.pipeline_parallel_size == 1 else 1
+    return Placement(
+        (
+            Part(
+                "engine",
+                engine.replicas,
+                (Bundle(engine.cpus * in_node, engine.gpus * in_node),) * (processes // in_node),
+                "engine.tensor_parallel_size or engine.cpus",
+            ),
+            Part("reasoner", reasoner.replicas, (Bundle(reasoner.cpus),), "reasoner.cpus"),
+        ),
+        "Lower engine.replicas or reasoner.replicas, or add nodes",
+    )
+
+
+def plan_lines(cluster: ClusterConfig, placement: Placement) -> list[str]:
+    """The arithmetic of a run and, where an address of a cluster is known, what would lie on which of its nodes.
+
+    Raises ConfigError when the cluster cannot hold it.
+    """
+    if not _address(cluster):
+        return placement.lines()
+    with connected(cluster, placement) as places:
+        return [*placement.lines(), "", "on the cluster's nodes:", *(one.line() for one in places)]
+
+
+def _address(cluster: ClusterConfig) -> str | None:
+    return cluster.address or os.environ.get("RAY_ADDRESS")
 
 
 @contextlib.contextmanager
-def connected(cluster: ClusterConfig, placement: Placement | ServingPlacement) -> Iterator[None]:
+def connected(cluster: ClusterConfig, placement: Placement) -> Iterator[list[Place]]:
     """Connects to `cluster.address`, RAY_ADDRESS or a Ray started here, and leaves it at the end.
 
-    Raises ConfigError with the arithmetic when the cluster cannot hold the run.
+    Yields what would lie on which node; in the end Ray decides. Raises ConfigError with the arithmetic when the
+    cluster cannot hold the run.
     """
     # Ours are the lines on the terminal; Ray's go to its session directory and to the run's logs.
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
@@ -124,10 +119,9 @@ def connected(cluster: ClusterConfig, placement: Placement | ServingPlacement) -
     import ray
 
     if ray.is_initialized():
-        _check(placement)
-        yield
+        yield _check(cluster, placement)
         return
-    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    address = _address(cluster)
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     try:
         if address:
@@ -146,21 +140,65 @@ def connected(cluster: ClusterConfig, placement: Placement | ServingPlacement) -
             f"RAY_ADDRESS unset to have one started here"
         ) from error
     try:
-        _check(placement)
-        yield
+        yield _check(cluster, placement)
     finally:
         ray.shutdown()
 
 
-def _check(placement: Placement | ServingPlacement) -> None:
-    """Compares the run's needs with the cluster's total, and with what it could scale up to is left to the scaler."""
+def _check(cluster: ClusterConfig, placement: Placement) -> list[Place]:
+    """Holds a plan against the nodes that are there and those that may come."""
+    there = live_nodes()
+    nodes = [node for node, _ in there]
+    if cluster.grows:
+        with contextlib.suppress(ConfigError):
+            return place(placement, nodes)
+        return []
+    started = Counter(group for _, group in there)
+    bundles = sum(part.count * len(part.bundles) for part in placement.parts)
+    more = [node for group in autoscaled_groups() for node in group.to_come(started[group.name], bundles)]
+    return place(placement, [*nodes, *more], "can grow to" if more else "has")
+
+
+def live_nodes() -> list[tuple[Node, str]]:
+    """The cluster's nodes, each with the name of its node group; "" where it has none."""
     import ray
 
-    have = ray.cluster_resources()
-    for kind, need in (("CPU", placement.cpus), ("GPU", placement.gpus)):
-        if need > have.get(kind, 0):
-            raise ConfigError(
-                f"{need:g} {kind}s are needed and the cluster has {have.get(kind, 0):g}: "
-                + "; ".join(" ".join(line.split()) for line in placement.lines())
-                + f". {placement.advice}"
+    nodes = []
+    for node in ray.nodes():
+        if node["Alive"]:
+            have = node["Resources"]
+            name = f"{node['NodeManagerAddress']}"
+            nodes.append((Node(name, have.get("CPU", 0), have.get("GPU", 0)), node["Labels"].get(_GROUP_LABEL, "")))
+    return sorted(nodes, key=lambda one: one[0].name)
+
+
+def autoscaled_groups() -> list[NodeGroup]:
+    """The groups of nodes that the cluster's autoscaler may start, where Ray or its launcher says what they are."""
+    from ray._private.state import state
+
+    config = state.get_cluster_config()
+    if config is not None and config.node_group_configs:
+        return [
+            NodeGroup(
+                group.name,
+                Bundle(group.resources.get("CPU", 0), group.resources.get("GPU", 0)),
+                group.max_count if group.max_count >= 0 else None,
             )
+            for group in config.node_group_configs
+        ]
+    file = _LAUNCHER_CONFIG.expanduser()
+    return launcher_groups(yaml.safe_load(file.read_text())) if file.exists() else []
+
+
+def launcher_groups(config: dict[str, Any]) -> list[NodeGroup]:
+    """The worker groups of a `ray up` config, as the launcher leaves it on the head node."""
+    most = config.get("max_workers", 2)  # Ray's default
+    return [
+        NodeGroup(
+            name,
+            Bundle(kind.get("resources", {}).get("CPU", 0), kind.get("resources", {}).get("GPU", 0)),
+            min(most, kind.get("max_workers", most)),
+        )
+        for name, kind in config.get("available_node_types", {}).items()
+        if name != config.get("head_node_type")
+    ]

@@ -124,6 +124,7 @@ class SamplingConfig(Section):
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling")
     max_tokens: Positive = Field(256, description="longest response, end-of-sequence included")
     samplers: Positive = Field(1, description="vLLM engines")
+    min_samplers: Positive = Field(1, description="engines that sampling starts with; the others join as they come")
     tensor_parallel_size: Positive = Field(1, description="processes in one node that split every layer of an engine")
     pipeline_parallel_size: Positive = Field(1, description="stages of layers, each tensor_parallel_size processes")
     cpus_per_sampler: float = Field(1, gt=0, description="Ray CPUs of an engine; on a CPU engine also its threads")
@@ -148,6 +149,11 @@ class SamplingConfig(Section):
     def processes_per_sampler(self) -> int:
         """Processes that share an engine's weights."""
         return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    @property
+    def spans_nodes(self) -> bool:
+        """Whether the stages of an engine may lie on different nodes; without GPUs vLLM keeps them in one."""
+        return self.pipeline_parallel_size > 1 and self.gpus_per_sampler > 0
 
 
 class TrainingConfig(Section):
@@ -240,6 +246,9 @@ class ClusterConfig(Section):
     address: str | None = Field(None, description="Ray address; none: RAY_ADDRESS, or Ray started on this machine")
     logical_cpus: Positive | None = Field(None, description="CPUs of a Ray started here; none: as many as are needed")
     object_store_mib: Positive = Field(1024, description="object store of a Ray started here, MiB")
+    grows: bool = Field(
+        False, description="nodes come when they are asked for, up to a limit unknown to Ray; only waiting shows it"
+    )
 
 
 class RunConfig(Section):
@@ -323,6 +332,11 @@ class RunConfig(Section):
                 f"sampling.tensor_parallel_size={sampling.tensor_parallel_size} x "
                 f"pipeline_parallel_size={sampling.pipeline_parallel_size}: an engine has one GPU a process, "
                 f"so {sampling.processes_per_sampler}, or 0 on the CPU"
+            )
+        if sampling.min_samplers > sampling.samplers:
+            raise ConfigError(
+                f"sampling.min_samplers ({sampling.min_samplers}) is more than sampling.samplers "
+                f"({sampling.samplers}); lower the first or raise the second"
             )
         if training.offload_optimizer and training.zero_stage == 0:
             raise ConfigError("training.offload_optimizer needs training.zero_stage of at least 1")

@@ -85,8 +85,8 @@ def test_a_dry_run_prints_the_resolved_config_and_the_placement(file, tmp_path):
         "sampling.samplers: 1 -> 3",
         "training.learning_rate: 0.0005 -> 2e-05",
     ]
-    assert "# samplers       3 x 1 CPU, 0 GPU" in placement
-    assert "# in all         6 CPU, 0 GPU" in placement
+    assert "# 3 samplers x 1 CPU 0 GPU" in " ".join(placement.split())
+    assert "# in all 6 CPU 0 GPU" in " ".join(placement.split())
     assert not (tmp_path / "run").exists()
 
 
