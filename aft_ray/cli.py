@@ -212,7 +212,7 @@ def user_errors() -> tuple[type[BaseException], ...]:
     from aft_ray.board import BoardFailed
     from aft_ray.rounds import RunFailed
     from aft_ray.run_dir import RunDirError
-    from aft_ray.sampling.pool import SamplersFailed
+    from aft_ray.sampling.members import SamplersFailed
     from aft_ray.serving.command import ServingFailed
     from aft_ray.verify.judge import JudgeFailed
     from aft_ray.weights.publication import PublicationFailed

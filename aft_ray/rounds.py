@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -33,7 +33,8 @@ from aft_ray.questions import count_by_task, load_tokenizer, prepare, questions_
 from aft_ray.records import Group
 from aft_ray.run_dir import CONFIG, EVALUATIONS, LOGS, RunDir
 from aft_ray.sampling.judging import RemoteJudge, check_judge, start_judge
-from aft_ray.sampling.pool import SamplerPool, last_line
+from aft_ray.sampling.members import Change, last_line
+from aft_ray.sampling.pool import SamplerPool
 from aft_ray.sampling.stream import Tally, sample_round, tally
 from aft_ray.schedule import AwaitVersion, SampleRound, order_of_rounds
 from aft_ray.training.worker import WorkerConfig, first_round, fit
@@ -295,7 +296,7 @@ def _run_on_cluster(
     if needs_samplers(config):
         log_dir = str(run_dir.local_path(LOGS)) if run_dir.is_local else None
         version = None if config.vft.epochs else 0
-        pool = SamplerPool.start(config, config.model.name, eos_token_id, log_dir, version)
+        pool = SamplerPool.start(config, config.model.name, eos_token_id, log_dir, version, _teller(reporter))
     try:
         with _training(WorkerConfig(config, run_dir, the_board, count_by_task(questions)), reporter) as failures:
             try:
@@ -364,6 +365,17 @@ def _pass_on(events: list[dict[str, Any]], reporter: Reporter) -> None:
                 f"({fields['tokens_per_s']:,.0f} tokens/s, waited {fields['waited_s']:.0f} s), "
                 f"loss {fields['loss']:.4f}"
             )
+
+
+def _teller(reporter: Reporter) -> Callable[[Change], None]:
+    """Says when a sampler joins or is lost."""
+
+    def tell(change: Change) -> None:
+        name = "sampler_joined" if change.reason is None else "sampler_lost"
+        reporter.event(name, **asdict(change))
+        reporter.say(change.line)
+
+    return tell
 
 
 def _training_failure(error: Exception, run_dir: RunDir) -> str:

@@ -150,7 +150,7 @@ def _measure(config: RunConfig, repeats: int) -> dict[str, list[Turn]]:
             seconds = time.monotonic() - started
             return Turn(total.tokens, seconds, pool.statuses()[0]["busy_s"] - before)
 
-        pool.wait_ready()
+        pool.wait_ready(config.sampling.samplers)
         for number in range(repeats + 1):
             chosen = groups if number else groups[:WARM_UP_QUESTIONS]
             for name, turn in (("vllm", alone), ("stage", stage)):

@@ -15,7 +15,8 @@ from aft_ray.config import RunConfig
 from aft_ray.evaluation.answers import Answered, Response, from_candidate, no_response
 from aft_ray.records import Group
 from aft_ray.sampling.engine import SamplingSpec
-from aft_ray.sampling.pool import SamplerPool, SamplersFailed
+from aft_ray.sampling.members import SamplersFailed
+from aft_ray.sampling.pool import SamplerPool
 from aft_ray.sampling.stream import answer_all
 from aft_ray.weights.publication import Publication
 

@@ -13,9 +13,12 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from aft_ray.records import Candidate
+
+# Seconds between two looks at whether the processes of an idle engine still live.
+_HEALTH_S = 5.0
 
 
 class NoRoom(ValueError):
@@ -30,7 +33,8 @@ class EngineDead(RuntimeError):
 class EngineSpec:
     """What an engine is built from. `model` is a local directory or a hub name.
 
-    eos_token_id: the token that ends a response; the engine has no tokenizer to ask.
+    eos_token_id: the token that ends a response; the engine has no tokenizer to ask. threads: of each of its processes,
+    which are tensor_parallel_size x pipeline_parallel_size.
     """
 
     model: str
@@ -44,6 +48,15 @@ class EngineSpec:
     gpu_memory_utilization: float = 0.9
     trust_remote_code: bool = False
     seed: int = 0
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+
+    @property
+    def executor(self) -> Literal["uni", "mp", "ray"]:
+        """vLLM's way to run the engine's processes: in this one, as its children, or as Ray actors on several nodes."""
+        if self.tensor_parallel_size * self.pipeline_parallel_size == 1:
+            return "uni"
+        return "ray" if self.gpu and self.pipeline_parallel_size > 1 else "mp"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +82,8 @@ def prepare_environment(spec: EngineSpec) -> None:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.update(engine_environment(spec))
-    if not spec.gpu:
+    if not spec.gpu or spec.executor == "ray":
+        # vLLM's core then runs in this process: as a process of its own it would join Ray as another job.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 
@@ -182,6 +196,9 @@ class Engine:
             while True:
                 idle = not llm.has_unfinished_requests()
                 task = task or self._next_task(wait=idle)
+                if task is None and idle:
+                    llm.collective_rpc("check_health")  # raises when a process of the engine has ended
+                    continue
                 if task is not None and (idle or not task.exclusive):
                     if task.function is None:
                         break
@@ -198,7 +215,7 @@ class Engine:
 
     def _next_task(self, wait: bool) -> _Task | None:
         try:
-            return self._tasks.get(block=wait)
+            return self._tasks.get(block=wait, timeout=_HEALTH_S)
         except queue.Empty:
             return None
 
@@ -310,6 +327,9 @@ def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
         "disable_log_stats": True,
         "seed": spec.seed,
         "trust_remote_code": spec.trust_remote_code,
+        "tensor_parallel_size": spec.tensor_parallel_size,
+        "pipeline_parallel_size": spec.pipeline_parallel_size,
+        "distributed_executor_backend": spec.executor,
         "load_format": "safetensors",
         "worker_extension_cls": "aft_ray.weights.receiver.WeightReceiver",
         # Greedy and sampled decoding must not inherit a model's own generation_config.json.
@@ -321,7 +341,6 @@ def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
         # Per-request seeds crash the CPU engine when a prompt is split over several steps.
         arguments |= {
             "enforce_eager": True,
-            "distributed_executor_backend": "uni",
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(4096, spec.max_length),
         }

@@ -1,32 +1,32 @@
 """The run's samplers as one thing: start them, bring them to a version, ask how they are, end them.
 
-Invariant: every wait has a deadline, and its error names the samplers that were waited for.
+Samplers come and go: the run begins with as many as it needs at least, later ones join as the cluster has room, and
+one whose node is gone is waited for only while too few are left. Invariant: every wait has a deadline, and its error
+names the samplers that were waited for.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError
 
 from aft_ray.config import RunConfig
 from aft_ray.sampling.engine import EngineSpec
+from aft_ray.sampling.groups import actor_options, close_groups, open_group, waits_for
+from aft_ray.sampling.members import Change, Members, SamplersFailed, last_line, reason_of
 from aft_ray.sampling.sampler import Loaded, Sampler
 from aft_ray.weights.publication import Publication, PublicationFailed
 
-# How a traceback begins the line of an exception that is defined here.
-_OURS = re.compile(r"^aft_ray(\.\w+)+: ")
-# Times Ray restarts a sampler whose process ended.
-RESTARTS = 5
-
-
-class SamplersFailed(RuntimeError):
-    """Samplers that did not start, or are gone for good. Names them and says where to look."""
+# Times Ray restarts a sampler whose process or node ended. What kills engines at once parks its questions long before.
+RESTARTS = 100
 
 
 def engine_spec(config: RunConfig, model: str, eos_token_id: int) -> EngineSpec:
@@ -39,7 +39,9 @@ def engine_spec(config: RunConfig, model: str, eos_token_id: int) -> EngineSpec:
         max_length=config.model.max_length,
         max_num_seqs=sampling.max_num_seqs,
         gpu=sampling.gpus_per_sampler > 0,
-        threads=max(1, int(sampling.cpus_per_sampler)),
+        tensor_parallel_size=sampling.tensor_parallel_size,
+        pipeline_parallel_size=sampling.pipeline_parallel_size,
+        threads=max(1, int(sampling.cpus_per_sampler / sampling.processes_per_sampler)),
         kv_cache_gib=sampling.kv_cache_gib,
         gpu_memory_utilization=sampling.gpu_memory_utilization,
         trust_remote_code=config.model.trust_remote_code,
@@ -47,53 +49,149 @@ def engine_spec(config: RunConfig, model: str, eos_token_id: int) -> EngineSpec:
     )
 
 
-@dataclass(slots=True)
-class SamplerPool:
-    """Handles of the sampler actors. Start with `start`, then `wait_ready` once before use."""
+@dataclass(frozen=True, slots=True)
+class Samplers:
+    """The samplers as they cross to another process: whom to ask, and how long to wait for what.
 
-    actors: list[Any]
-    log_files: list[str | None]
+    ready: those that answered when this was made. minimum: how many must answer.
+    """
+
+    actors: tuple[Any, ...]
+    groups: tuple[Any, ...]
+    log_files: tuple[str | None, ...]
+    minimum: int
     start_timeout_s: float
     load_timeout_s: float
     tolerance: float
+    ready: frozenset[int] = frozenset()
+
+    def members(self, tell: Callable[[Change], None] | None = None) -> Members:
+        """A watch over them, for the event loop of the calling process."""
+        return Members(self.actors, self.ready, self.minimum, self.start_timeout_s, self.why, tell)
+
+    def why(self, index: int) -> str:
+        """Why a sampler that never answered does not."""
+        log = self.log_files[index]
+        return waits_for(self.groups[index]) + (f" (its output: {log})" if log else "")
+
+
+class SamplerPool:
+    """The driver's end of the samplers. Start with `start`, then `wait_ready` once before use."""
+
+    def __init__(self, samplers: Samplers, tell: Callable[[Change], None] | None = None) -> None:
+        self._samplers = samplers
+        self._loop = asyncio.new_event_loop()
+        self._members = samplers.members(tell)
+        self._thread = threading.Thread(target=self._loop.run_forever, name="samplers", daemon=True)
+        self._thread.start()
+        self._loop.call_soon_threadsafe(self._members.watch)
 
     @classmethod
     def start(
-        cls, config: RunConfig, model: str, eos_token_id: int, log_dir: str | None, version: int | None
+        cls,
+        config: RunConfig,
+        model: str,
+        eos_token_id: int,
+        log_dir: str | None,
+        version: int | None,
+        tell: Callable[[Change], None] | None = None,
     ) -> SamplerPool:
         """Begins to start `sampling.samplers` actors; returns at once, so that other work can go on meanwhile.
 
-        version: the policy version that `model` is; None when it is none, and one must be loaded first.
+        version: the policy version that `model` is; None when it is none, and one must be loaded first. tell: is told
+        of samplers that join and that are lost, from another thread.
         """
         sampling = config.sampling
         spec = engine_spec(config, model, eos_token_id)
         logs = [os.path.join(log_dir, f"sampler-{i}.log") if log_dir else None for i in range(sampling.samplers)]
-        remote = ray.remote(Sampler).options(
-            num_cpus=sampling.cpus_per_sampler,
-            num_gpus=sampling.gpus_per_sampler,
-            max_restarts=RESTARTS,
-            # A retry would re-send the very call that killed the engine; questions are re-queued one by one instead.
-            max_task_retries=0,
-            max_concurrency=4 * sampling.in_flight + 16,
+        groups = [open_group(index, sampling) for index in range(sampling.samplers)]
+        actors = [
+            ray.remote(Sampler)
+            .options(
+                **actor_options(group, sampling),
+                max_restarts=RESTARTS,
+                # A retry would re-send the very call that killed the engine; questions are re-queued one by one.
+                max_task_retries=0,
+                max_concurrency=4 * sampling.in_flight + 16,
+            )
+            .remote(index, spec, log, sampling.start_timeout_s, version)
+            for index, (group, log) in enumerate(zip(groups, logs, strict=True))
+        ]
+        samplers = Samplers(
+            tuple(actors),
+            tuple(groups),
+            tuple(logs),
+            sampling.min_samplers,
+            sampling.start_timeout_s,
+            config.weights.timeout_s,
+            config.score_tolerance,
         )
-        actors = [remote.remote(i, spec, log, sampling.start_timeout_s, version) for i, log in enumerate(logs)]
-        return cls(actors, logs, sampling.start_timeout_s, config.weights.timeout_s, config.score_tolerance)
+        return cls(samplers, tell)
 
-    def wait_ready(self) -> None:
-        """Blocks until every engine runs. Raises SamplersFailed with the engine's reason."""
-        self._all("start", [actor.status.remote() for actor in self.actors], self.start_timeout_s + 60)
+    @property
+    def actors(self) -> tuple[Any, ...]:
+        return self._samplers.actors
+
+    def handles(self) -> Samplers:
+        """The samplers for another process, with those that answer now."""
+        return replace(self._samplers, ready=self._members.ready)
+
+    def wait_ready(self, minimum: int | None = None) -> list[int]:
+        """Blocks until `minimum` samplers answer (none: sampling.min_samplers); which do. Raises SamplersFailed."""
+        return sorted(asyncio.run_coroutine_threadsafe(self._members.enough(minimum), self._loop).result())
 
     def load(self, publication: Publication) -> list[Loaded]:
-        """Brings every sampler to a version, proven by its probes. Raises PublicationFailed."""
-        calls = [actor.load.remote(publication, self.tolerance, self.load_timeout_s) for actor in self.actors]
-        try:
-            return self._all(f"load version {publication.version}", calls, 3 * self.load_timeout_s + 30)
-        except SamplersFailed as error:
-            raise PublicationFailed(str(error)) from error
+        """Brings the samplers that answer to a version, proven by its probes; at least sampling.min_samplers of them.
+
+        One that dies meanwhile is left out: it loads the version when it is back, before it serves. Raises
+        PublicationFailed when a living engine does not take the weights, SamplersFailed when too few live.
+        """
+        loaded: dict[int, Loaded] = {}
+        deadline = time.monotonic() + self._samplers.start_timeout_s + 3 * self._samplers.load_timeout_s
+        while True:
+            ready = self.wait_ready()
+            loaded |= self._load_on([index for index in ready if index not in loaded], publication)
+            if len(loaded) >= self._samplers.minimum:
+                return list(loaded.values())
+            if time.monotonic() > deadline:
+                raise SamplersFailed(
+                    f"{len(loaded)} samplers reached version {publication.version} and {self._samplers.minimum} must "
+                    f"(sampling.min_samplers); the others ended each time they loaded it"
+                )
+
+    def _load_on(self, indexes: Iterable[int], publication: Publication) -> dict[int, Loaded]:
+        """Loads a version on some samplers at once; without those that ended."""
+        samplers = self._samplers
+        timeout_s = samplers.load_timeout_s
+        calls = {samplers.actors[i].load.remote(publication, samplers.tolerance, timeout_s): i for i in indexes}
+        patience = 3 * timeout_s + 30  # a sampler's own deadline is a phase's, thrice
+        _, late = ray.wait(list(calls), num_returns=max(1, len(calls)), timeout=patience) if calls else ([], [])
+        if late:
+            names = ", ".join(f"sampler {calls[call]}" for call in late)
+            raise PublicationFailed(
+                f"{names} did not load version {publication.version} within {patience:.0f} s"
+                f"{self._where([calls[call] for call in late])}"
+            )
+        loaded = {}
+        for call, index in calls.items():
+            try:
+                loaded[index] = ray.get(call)
+            except RayActorError as error:
+                self._loop.call_soon_threadsafe(self._members.lost, index, reason_of(error))
+            except RayError as error:
+                cause = getattr(error, "cause", None) or error
+                if isinstance(cause, PublicationFailed):
+                    raise cause from None
+                raise PublicationFailed(
+                    f"sampler {index} did not load version {publication.version}: {last_line(str(cause))}"
+                    f"{self._where([index])}"
+                ) from error
+        return loaded
 
     def statuses(self) -> list[dict[str, Any]]:
         """Status of the samplers that answer within a few seconds."""
-        done, _ = ray.wait([actor.status.remote() for actor in self.actors], num_returns=len(self.actors), timeout=5.0)
+        calls = [self.actors[index].status.remote() for index in sorted(self._members.ready)]
+        done, _ = ray.wait(calls, num_returns=len(calls), timeout=5.0) if calls else ([], [])
         statuses = []
         for reference in done:
             try:
@@ -103,38 +201,14 @@ class SamplerPool:
         return statuses
 
     def close(self) -> None:
+        """Ends the samplers and gives back what was kept for them."""
+        self._loop.call_soon_threadsafe(self._members.close)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
         for actor in self.actors:
             ray.kill(actor)
-        self.actors = []
+        close_groups(self._samplers.groups)
 
-    def _all(self, doing: str, references: Sequence[Any], timeout_s: float) -> list[Any]:
-        _, late = ray.wait(list(references), num_returns=len(references), timeout=timeout_s)
-        if late:
-            names = ", ".join(f"sampler {references.index(reference)}" for reference in late)
-            raise SamplersFailed(f"{names} did not {doing} within {timeout_s:.0f} s{self._where(references, late)}")
-        results = []
-        for index, reference in enumerate(references):
-            try:
-                results.append(ray.get(reference, timeout=timeout_s))
-            except PublicationFailed:
-                raise
-            except (RayActorError, RayTaskError, GetTimeoutError) as error:
-                cause = getattr(error, "cause", None) or error
-                if isinstance(cause, PublicationFailed):
-                    raise cause from None
-                reason = last_line(str(cause))
-                raise SamplersFailed(
-                    f"sampler {index} did not {doing}: {reason}{self._where(references, [reference])}"
-                ) from error
-        return results
-
-    def _where(self, references: Sequence[Any], failed: Sequence[Any]) -> str:
-        logs = [self.log_files[references.index(reference)] for reference in failed]
-        return f" (its output: {', '.join(log for log in logs if log)})" if any(logs) else ""
-
-
-def last_line(text: str) -> str:
-    """The error itself of a remote traceback: the last one of our own, which is a sentence, else the last line."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    ours = [sentence for line in lines if (sentence := _OURS.sub("", line)) != line]
-    return (ours or lines or ["no reason given"])[-1]
+    def _where(self, indexes: Iterable[int]) -> str:
+        logs = [log for index in indexes if (log := self._samplers.log_files[index])]
+        return f" (its output: {', '.join(logs)})" if logs else ""

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from aft_ray.records import Candidate
 from aft_ray.sampling.engine import Engine, EngineDead, EngineSpec, Prompt, SamplingSpec, prepare_environment
+from aft_ray.sampling.groups import wait_for_group
 from aft_ray.weights.publication import Publication, PublicationFailed
 from aft_ray.weights.transport import opened
 
@@ -52,6 +53,8 @@ class Sampler:
         if log_file:
             redirect_output(log_file)
         prepare_environment(spec)
+        if spec.executor == "ray":
+            wait_for_group(spec.tensor_parallel_size, start_timeout_s)
         from transformers import AutoTokenizer
 
         self._name = f"sampler {index}"
@@ -67,6 +70,8 @@ class Sampler:
 
     async def status(self) -> dict[str, Any]:
         """Version, phase of a publication, tokens generated and seconds spent generating since the start."""
+        if not self._engine.alive():
+            self._die(EngineDead("its engine died while nothing was asked of it"))
         busy = self._busy_s + (time.monotonic() - self._busy_since if self._busy_since is not None else 0.0)
         return {"version": self._version, "phase": self._phase, "tokens": self._tokens, "busy_s": busy}
 

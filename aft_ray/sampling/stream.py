@@ -17,7 +17,8 @@ from typing import Any
 
 import pyarrow as pa
 import ray
-from ray.exceptions import ActorDiedError, RayActorError, RayError
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from aft_ray.config import RunConfig, SamplingConfig
 from aft_ray.ledger import GroupFile, Parked, write_group_file
@@ -25,18 +26,14 @@ from aft_ray.records import GROUP_SCHEMA, Candidate, Group, Verdict, groups_to_t
 from aft_ray.run_dir import RunDir
 from aft_ray.sampling.engine import Prompt, SamplingSpec
 from aft_ray.sampling.judging import RemoteJudge
-from aft_ray.sampling.pool import SamplerPool
+from aft_ray.sampling.members import Members, SamplersFailed, last_line, reason_of
+from aft_ray.sampling.pool import SamplerPool, Samplers
 from aft_ray.sampling.sampler import Refused, WrongVersion
 from aft_ray.tasks import build_tasks
 from aft_ray.verify.feedback import reward_groups
 from aft_ray.verify.label import label_groups
 from aft_ray.verify.pool import shared_verifier
 from aft_ray.weights.publication import Publication, PublicationFailed
-
-# Seconds between two looks at whether a sampler is back, and of patience with one that does not say.
-_RETRY_S, _SILENT_S = 2.0, 30.0
-# Questions that a failed sampler counts as having in flight, until it had time to come back.
-_PENALTY = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,9 +128,12 @@ def answer_all(
     """The same pipeline without files, for evaluation: each labelled group, or the group and why it was parked."""
     answered = _answered(config, pool, publication, unanswered, how, purpose)
     tasks = build_tasks(config)
-    for batch in answered.iter_batches(batch_size=None, batch_format="pyarrow"):
-        groups, reasons = _split(batch)
-        yield from zip(label_groups(groups, tasks, shared_verifier()), reasons, strict=True)
+    try:
+        for batch in answered.iter_batches(batch_size=None, batch_format="pyarrow"):
+            groups, reasons = _split(batch)
+            yield from zip(label_groups(groups, tasks, shared_verifier()), reasons, strict=True)
+    except RayError as error:
+        raise SamplersFailed(f"{purpose} failed: {last_line(str(error))}") from error
 
 
 def _answered(
@@ -150,7 +150,7 @@ def _answered(
     batches = [groups_to_table(unanswered[start : start + size]) for start in range(0, len(unanswered), size)]
     return ray.data.from_arrow(batches).map_batches(
         Ask,
-        fn_kwargs={"job": _Job(pool, publication, how, config.sampling, config.seed, purpose)},
+        fn_kwargs={"job": _Job(pool.handles(), publication, how, config.sampling, config.seed, purpose)},
         # One block is one batch; many of them are in flight through one forwarding actor.
         batch_size=None,
         batch_format="pyarrow",
@@ -158,6 +158,8 @@ def _answered(
             size=1, max_tasks_in_flight_per_actor=in_flight, max_concurrent_calls_per_actor=in_flight
         ),
         num_cpus=0.1,
+        # Beside the driver: it should not be lost with a sampler's node.
+        scheduling_strategy=NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True),
     )
 
 
@@ -165,7 +167,7 @@ def _answered(
 class _Job:
     """What `Ask` is to do with every question: whom to ask, how, and with which weights."""
 
-    pool: SamplerPool
+    pool: Samplers
     publication: Publication | None
     how: SamplingSpec
     sampling: SamplingConfig
@@ -178,16 +180,24 @@ class _Job:
 
 
 class Ask:
-    """Forwards questions to the least loaded sampler; a question that fails is tried again alone, then parked."""
+    """Forwards questions to the least loaded sampler; a question that fails is tried again alone, then parked.
+
+    Raises SamplersFailed when too few samplers are left, PublicationFailed when one that came back refuses the weights.
+    """
 
     def __init__(self) -> None:
         self._load: Counter[int] = Counter()
-        self._looking = asyncio.Lock()
+        self._members: Members | None = None
 
     async def __call__(self, batch: pa.Table, job: _Job) -> pa.Table:
+        if self._members is None:
+            self._members = job.pool.members()
+            self._members.watch()
         groups = table_to_groups(batch)
-        answers = await self._attempt(job, groups, range(len(job.pool.actors)))
-        answers = await asyncio.gather(*(self._insist(job, g, a) for g, a in zip(groups, answers, strict=True)))
+        answers = await self._attempt(job, self._members, groups)
+        answers = await asyncio.gather(
+            *(self._insist(job, self._members, g, a) for g, a in zip(groups, answers, strict=True))
+        )
         failed = [answer if isinstance(answer, _Failed) else None for answer in answers]
         table = groups_to_table(
             replace(group, candidates=[] if isinstance(answer, _Failed) else answer)
@@ -196,45 +206,35 @@ class Ask:
         table = table.append_column("parked", pa.array([f.reason if f else None for f in failed], pa.string()))
         return table.append_column("attempts", pa.array([f.attempts if f else 1 for f in failed], pa.int32()))
 
-    async def _insist(self, job: _Job, group: Group, answer: list[Candidate] | _Failed) -> list[Candidate] | _Failed:
+    async def _insist(
+        self, job: _Job, members: Members, group: Group, answer: list[Candidate] | _Failed
+    ) -> list[Candidate] | _Failed:
         while isinstance(answer, _Failed) and not answer.final and answer.attempts < job.sampling.attempts:
             attempts = answer.attempts + 1
-            (answer,) = await self._attempt(job, [group], await self._alive(job))
+            (answer,) = await self._attempt(job, members, [group])
             if isinstance(answer, _Failed):
                 answer = replace(answer, attempts=attempts)
         return answer
 
-    async def _alive(self, job: _Job) -> Sequence[int]:
-        """The samplers that answer. While none does, waits as long as an engine may take to start again."""
-        now = asyncio.get_running_loop().time
-        deadline = now() + job.pool.start_timeout_s
-        async with self._looking:
-            while True:
-                states = await asyncio.gather(*(_state(actor) for actor in job.pool.actors))
-                if alive := [index for index, error in enumerate(states) if error is None]:
-                    return alive
-                if now() > deadline or all(isinstance(error, ActorDiedError) for error in states):
-                    return range(len(states))
-                await asyncio.sleep(_RETRY_S)
-
-    async def _attempt(
-        self, job: _Job, groups: Sequence[Group], samplers: Sequence[int]
-    ) -> list[list[Candidate] | _Failed]:
+    async def _attempt(self, job: _Job, members: Members, groups: Sequence[Group]) -> list[list[Candidate] | _Failed]:
         prompts = [
             Prompt(group.prompt_token_ids, question_seed(job.seed, job.purpose, group.question.id)) for group in groups
         ]
-        index = min(samplers, key=lambda i: self._load[i])
+        index = min(sorted(await members.enough()), key=lambda i: self._load[i])
         weight = len(prompts)
         self._load[index] += weight
         try:
             answers = await asyncio.wait_for(self._call(job, index, prompts), job.sampling.timeout_s)
-        except (RayError, WrongVersion, PublicationFailed) as error:
-            # Ray is starting it anew: being empty must not make it preferred meanwhile.
-            self._load[index] += _PENALTY
-            asyncio.get_running_loop().call_later(10 * _RETRY_S, self._forgive, index)
-            return [_Failed(f"sampler {index} failed: {_reason(error)}")] * len(groups)
+        except PublicationFailed as error:
+            raise PublicationFailed(last_line(str(error))) from None  # it lives and refuses the weights
+        except (RayError, WrongVersion) as error:
+            # It is asked again once it answers; being empty must not make it preferred meanwhile.
+            members.lost(index, reason_of(error))
+            return [_Failed(f"sampler {index} failed: {reason_of(error)}")] * len(groups)
         except TimeoutError:
-            return [_Failed(f"sampler {index} did not answer in {job.sampling.timeout_s:.0f} s")] * len(groups)
+            reason = f"it did not answer in {job.sampling.timeout_s:.0f} s"
+            members.lost(index, reason)
+            return [_Failed(f"sampler {index} failed: {reason}")] * len(groups)
         finally:
             self._load[index] -= weight
         return [_Failed(a.reason, final=True) if isinstance(a, Refused) else a for a in answers]
@@ -252,9 +252,6 @@ class Ask:
             answers = await actor.answer.remote(prompts, job.how, job.version)
         return answers
 
-    def _forgive(self, index: int) -> None:
-        self._load[index] -= _PENALTY
-
 
 @dataclass(frozen=True, slots=True)
 class _Failed:
@@ -263,22 +260,6 @@ class _Failed:
     reason: str
     attempts: int = 1
     final: bool = False
-
-
-async def _state(actor: Any) -> Exception | None:
-    """None when a sampler answers, else why not."""
-    try:
-        await asyncio.wait_for(actor.status.remote(), _SILENT_S)
-    except (RayError, TimeoutError) as error:
-        return error
-    return None
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, RayActorError):
-        return "its process ended"
-    cause = getattr(error, "cause", None) or error
-    return f"{type(cause).__name__}: {str(cause).strip().splitlines()[-1] if str(cause).strip() else ''}"
 
 
 def _split(batch: pa.Table) -> tuple[list[Group], list[str | None]]:

@@ -152,7 +152,7 @@ def running(
 
 def _reason(status: object) -> str:
     """The sentence in what Serve says of a deployment that does not start."""
-    from aft_ray.sampling.pool import last_line
+    from aft_ray.sampling.members import last_line
 
     messages = [one.message for one in status.deployments.values() if one.message]  # type: ignore[attr-defined]
     return last_line("\n".join(messages or [status.message]))  # type: ignore[attr-defined]

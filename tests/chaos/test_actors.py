@@ -57,7 +57,7 @@ def test_a_sampler_that_is_killed_catches_up_and_the_round_is_whole(tiny_model, 
     questions = questions_of_round(config, prepare(config, "train", tokenizer).groups, 1)
     ledger, publication = Ledger(run_dir), read_publication(1, tiny_model)
     pool = SamplerPool.start(config, str(tiny_model), tokenizer.eos_token_id, None, None)
-    pool.wait_ready()
+    pool.wait_ready(2)
     try:
         pool.load(publication)
         killer = threading.Thread(target=kill_at_work, args=(pool.actors,))

@@ -114,7 +114,8 @@ def test_each_round_was_sampled_by_one_version_not_staler_than_allowed(overlappe
 def test_the_events_tell_the_whole_run(overlapped):
     names = Counter(event["event"] for event in read_events(RunDir(overlapped.run_dir)))
     assert names == {
-        "started": 1, "sampled": 2, "trained": 3, "published": 3, "evaluated": 3, "finished": 1, "step": 3 + 2 + 2,
+        "started": 1, "sampler_joined": 2, "sampled": 2, "trained": 3, "published": 3, "evaluated": 3, "finished": 1,
+        "step": 3 + 2 + 2,
     }  # fmt: skip
     assert [event["groups"] for event in events(overlapped, "sampled")] == [24, 24]
     assert [event["version"] for event in events(overlapped, "published")] == [0, 1, 2]

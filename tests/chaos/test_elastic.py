@@ -1,0 +1,148 @@
+"""Nodes that are lost and nodes that come, on a Ray cluster of several: rounds stay whole, samplers leave and join."""
+
+import os
+import time
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+from ray.util.placement_group import placement_group_table
+from tiny import tiny_config
+
+from aft_ray.evaluation.evaluator import unanswered
+from aft_ray.ledger import Ledger
+from aft_ray.questions import load_tokenizer, prepare, questions_of_round
+from aft_ray.run_dir import RunDir
+from aft_ray.sampling.groups import actor_options, open_group
+from aft_ray.sampling.members import SamplersFailed
+from aft_ray.sampling.pool import SamplerPool, Samplers
+from aft_ray.sampling.stream import sample_round
+from aft_ray.weights.publication import read_publication
+
+pytestmark = pytest.mark.timeout(1200)
+STORE = 100 << 20
+# A sampler takes a node of its own: the head has too few CPUs for one, and the others for two.
+HEAD_CPUS, NODE_CPUS, SAMPLER_CPUS = 2, 3, 2.5
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": HEAD_CPUS, "object_store_memory": STORE, "include_dashboard": False},
+    )
+    ray.init(cluster.address, log_to_driver=False)
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def add_node(cluster):
+    return cluster.add_node(num_cpus=NODE_CPUS, object_store_memory=STORE)
+
+
+class Idle:
+    """An actor that answers as a sampler does, without an engine."""
+
+    async def status(self) -> dict:
+        return {}
+
+
+def idle_pool(config, minimum: int, timeout_s: float, changes: list) -> SamplerPool:
+    groups = [open_group(index, config.sampling) for index in range(config.sampling.samplers)]
+    actors = [
+        ray.remote(Idle).options(**actor_options(group, config.sampling), max_restarts=3).remote() for group in groups
+    ]
+    logs = tuple(f"sampler-{index}.log" for index in range(len(groups)))
+    return SamplerPool(Samplers(tuple(actors), tuple(groups), logs, minimum, timeout_s, 10, 1e-4), changes.append)
+
+
+def test_a_sampler_without_a_place_is_waited_for_only_while_it_must_be_and_joins_when_a_node_comes(
+    cluster, tiny_model, tmp_path
+):
+    config = tiny_config(tmp_path, tiny_model, sampling={"samplers": 2, "cpus_per_sampler": SAMPLER_CPUS})
+    node, changes = add_node(cluster), []
+    pool = idle_pool(config, 1, 5, changes)
+    try:
+        (ready,) = pool.wait_ready()
+        sentence = (
+            rf"^1 of 2 samplers answer and 2 must .*, after 5 s .*; sampler {1 - ready}: it waits for 2.5 CPUs in one "
+            rf"node; free are .*0 GPUs and 0.5 CPUs on .* \(its output: sampler-{1 - ready}.log\)$"
+        )
+        with pytest.raises(SamplersFailed, match=sentence):
+            pool.wait_ready(2)
+        another = add_node(cluster)
+        deadline = time.monotonic() + 60
+        while len(pool.handles().ready) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        assert [(change.sampler, change.ready, change.reason) for change in changes] == [
+            (ready, 1, None),
+            (1 - ready, 2, None),
+        ]
+        ray.kill(pool.actors[0], no_restart=True)
+        while 0 in pool.handles().ready:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        with pytest.raises(SamplersFailed, match=r"^1 of 2 samplers answer and 2 must .*; sampler 0: it is gone for"):
+            pool.wait_ready(2)
+    finally:
+        pool.close()
+        for one in (node, another):
+            cluster.remove_node(one)
+    groups = pool.handles().groups
+    assert [placement_group_table(group)["state"] for group in groups] == ["REMOVED", "REMOVED"]
+
+
+def test_a_node_is_lost_in_a_round_which_is_whole_and_another_comes_for_the_next(
+    cluster, tiny_model, untied_model, tmp_path
+):
+    config = tiny_config(
+        tmp_path / "run",
+        tiny_model,
+        vft={"epochs": 0},
+        rounds={"count": 2},
+        data={"train_limit": 160},
+        sampling={
+            "samplers": 2,
+            "cpus_per_sampler": SAMPLER_CPUS,
+            "batch_size": 4,
+            "in_flight": 2,
+            "groups_per_file": 16,
+            "max_tokens": 60,
+        },
+    )
+    nodes = {node.node_id: node for node in (add_node(cluster), add_node(cluster))}
+    run_dir, tokenizer = RunDir(config.run_dir), load_tokenizer(config)
+    groups = prepare(config, "train", tokenizer).groups
+    ledger, changes = Ledger(run_dir), []
+    pool = SamplerPool.start(config, str(tiny_model), tokenizer.eos_token_id, None, None, changes.append)
+
+    def sample(number: int, lose: bool) -> None:
+        publication = read_publication(number, tiny_model)
+        assert len(pool.load(publication)) == 2
+        questions = questions_of_round(config, groups, number)
+        for written in sample_round(config, pool, publication, unanswered(questions, number), run_dir):
+            assert written.parked == ()
+            assert ledger.commit(written.file)
+            if lose:
+                lose = False
+                (node,) = placement_group_table(pool.handles().groups[0])["bundles_to_node_id"].values()
+                cluster.remove_node(nodes.pop(node), allow_graceful=False)
+        answered = ledger.read_groups(number)
+        assert [group.question.id for group in answered] == [group.question.id for group in questions]
+        assert {(group.policy_version, len(group.candidates)) for group in answered} == {(number, config.sampling.k)}
+
+    try:
+        pool.wait_ready(2)
+        sample(1, lose=True)
+        assert [(c.sampler, c.ready) for c in changes if c.reason is not None] == [(0, 1)]
+        assert pool.wait_ready() == [1]
+        new = add_node(cluster)
+        assert pool.wait_ready(2) == [0, 1]
+        assert placement_group_table(pool.handles().groups[0])["bundles_to_node_id"] == {0: new.node_id}
+        sample(2, lose=False)
+        assert [(s["version"], s["tokens"] > 0) for s in pool.statuses()] == [(2, True), (2, True)]
+    finally:
+        pool.close()
