@@ -13,7 +13,7 @@ from aft_ray.evaluation.evaluator import unanswered
 from aft_ray.ledger import Ledger
 from aft_ray.questions import load_tokenizer, prepare, questions_of_round
 from aft_ray.run_dir import RunDir
-from aft_ray.sampling.groups import actor_options, open_group
+from aft_ray.sampling.groups import actor_options, close_groups, open_group, wait_for_group
 from aft_ray.sampling.members import SamplersFailed
 from aft_ray.sampling.pool import SamplerPool, Samplers
 from aft_ray.sampling.stream import sample_round
@@ -93,6 +93,66 @@ def test_a_sampler_without_a_place_is_waited_for_only_while_it_must_be_and_joins
             cluster.remove_node(one)
     groups = pool.handles().groups
     assert [placement_group_table(group)["state"] for group in groups] == ["REMOVED", "REMOVED"]
+
+
+class Placed:
+    """An actor in the place of a sampler."""
+
+    def gpus(self) -> tuple[str, list[str]]:
+        return os.environ.get("CUDA_VISIBLE_DEVICES", ""), ray.get_runtime_context().get_accelerator_ids()["GPU"]
+
+    def bundles_of_vllm(self, config) -> tuple[bool, list[bool]]:
+        """Whether vLLM's executor takes the group around it, and which of its processes share this actor's node."""
+        from vllm.config import ParallelConfig
+        from vllm.platforms import current_platform
+        from vllm.v1.executor import ray_utils
+
+        wait_for_group(config.tensor_parallel_size, 30)
+        # Without GPUs vLLM refuses its Ray executor. The GPUs of these nodes are names only, so it is told of them.
+        type(current_platform).ray_device_key = "GPU"
+        group = ray.util.get_current_placement_group()
+        parallel = ParallelConfig(
+            tensor_parallel_size=config.tensor_parallel_size,
+            pipeline_parallel_size=config.pipeline_parallel_size,
+            distributed_executor_backend="ray",
+            placement_group=group,
+        )
+        ray_utils.initialize_ray_cluster(parallel, require_gpu_on_driver=False)
+        here = ray.get_runtime_context().get_node_id()
+        nodes = [node for _, node, _ in ray_utils.get_bundles_sorted_by_node(parallel.placement_group)]
+        return parallel.placement_group.id == group.id, [node == here for node in nodes]
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_an_engine_has_its_gpus_and_vllm_opens_no_group_inside_its_group(cluster, tiny_model, tmp_path, stages):
+    """GPUs in name: Ray places and announces them as it would real ones."""
+    sampling = tiny_config(
+        tmp_path,
+        tiny_model,
+        sampling={
+            "tensor_parallel_size": 2,
+            "pipeline_parallel_size": stages,
+            "gpus_per_sampler": 2 * stages,
+            "cpus_per_sampler": 2 * stages,
+        },
+    ).sampling
+    nodes = [cluster.add_node(num_cpus=4, num_gpus=2, object_store_memory=STORE) for _ in range(stages)]
+    group = open_group(0, sampling)
+    actor = ray.remote(Placed).options(**actor_options(group, sampling)).remote()
+    try:
+        if stages == 1:
+            visible, gpus = ray.get(actor.gpus.remote(), timeout=60)
+            assert visible.split(",") == gpus
+            assert sorted(gpus) == ["0", "1"]
+        else:
+            taken, here = ray.get(actor.bundles_of_vllm.remote(sampling), timeout=300)
+            assert taken
+            assert here == [True, True, False, False]
+    finally:
+        ray.kill(actor)
+        close_groups([group])
+        for node in nodes:
+            cluster.remove_node(node)
 
 
 def test_a_node_is_lost_in_a_round_which_is_whole_and_another_comes_for_the_next(
