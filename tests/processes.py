@@ -1,5 +1,6 @@
 """What tests need to know of ports, servers and processes."""
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -9,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+
+import psutil
 
 
 def free_ports(count: int) -> list[int]:
@@ -58,4 +61,14 @@ def carriers(mark: str) -> list[int]:
                 found.append(int(entry))
         except OSError:
             continue
+    return found
+
+
+def descendants(name: str) -> list[int]:
+    """The live processes of this process's own Ray that carry a name; Ray and vLLM write it into the command line."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+            if name in "".join(process.cmdline()):
+                found.append(process.pid)
     return found

@@ -1,15 +1,14 @@
 """Processes killed in the middle of a round: Ray starts them again, and the round has every question exactly once."""
 
-import contextlib
 import os
 import signal
 import threading
 import time
 from io import StringIO
 
-import psutil
 import pytest
 import ray
+from processes import descendants
 from rich.console import Console
 from tiny import tiny_config
 
@@ -25,16 +24,6 @@ from aft_ray.sampling.stream import sample_round
 from aft_ray.weights.publication import read_publication
 
 pytestmark = [pytest.mark.usefixtures("ray_here"), pytest.mark.timeout(1200)]
-
-
-def processes(name: str) -> list[int]:
-    """The live processes of this process's own Ray that carry a name; Ray writes it into their command line."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):  # it has ended meanwhile
-            if name in "".join(process.cmdline()):
-                found.append(process.pid)
-    return found
 
 
 def kill_at_work(actors: list) -> None:
@@ -95,7 +84,7 @@ def test_a_train_worker_that_is_killed_starts_again_and_every_round_is_trained(t
         while not killed and time.monotonic() < deadline:
             steps = [e for e in read_events(run_dir) if e["event"] == "step" and e["round"] == 1]
             if len(steps) > 2:
-                killed.extend(processes("RayTrainWorker"))
+                killed.extend(descendants("RayTrainWorker"))
                 for process in killed:
                     os.kill(process, signal.SIGKILL)
             time.sleep(0.05)
