@@ -13,6 +13,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from aft_ray.seats import Seat
 from aft_ray.weights.publication import Publication
 
 
@@ -27,6 +28,7 @@ class Board:
         self._changed = asyncio.Condition()
         self._ready: set[int] = set()
         self._publications: dict[int, Publication] = {}
+        self._given_way: dict[int, dict[int, Seat]] = {}
         self._events: list[dict[str, Any]] = []
         self._failure: str | None = None
 
@@ -55,6 +57,20 @@ class Board:
             lambda: max(self._publications, default=-1) >= version, timeout_s, f"policy version {version} to be trained"
         )
         return self._publications[max(self._publications)], waited
+
+    async def give_way(self, round_number: int, seat: Seat) -> None:
+        """A train worker has left its GPUs to the samplers, until the groups of the round are complete."""
+        await self._change(lambda: self._given_way.setdefault(round_number, {}).update({seat.rank: seat}))
+
+    async def wait_given_way(self, round_number: int, timeout_s: float) -> list[Seat]:
+        """Waits until every train worker has given way before a round; where they sit."""
+        seats = self._given_way.setdefault(round_number, {})
+        await self._wait(
+            lambda: any(len(seats) == seat.workers for seat in seats.values()),
+            timeout_s,
+            f"the train workers to leave their GPUs before round {round_number}",
+        )
+        return list(seats.values())
 
     async def post(self, event: dict[str, Any]) -> None:
         """An event for the driver's metrics and progress."""

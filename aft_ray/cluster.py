@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from aft_ray.config import ClusterConfig, ConfigError, RunConfig, SamplingConfig
-from aft_ray.placement import Bundle, Node, NodeGroup, Part, Place, Placement, place
+from aft_ray.placement import Bundle, Node, NodeGroup, Part, Place, Placement, amount, place
 from aft_ray.serve_config import ServeConfig
 
 # For Ray Data's own tasks (labelling, writing) and the forwarding actor, beside samplers and train workers.
@@ -44,6 +44,8 @@ def needs_samplers(config: RunConfig) -> bool:
 def sampler_bundles(sampling: SamplingConfig) -> tuple[Bundle, ...]:
     """What a sampler reserves, by node: its stages may lie on different nodes, the processes of a stage may not."""
     stages = sampling.pipeline_parallel_size if sampling.spans_nodes else 1
+    if sampling.colocate:
+        return (Bundle(sampling.cpus_per_sampler),)
     return (Bundle(sampling.cpus_per_sampler / stages, sampling.gpus_per_sampler / stages),) * stages
 
 
@@ -51,6 +53,8 @@ def _placement(config: RunConfig, samplers: int, workers: int) -> Placement:
     sampling, training = config.sampling, config.training
     stages = f"{sampling.pipeline_parallel_size} stages of " if sampling.pipeline_parallel_size > 1 else ""
     processes = f"{stages}{sampling.tensor_parallel_size} in one node" if sampling.processes_per_sampler > 1 else ""
+    if sampling.colocate:
+        processes = f"on the train workers' GPUs in turn, {amount(sampling.gpus_per_sampler, 'GPU')} each"
     return Placement(
         (
             Part(

@@ -359,9 +359,37 @@ class RunConfig(Section):
                 f"sampling.colocate lets engines and train workers take turns, so rounds.max_staleness must be 0, "
                 f"not {self.rounds.max_staleness}"
             )
-        if sampling.colocate and sampling.pipeline_parallel_size > 1:
+        if sampling.colocate:
+            self._colocation_agrees()
+
+    def _colocation_agrees(self) -> None:
+        sampling, training = self.sampling, self.training
+        if sampling.pipeline_parallel_size > 1:
             raise ConfigError(
                 "sampling.colocate is for engines inside a node: sampling.pipeline_parallel_size must be 1"
+            )
+        engines = sampling.samplers * sampling.processes_per_sampler
+        if training.gpus_per_worker and (sampling.gpus_per_sampler < 1 or engines > training.workers):
+            raise ConfigError(
+                f"sampling.colocate puts {sampling.samplers} engines of {sampling.gpus_per_sampler:g} GPUs on the "
+                f"{training.workers} GPUs of the train workers; sampling.gpus_per_sampler must be "
+                f"sampling.tensor_parallel_size, and that times sampling.samplers at most training.workers"
+            )
+        if not training.gpus_per_worker and sampling.gpus_per_sampler:
+            raise ConfigError(
+                "sampling.colocate shares the train workers' GPUs, and they have none; set training.gpus_per_worker=1, "
+                "or sampling.gpus_per_sampler=0"
+            )
+        if training.zero_stage == 0 or (training.zero_stage == 3 and not training.offload_optimizer):
+            raise ConfigError(
+                f"sampling.colocate moves the trainer's states off its GPUs, which DeepSpeed can with "
+                f"training.zero_stage=1 or 2, or with 3 and training.offload_optimizer=true; not with "
+                f"{training.zero_stage}{'' if training.zero_stage == 0 else ' alone'}"
+            )
+        if self.weights.transport == "nccl":
+            raise ConfigError(
+                "weights.transport=nccl needs trainer and engines on their GPUs at once, and with sampling.colocate "
+                "they take turns; use object_store or checkpoint"
             )
 
     def tree(self) -> dict[str, Any]:

@@ -36,7 +36,9 @@ from aft_ray.sampling.judging import RemoteJudge, check_judge, start_judge
 from aft_ray.sampling.members import Change, last_line
 from aft_ray.sampling.pool import SamplerPool
 from aft_ray.sampling.stream import Tally, sample_round, tally
+from aft_ray.sampling.turns import Turns
 from aft_ray.schedule import AwaitVersion, SampleRound, order_of_rounds
+from aft_ray.seats import EngineSeat
 from aft_ray.training.worker import WorkerConfig, first_round, fit
 from aft_ray.weights.publication import Publication, read_publication
 
@@ -61,6 +63,7 @@ class Conductor:
     judge: RemoteJudge | None
     questions: list[Group]
     validation: list[Group]
+    turns: Turns | None = None  # with the train workers, on their GPUs
 
     def conduct(self) -> None:
         """All rounds, from the first that is not trained yet to the last."""
@@ -69,7 +72,7 @@ class Conductor:
         for step in order_of_rounds(first, self.config.rounds.count, self.config.rounds.max_staleness):
             if isinstance(step, AwaitVersion):
                 publication, _ = board.call(self.board.wait_publication, step.version, self.config.rounds.timeout_s)
-                if self.pool is not None:
+                if self.pool is not None or self.turns is not None:
                     self._bring_samplers_to(publication)
                 continue
             if step.round == 0 or not self.config.samples:
@@ -78,6 +81,8 @@ class Conductor:
                 publication, waited = self._publication_for(step)
                 self._bring_samplers_to(publication)
                 self._sample(step.round, publication, waited)
+            if self.turns is not None:
+                self.turns.end()
             board.call(self.board.set_ready, step.round)
 
     @property
@@ -95,6 +100,8 @@ class Conductor:
         return publication, waited
 
     def _bring_samplers_to(self, publication: Publication) -> None:
+        if self.turns is not None:
+            self.pool = self.turns.begin(publication.version + 1)
         started = time.monotonic()
         loaded = self.samplers.load(publication)
         slowest = max(loaded, key=lambda one: one.fetch_s + one.load_s + one.prove_s)
@@ -292,18 +299,26 @@ def _run_on_cluster(
 ) -> None:
     started = time.monotonic()
     the_board = board.start_board()
-    pool = None
-    if needs_samplers(config):
+    pool = turns = None
+
+    def start_samplers(seats: tuple[EngineSeat, ...] | None) -> SamplerPool:
         log_dir = str(run_dir.local_path(LOGS)) if run_dir.is_local else None
         version = None if config.vft.epochs else 0
-        pool = SamplerPool.start(config, config.model.name, eos_token_id, log_dir, version, _teller(reporter))
+        return SamplerPool.start(config, config.model.name, eos_token_id, log_dir, version, _teller(reporter), seats)
+
+    if needs_samplers(config) and config.sampling.colocate:
+        turns = Turns(config, the_board, start_samplers)
+    elif needs_samplers(config):
+        pool = start_samplers(None)
     try:
         with _training(WorkerConfig(config, run_dir, the_board, count_by_task(questions)), reporter) as failures:
             try:
                 if pool is not None and first_round(config, ledger) > 0:
                     pool.wait_ready()
                 judge = start_judge(config.feedback, run_dir) if config.samples else None
-                Conductor(config, run_dir, ledger, reporter, the_board, pool, judge, questions, validation).conduct()
+                Conductor(
+                    config, run_dir, ledger, reporter, the_board, pool, judge, questions, validation, turns
+                ).conduct()
             except BoardFailed as error:
                 # Training failed: what Ray Train raised says more than the board does.
                 raise RunFailed(str(failures[0]) if failures else str(error)) from error
@@ -311,8 +326,9 @@ def _run_on_cluster(
                 board.call(the_board.fail, f"the driver stopped: {error}")
                 raise
     finally:
-        if pool is not None:
-            pool.close()
+        for samplers in (pool, turns):
+            if samplers is not None:
+                samplers.close()
     reporter.event("finished", seconds=time.monotonic() - started)
 
 

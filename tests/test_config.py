@@ -118,6 +118,18 @@ def test_a_missing_key_is_named_with_the_way_to_set_it(tmp_path):
         (["data.task=custom", "data.custom.train=train"], ["data.path"]),
         (["data.task=custom", "data.path=/some/where"], ["data.custom.train"]),
         (["feedback.kind=judge"], ["feedback.judge.url"]),
+        (["sampling.min_samplers=2"], ["sampling.min_samplers (2)", "sampling.samplers (1)"]),
+        (["sampling.colocate=true"], ["rounds.max_staleness must be 0"]),
+        (["sampling.colocate=true", "rounds.max_staleness=0"], ["training.zero_stage=1"]),
+        (
+            ["sampling.colocate=true", "rounds.max_staleness=0", "sampling.gpus_per_sampler=1"],
+            ["set training.gpus_per_worker=1"],
+        ),
+        (
+            ["sampling.colocate=true", "rounds.max_staleness=0", "sampling.gpus_per_sampler=2"]
+            + ["sampling.tensor_parallel_size=2", "training.gpus_per_worker=1", "training.zero_stage=2"],
+            ["1 engines of 2 GPUs on the 1 GPUs", "at most training.workers"],
+        ),
     ],
 )
 def test_a_combination_that_cannot_be_run_is_refused(file, overrides, words):

@@ -34,7 +34,8 @@ class EngineSpec:
     """What an engine is built from. `model` is a local directory or a hub name.
 
     eos_token_id: the token that ends a response; the engine has no tokenizer to ask. threads: of each of its processes,
-    which are tensor_parallel_size x pipeline_parallel_size.
+    which are tensor_parallel_size x pipeline_parallel_size. shared_gpus: ids of GPUs that are train workers' when the
+    engine sleeps; none: it has its own.
     """
 
     model: str
@@ -50,6 +51,7 @@ class EngineSpec:
     seed: int = 0
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
+    shared_gpus: tuple[str, ...] = ()
 
     @property
     def executor(self) -> Literal["uni", "mp", "ray"]:
@@ -82,6 +84,8 @@ def prepare_environment(spec: EngineSpec) -> None:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.update(engine_environment(spec))
+    if spec.shared_gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(spec.shared_gpus)
     if not spec.gpu or spec.executor == "ray":
         # vLLM's core then runs in this process: as a process of its own it would join Ray as another job.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -147,6 +151,22 @@ class Engine:
                 raise RuntimeError("the prefix cache could not be reset after new weights were loaded")
 
         self._exclusive(update).result()
+
+    def sleep(self) -> Future[Any]:
+        """Gives the memory of weights and KV cache back. Both parts must wake, the weights loaded, before a request.
+
+        On the CPU vLLM does nothing but stop its scheduler.
+        """
+        return self._exclusive(lambda llm: llm.sleep(level=2))
+
+    def wake(self, part: Literal["weights", "kv_cache"]) -> Future[Any]:
+        """Takes the memory of one part again; nothing happens to one that is awake."""
+
+        def wake(llm: Any) -> None:
+            if llm.is_sleeping():
+                llm.wake_up([part])
+
+        return self._exclusive(wake)
 
     def alive(self) -> bool:
         return self._failure is None and self._thread.is_alive()
@@ -336,7 +356,10 @@ def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
         "generation_config": "vllm",
     }
     if spec.gpu:
-        arguments |= {"gpu_memory_utilization": spec.gpu_memory_utilization}
+        arguments |= {
+            "gpu_memory_utilization": spec.gpu_memory_utilization,
+            "enable_sleep_mode": bool(spec.shared_gpus),
+        }
     else:
         # Per-request seeds crash the CPU engine when a prompt is split over several steps.
         arguments |= {

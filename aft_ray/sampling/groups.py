@@ -13,11 +13,12 @@ from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from aft_ray.config import SamplingConfig
 from aft_ray.placement import Bundle, amount
 from aft_ray.sampling.members import SamplersFailed
+from aft_ray.seats import EngineSeat
 
 _POLL_S = 1.0
 
@@ -54,6 +55,15 @@ def actor_options(group: PlacementGroup, sampling: SamplingConfig) -> dict[str, 
         "scheduling_strategy": PlacementGroupSchedulingStrategy(
             placement_group=group, placement_group_bundle_index=0, placement_group_capture_child_tasks=spans
         ),
+    }
+
+
+def seated_options(seat: EngineSeat, sampling: SamplingConfig) -> dict[str, Any]:
+    """How an actor lies beside train workers: on their node, with GPUs that Ray has given to them."""
+    return {
+        "num_cpus": sampling.cpus_per_sampler,
+        "num_gpus": 0,
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(seat.node, soft=False),
     }
 
 

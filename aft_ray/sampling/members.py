@@ -67,9 +67,11 @@ class Members:
         """Begins to watch; the event loop must be running."""
         self._watchers = [asyncio.ensure_future(self._watch(index)) for index in range(len(self._actors))]
 
-    def close(self) -> None:
+    async def close(self) -> None:
+        """Ends the watch."""
         for watcher in self._watchers:
             watcher.cancel()
+        await asyncio.gather(*self._watchers, return_exceptions=True)
 
     def lost(self, index: int, reason: str) -> None:
         """A call to a sampler failed: it is not asked until it answers again."""

@@ -20,17 +20,18 @@ from ray.exceptions import RayActorError, RayError
 
 from aft_ray.config import RunConfig
 from aft_ray.sampling.engine import EngineSpec
-from aft_ray.sampling.groups import actor_options, close_groups, open_group, waits_for
+from aft_ray.sampling.groups import actor_options, close_groups, open_group, seated_options, waits_for
 from aft_ray.sampling.members import Change, Members, SamplersFailed, last_line, reason_of
 from aft_ray.sampling.sampler import Loaded, Sampler
+from aft_ray.seats import EngineSeat
 from aft_ray.weights.publication import Publication, PublicationFailed
 
 # Times Ray restarts a sampler whose process or node ended. What kills engines at once parks its questions long before.
 RESTARTS = 100
 
 
-def engine_spec(config: RunConfig, model: str, eos_token_id: int) -> EngineSpec:
-    """The engine of a run's samplers, started from `model`."""
+def engine_spec(config: RunConfig, model: str, eos_token_id: int, seat: EngineSeat | None = None) -> EngineSpec:
+    """The engine of a run's samplers, started from `model`; with a `seat` on the train workers' GPUs."""
     sampling = config.sampling
     return EngineSpec(
         model=model,
@@ -46,6 +47,7 @@ def engine_spec(config: RunConfig, model: str, eos_token_id: int) -> EngineSpec:
         gpu_memory_utilization=sampling.gpu_memory_utilization,
         trust_remote_code=config.model.trust_remote_code,
         seed=config.seed,
+        shared_gpus=seat.gpus if seat else (),
     )
 
 
@@ -72,7 +74,8 @@ class Samplers:
     def why(self, index: int) -> str:
         """Why a sampler that never answered does not."""
         log = self.log_files[index]
-        return waits_for(self.groups[index]) + (f" (its output: {log})" if log else "")
+        waits = waits_for(self.groups[index]) if self.groups else "its engine has not started yet"
+        return waits + (f" (its output: {log})" if log else "")
 
 
 class SamplerPool:
@@ -95,27 +98,36 @@ class SamplerPool:
         log_dir: str | None,
         version: int | None,
         tell: Callable[[Change], None] | None = None,
+        seats: tuple[EngineSeat, ...] | None = None,
     ) -> SamplerPool:
         """Begins to start `sampling.samplers` actors; returns at once, so that other work can go on meanwhile.
 
         version: the policy version that `model` is; None when it is none, and one must be loaded first. tell: is told
-        of samplers that join and that are lost, from another thread.
+        of samplers that join and that are lost, from another thread. seats: where they take turns with train workers;
+        none: each has resources of its own, in a placement group.
         """
         sampling = config.sampling
-        spec = engine_spec(config, model, eos_token_id)
         logs = [os.path.join(log_dir, f"sampler-{i}.log") if log_dir else None for i in range(sampling.samplers)]
-        groups = [open_group(index, sampling) for index in range(sampling.samplers)]
+        groups = [] if seats else [open_group(index, sampling) for index in range(sampling.samplers)]
+        placed = [seated_options(seat, sampling) for seat in seats or ()]
+        placed += [actor_options(group, sampling) for group in groups]
         actors = [
             ray.remote(Sampler)
             .options(
-                **actor_options(group, sampling),
+                **options,
                 max_restarts=RESTARTS,
                 # A retry would re-send the very call that killed the engine; questions are re-queued one by one.
                 max_task_retries=0,
                 max_concurrency=4 * sampling.in_flight + 16,
             )
-            .remote(index, spec, log, sampling.start_timeout_s, version)
-            for index, (group, log) in enumerate(zip(groups, logs, strict=True))
+            .remote(
+                index,
+                engine_spec(config, model, eos_token_id, seats[index] if seats else None),
+                log,
+                sampling.start_timeout_s,
+                version,
+            )
+            for index, (options, log) in enumerate(zip(placed, logs, strict=True))
         ]
         samplers = Samplers(
             tuple(actors),
@@ -188,6 +200,23 @@ class SamplerPool:
                 ) from error
         return loaded
 
+    def sleep(self) -> None:
+        """Has every engine give its GPUs' memory back; each must load a version before it answers again.
+
+        Raises SamplersFailed when one does not.
+        """
+        calls = {self.actors[index].sleep.remote(): index for index in sorted(self._members.ready)}
+        timeout_s = self._samplers.load_timeout_s
+        _, late = ray.wait(list(calls), num_returns=len(calls), timeout=timeout_s) if calls else ([], [])
+        if late:
+            names = ", ".join(f"sampler {calls[call]}" for call in late)
+            raise SamplersFailed(f"{names} did not leave its GPUs within {timeout_s:.0f} s (weights.timeout_s)")
+        for call, index in calls.items():
+            try:
+                ray.get(call)
+            except RayActorError as error:  # it holds nothing any more
+                self._loop.call_soon_threadsafe(self._members.lost, index, reason_of(error))
+
     def statuses(self) -> list[dict[str, Any]]:
         """Status of the samplers that answer within a few seconds."""
         calls = [self.actors[index].status.remote() for index in sorted(self._members.ready)]
@@ -202,7 +231,7 @@ class SamplerPool:
 
     def close(self) -> None:
         """Ends the samplers and gives back what was kept for them."""
-        self._loop.call_soon_threadsafe(self._members.close)
+        asyncio.run_coroutine_threadsafe(self._members.close(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         for actor in self.actors:

@@ -110,6 +110,15 @@ class Sampler:
             finally:
                 self._phase = "idle"
 
+    async def sleep(self) -> None:
+        """Leaves the GPUs to the train workers. It holds no version then, until one is loaded."""
+        async with self._loading:
+            self._version = None
+            try:
+                await asyncio.wrap_future(self._engine.sleep())
+            except EngineDead as error:
+                self._die(error)
+
     async def _load(self, publication: Publication, tolerance: float, timeout_s: float) -> Loaded:
         started = time.monotonic()
         self._phase = "fetch"
@@ -129,7 +138,10 @@ class Sampler:
         with opened(publication, timeout_s) as files:
             fetched = time.monotonic()
             self._phase = "load"
+            # The weights first: there may be no room for the KV cache beside what loading needs.
+            self._engine.wake("weights").result()
             self._engine.update_weights(files)
+            self._engine.wake("kv_cache").result()
             return fetched, time.monotonic()
 
     async def _difference(self, publication: Publication) -> float:

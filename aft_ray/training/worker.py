@@ -25,7 +25,7 @@ from aft_ray.questions import load_tokenizer, round_size
 from aft_ray.records import Group
 from aft_ray.run_dir import LOGS, RunDir, RunDirError
 from aft_ray.sampling.sampler import redirect_output
-from aft_ray.training import batching, checkpoint, deepspeed, step
+from aft_ray.training import batching, checkpoint, deepspeed, step, turns
 from aft_ray.training.collate import collate
 from aft_ray.training.publisher import Publisher
 from aft_ray.weights.publication import read_publication
@@ -81,12 +81,31 @@ class _Trainer:
             model = self.run_dir.fetch_directory(self.run_dir.model(last.round))
             call(self.board.publish, read_publication(last.round, model))
         engine = None
-        for round_number in range(first_round(self.config, self.ledger), self.config.rounds.count + 1):
-            if engine is None or round_number == 1:
+        last_round = self.config.rounds.count
+        for round_number in range(first_round(self.config, self.ledger), last_round + 1):
+            anew = engine is None or round_number == 1
+            if anew:
                 # Round 1 starts like a run from a fine-tuned model: fresh optimizer, weights of version 0.
                 engine = None
+            waited = self._let_samplers_work(engine, round_number) if self.config.sampling.colocate else 0.0
+            if anew:
                 engine = self._engine(round_number, last if last and round_number > 1 else None)
-            self._round(engine, round_number)
+            self._round(engine, round_number, waited)
+        if self.config.sampling.colocate:
+            self._give_way(engine, last_round + 1)
+
+    def _let_samplers_work(self, engine: Any, round_number: int) -> float:
+        """Leaves the GPUs to the samplers until they have sampled a round; the seconds that took."""
+        self._give_way(engine, round_number)
+        waited = float(call(self.board.wait_ready, round_number, self.config.rounds.timeout_s))
+        if engine is not None:
+            turns.come_back(engine)
+        return waited
+
+    def _give_way(self, engine: Any, round_number: int) -> None:
+        if engine is not None:
+            turns.leave(engine)
+        call(self.board.give_way, round_number, turns.seat(self.rank, self.world))
 
     def _engine(self, round_number: int, resumed: Trained | None) -> Any:
         torch.manual_seed(self.config.seed)
@@ -98,8 +117,8 @@ class _Trainer:
             deepspeed.load(engine, self.run_dir.fetch_directory(resumed.checkpoint))
         return engine
 
-    def _round(self, engine: Any, round_number: int) -> None:
-        waited = call(self.board.wait_ready, round_number, self.config.rounds.timeout_s)
+    def _round(self, engine: Any, round_number: int, waited: float) -> None:
+        waited += call(self.board.wait_ready, round_number, self.config.rounds.timeout_s)
         self.ledger.refresh()
         groups = self.ledger.read_groups(round_number)
         metrics = self._train(engine, round_number, groups) | {"waited_s": waited}

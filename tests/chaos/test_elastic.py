@@ -1,6 +1,7 @@
 """Nodes that are lost and nodes that come, on a Ray cluster of several: rounds stay whole, samplers leave and join."""
 
 import os
+import sys
 import time
 
 import pytest
@@ -33,6 +34,8 @@ def cluster():
         head_node_args={"num_cpus": HEAD_CPUS, "object_store_memory": STORE, "include_dashboard": False},
     )
     ray.init(cluster.address, log_to_driver=False)
+    # Workers on the other nodes cannot import this module.
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     yield cluster
     ray.shutdown()
     cluster.shutdown()
@@ -62,7 +65,7 @@ def test_a_sampler_without_a_place_is_waited_for_only_while_it_must_be_and_joins
     cluster, tiny_model, tmp_path
 ):
     config = tiny_config(tmp_path, tiny_model, sampling={"samplers": 2, "cpus_per_sampler": SAMPLER_CPUS})
-    node, changes = add_node(cluster), []
+    nodes, changes = [add_node(cluster)], []
     pool = idle_pool(config, 1, 5, changes)
     try:
         (ready,) = pool.wait_ready()
@@ -72,7 +75,7 @@ def test_a_sampler_without_a_place_is_waited_for_only_while_it_must_be_and_joins
         )
         with pytest.raises(SamplersFailed, match=sentence):
             pool.wait_ready(2)
-        another = add_node(cluster)
+        nodes.append(add_node(cluster))
         deadline = time.monotonic() + 60
         while len(pool.handles().ready) < 2:
             assert time.monotonic() < deadline
@@ -89,8 +92,8 @@ def test_a_sampler_without_a_place_is_waited_for_only_while_it_must_be_and_joins
             pool.wait_ready(2)
     finally:
         pool.close()
-        for one in (node, another):
-            cluster.remove_node(one)
+        for node in nodes:
+            cluster.remove_node(node)
     groups = pool.handles().groups
     assert [placement_group_table(group)["state"] for group in groups] == ["REMOVED", "REMOVED"]
 
