@@ -70,7 +70,7 @@ def _placement(config: RunConfig, samplers: int, workers: int) -> Placement:
                 (Bundle(training.cpus_per_worker, training.gpus_per_worker),),
                 "training.cpus_per_worker",
             ),
-            Part("CPU for Ray Data", 1, (Bundle(1),) * DATA_CPUS),
+            Part("Ray Data task", DATA_CPUS, (Bundle(1),)),
         ),
         "Lower sampling.samplers or training.workers, or add nodes",
     )

@@ -126,8 +126,14 @@ def test_a_missing_key_is_named_with_the_way_to_set_it(tmp_path):
             ["set training.gpus_per_worker=1"],
         ),
         (
-            ["sampling.colocate=true", "rounds.max_staleness=0", "sampling.gpus_per_sampler=2"]
-            + ["sampling.tensor_parallel_size=2", "training.gpus_per_worker=1", "training.zero_stage=2"],
+            [
+                "sampling.colocate=true",
+                "rounds.max_staleness=0",
+                "sampling.gpus_per_sampler=2",
+                "sampling.tensor_parallel_size=2",
+                "training.gpus_per_worker=1",
+                "training.zero_stage=2",
+            ],
             ["1 engines of 2 GPUs on the 1 GPUs", "at most training.workers"],
         ),
     ],

@@ -13,7 +13,7 @@ from aft_ray.config import ConfigError
 from aft_ray.placement import Bundle, Node, NodeGroup, Part, Placement, place
 from aft_ray.serve_config import ServeConfig
 
-CPUS_FOR_DATA = Part("CPU for Ray Data", 1, (Bundle(1), Bundle(1)))
+FOR_DATA = Part("Ray Data task", 2, (Bundle(1),))
 
 
 def samplers(count: int, gpus: int) -> Part:
@@ -21,7 +21,7 @@ def samplers(count: int, gpus: int) -> Part:
 
 
 def plan(*parts: Part) -> Placement:
-    return Placement((*parts, CPUS_FOR_DATA), "Add nodes")
+    return Placement((*parts, FOR_DATA), "Add nodes")
 
 
 bundles = st.builds(Bundle, st.sampled_from([0.5, 1, 2, 8]), st.sampled_from([0, 0, 0.5, 1, 2, 4, 8]))
@@ -79,7 +79,7 @@ def test_a_refusal_says_the_numbers_and_the_way_out(gpus_of_nodes, sentence):
 def test_engines_keep_off_the_cpus_and_cpus_off_the_gpu_nodes():
     head, worker = Node("head", 4, 0), Node("worker", 96, 8)
     on_head, on_worker = place(plan(samplers(2, 4)), [head, worker])
-    assert (dict(on_head.bundles), dict(on_worker.bundles)) == ({"CPU for Ray Data": 2}, {"sampler": 2})
+    assert (dict(on_head.bundles), dict(on_worker.bundles)) == ({"Ray Data task": 2}, {"sampler": 2})
     assert on_worker.line().split() == ["worker", "4", "of", "96", "CPU", "8", "of", "8", "GPU", "2", "samplers"]
 
 
