@@ -10,8 +10,12 @@ from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group_table
 from tiny import tiny_config
 
+from aft_ray.cluster import connected
+from aft_ray.config import ClusterConfig as ClusterKeys
+from aft_ray.config import ConfigError
 from aft_ray.evaluation.evaluator import unanswered
 from aft_ray.ledger import Ledger
+from aft_ray.placement import Bundle, Part, Placement
 from aft_ray.questions import load_tokenizer, prepare, questions_of_round
 from aft_ray.run_dir import RunDir
 from aft_ray.sampling.groups import actor_options, close_groups, open_group, wait_for_group
@@ -22,6 +26,7 @@ from aft_ray.weights.publication import read_publication
 
 pytestmark = pytest.mark.timeout(1200)
 STORE = 100 << 20
+ON_RAY = ClusterKeys()  # what this process is connected to
 # A sampler takes a node of its own: the head has too few CPUs for one, and the others for two.
 HEAD_CPUS, NODE_CPUS, SAMPLER_CPUS = 2, 3, 2.5
 
@@ -209,3 +214,25 @@ def test_a_node_is_lost_in_a_round_which_is_whole_and_another_comes_for_the_next
         assert [(s["version"], s["tokens"] > 0) for s in pool.statuses()] == [(2, True), (2, True)]
     finally:
         pool.close()
+
+
+def test_what_an_autoscaler_may_add_counts(cluster):
+    """The limits are reported to Ray as an autoscaler's provider does; no autoscaler is at work here."""
+    from ray._raylet import GcsClient
+    from ray.core.generated.autoscaler_pb2 import ClusterConfig, NodeGroupConfig
+
+    def plan(gpus: float) -> Placement:
+        return Placement((Part("sampler", 2, (Bundle(1, gpus),), "sampling.tensor_parallel_size"),), "Add nodes")
+
+    with pytest.raises(ConfigError, match="16 GPUs are needed and the cluster has 0"), connected(ON_RAY, plan(8)):
+        pass
+    group = NodeGroupConfig(name="gpus", max_count=2, resources={"CPU": 8, "GPU": 8})
+    reported = ClusterConfig(node_group_configs=[group]).SerializeToString()
+    GcsClient(cluster.address).report_cluster_config(reported)
+    with connected(ON_RAY, plan(8)) as places:
+        assert [place.node.name for place in places if place.bundles] == ["gpus (to come)"] * 2
+    with (
+        pytest.raises(ConfigError, match="18 GPUs are needed and the cluster can grow to 16"),
+        connected(ON_RAY, plan(9)),
+    ):
+        pass
