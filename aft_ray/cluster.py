@@ -33,8 +33,9 @@ def training_placement(config: RunConfig) -> Placement:
 
 
 def evaluation_placement(config: RunConfig) -> Placement:
-    """What `aft-ray evaluate` reserves."""
-    return _placement(config, config.sampling.samplers, 0)
+    """What `aft-ray evaluate` reserves. There are no train workers to share GPUs with."""
+    alone = config.sampling.model_copy(update={"colocate": False})
+    return _placement(config.model_copy(update={"sampling": alone}), config.sampling.samplers, 0)
 
 
 def needs_samplers(config: RunConfig) -> bool:

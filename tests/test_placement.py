@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny_config
 
-from aft_ray.cluster import launcher_groups, serving_placement, training_placement
+from aft_ray.cluster import evaluation_placement, launcher_groups, serving_placement, training_placement
 from aft_ray.config import ConfigError
 from aft_ray.placement import Bundle, Node, NodeGroup, Part, Placement, place
 from aft_ray.serve_config import ServeConfig
@@ -98,6 +98,17 @@ def test_the_stages_of_an_engine_may_lie_on_different_nodes_but_the_processes_of
     assert [dict(one.bundles)["sampler"] for one in places] == [1, 1]
     with pytest.raises(ConfigError, match="one sampler needs 4 GPUs and 4 CPUs in one node"):
         place(placement, [Node(f"n{i}", 8, 3) for i in range(4)])
+
+
+def test_colocated_samplers_take_no_gpus_beside_the_train_workers_but_have_their_own_in_an_evaluation(tmp_path):
+    config = tiny_config(
+        tmp_path,
+        Path("m"),
+        sampling={"colocate": True, "samplers": 2, "tensor_parallel_size": 2, "gpus_per_sampler": 2},
+        training={"workers": 4, "gpus_per_worker": 1, "zero_stage": 2},
+    )
+    assert (training_placement(config).gpus, training_placement(config).cpus) == (4, 2 + 4 + 2)
+    assert evaluation_placement(config).gpus == 4
 
 
 def test_a_service_reserves_whole_engines():
