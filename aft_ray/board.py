@@ -14,6 +14,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from aft_ray.seats import Seat
+from aft_ray.weights.meeting import Invitation, Table
 from aft_ray.weights.publication import Publication
 
 
@@ -29,6 +30,9 @@ class Board:
         self._ready: set[int] = set()
         self._publications: dict[int, Publication] = {}
         self._given_way: dict[int, dict[int, Seat]] = {}
+        self._wanted = -1  # the oldest version that the conductor may still bring to the samplers
+        self._invitations: dict[int, Invitation] = {}
+        self._tables: dict[int, Table] = {}
         self._events: list[dict[str, Any]] = []
         self._failure: str | None = None
 
@@ -53,6 +57,8 @@ class Board:
 
     async def wait_publication(self, version: int, timeout_s: float) -> tuple[Publication, float]:
         """The newest version, once it is at least `version`; and the seconds waited."""
+        self._wanted = max(self._wanted, version)
+        await self._change(lambda: None)
         waited = await self._wait(
             lambda: max(self._publications, default=-1) >= version, timeout_s, f"policy version {version} to be trained"
         )
@@ -71,6 +77,44 @@ class Board:
             f"the train workers to leave their GPUs before round {round_number}",
         )
         return list(seats.values())
+
+    async def invite(self, invitation: Invitation, timeout_s: float) -> Table | None:
+        """Calls the trainer to the meeting of a version that it offered; where it sits.
+
+        None when it does not come: the meeting was held already, or the train workers have started again since.
+        """
+        version = invitation.version
+        if version in self._invitations or not self._offers_meeting(version):
+            return None
+        await self._change(lambda: self._invitations.update({version: invitation}))
+        if not invitation.guests:
+            return None
+        try:
+            await self._wait(
+                lambda: version in self._tables or not self._offers_meeting(version),
+                timeout_s,
+                f"the trainer to open the meeting of version {version}",
+            )
+        except BoardFailed:
+            await self.check()
+        return self._tables.get(version)
+
+    async def wait_invitation(self, version: int, timeout_s: float) -> Invitation | None:
+        """Waits until the conductor invites to a version's meeting; None when it goes on without this version."""
+        await self._wait(
+            lambda: version in self._invitations or self._wanted > version,
+            timeout_s,
+            f"the samplers to come for policy version {version}",
+        )
+        return self._invitations.get(version)
+
+    async def open_table(self, version: int, table: Table) -> None:
+        """The trainer waits for the engines there."""
+        await self._change(lambda: self._tables.update({version: table}))
+
+    def _offers_meeting(self, version: int) -> bool:
+        publication = self._publications.get(version)
+        return publication is not None and publication.meeting is not None
 
     async def post(self, event: dict[str, Any]) -> None:
         """An event for the driver's metrics and progress."""

@@ -33,8 +33,10 @@ from aft_ray.questions import count_by_task, load_tokenizer, prepare, questions_
 from aft_ray.records import Group
 from aft_ray.run_dir import CONFIG, EVALUATIONS, LOGS, RunDir
 from aft_ray.sampling.judging import RemoteJudge, check_judge, start_judge
+from aft_ray.sampling.meeting import meet
 from aft_ray.sampling.members import Change, last_line
 from aft_ray.sampling.pool import SamplerPool
+from aft_ray.sampling.sampler import Loaded
 from aft_ray.sampling.stream import Tally, sample_round, tally
 from aft_ray.sampling.turns import Turns
 from aft_ray.schedule import AwaitVersion, SampleRound, order_of_rounds
@@ -103,13 +105,16 @@ class Conductor:
         if self.turns is not None:
             self.pool = self.turns.begin(publication.version + 1)
         started = time.monotonic()
-        loaded = self.samplers.load(publication)
-        slowest = max(loaded, key=lambda one: one.fetch_s + one.load_s + one.prove_s)
-        if slowest.load_s > 0:  # else they held it already
+        loaded = self._meet(publication) if publication.meeting is not None else []
+        loaded += self.samplers.load(publication)  # whoever holds it already says so
+        slowest = max(loaded, key=lambda one: one.seconds)
+        if slowest.seconds > 0:
             self.reporter.event(
                 "published",
                 version=publication.version,
                 seconds=time.monotonic() - started,
+                bytes=publication.bytes,
+                rendezvous_s=slowest.rendezvous_s,
                 fetch_s=slowest.fetch_s,
                 load_s=slowest.load_s,
                 prove_s=slowest.prove_s,
@@ -117,6 +122,13 @@ class Conductor:
             )
         if self.validation and evaluation_due(self.config, self.run_dir, publication.version):
             self._evaluate(publication)
+
+    def _meet(self, publication: Publication) -> list[Loaded]:
+        """The samplers that the trainer's stream reached."""
+        met = meet(self.board, self.samplers, publication, self.config.sampling.processes_per_sampler)
+        for sentence in met.missed:
+            self.reporter.say(f"version {publication.version} did not reach every engine by stream: {sentence}")
+        return met.loaded
 
     def _sample(self, number: int, publication: Publication, waited: float) -> None:
         """Step 1 of a round: every question sampled once, labelled, and in the ledger."""

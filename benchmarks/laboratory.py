@@ -255,7 +255,10 @@ class Laboratory:
         return self._answer(wanted, self.settings.k, 1.0, f"{seed}/round 1")
 
     def _load(self, model: Path) -> None:
-        self._engine.update_weights([lambda file=file: str(file) for file in sorted(model.glob("*.safetensors"))])
+        from aft_ray.weights.publication import read_publication
+
+        calls = read_publication(0, model).calls(60)
+        self._engine.update_weights(calls, lambda phase: None).result()
 
     def _answer(self, questions: Sequence[Group], k: int, temperature: float, purpose: str) -> list[Group]:
         from aft_ray.sampling.engine import Prompt, SamplingSpec

@@ -10,12 +10,13 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from aft_ray.records import Candidate
+from aft_ray.weights.delivery import GLOO, HARMLESS, NCCL, Call, Phase
 
 # Seconds between two looks at whether the processes of an idle engine still live.
 _HEALTH_S = 5.0
@@ -29,13 +30,17 @@ class EngineDead(RuntimeError):
     """vLLM failed inside this process; the process must end and be replaced."""
 
 
+class WeightsMissed(RuntimeError):
+    """New weights did not come. The engine's own are unknown now; it works again once a delivery has come through."""
+
+
 @dataclass(frozen=True, slots=True)
 class EngineSpec:
     """What an engine is built from. `model` is a local directory or a hub name.
 
     eos_token_id: the token that ends a response; the engine has no tokenizer to ask. threads: of each of its processes,
     which are tensor_parallel_size x pipeline_parallel_size. shared_gpus: ids of GPUs that are train workers' when the
-    engine sleeps; none: it has its own.
+    engine sleeps; none: it has its own. meets: it takes new weights from the trainer's stream.
     """
 
     model: str
@@ -52,6 +57,7 @@ class EngineSpec:
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     shared_gpus: tuple[str, ...] = ()
+    meets: bool = False
 
     @property
     def executor(self) -> Literal["uni", "mp", "ray"]:
@@ -136,21 +142,29 @@ class Engine:
         sequence = [*prompt_token_ids, *response_token_ids]
         return self._request(sequence, scoring_parameters(), lambda output: score_of(output, len(prompt_token_ids)))
 
-    def update_weights(self, files: Sequence[Callable[[], str]]) -> None:
-        """Loads safetensors files, each named by a call that may fetch it first, into the running engine.
+    def update_weights(self, calls: Iterator[Call], enter: Callable[[Phase], None]) -> Future[None]:
+        """Makes the calls of a delivery, once no request is running; says which phase it enters.
 
-        The prefix cache, computed with the old weights, is dropped. A failure half-way kills the engine.
+        The prefix cache, computed with the old weights, is dropped. Raises WeightsMissed when the weights did not come;
+        what fails later kills the engine.
         """
 
-        def update(llm: Any) -> None:
-            llm.collective_rpc("begin_weights")
-            for file in files:
-                llm.collective_rpc("load_weights_file", args=(file(),))
-            llm.collective_rpc("finish_weights")
+        def update(llm: Any) -> WeightsMissed | None:
+            enter("fetch")
+            phase: Phase = "fetch"
+            try:
+                for call in calls:
+                    enter(phase := call.phase)
+                    llm.collective_rpc(call.method, args=call.args)
+            except Exception as error:
+                if phase not in HARMLESS:
+                    raise
+                return WeightsMissed(str(error) or repr(error))
             if not llm.reset_prefix_cache():
                 raise RuntimeError("the prefix cache could not be reset after new weights were loaded")
+            return None
 
-        self._exclusive(update).result()
+        return self._exclusive(update)
 
     def sleep(self) -> Future[Any]:
         """Gives the memory of weights and KV cache back. Both parts must wake, the weights loaded, before a request.
@@ -249,7 +263,9 @@ class Engine:
             # vLLM's word for a request it cannot take; the engine is untouched.
             task.answer.set_exception(ValueError(str(error)))
             return
-        if task.exclusive:
+        if isinstance(result, Exception):  # a failure that leaves the engine sound
+            task.answer.set_exception(result)
+        elif task.exclusive:
             task.answer.set_result(result)
 
     def _fail_all(self, task: _Task | None, failure: BaseException) -> None:
@@ -355,6 +371,8 @@ def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
         # Greedy and sampled decoding must not inherit a model's own generation_config.json.
         "generation_config": "vllm",
     }
+    if spec.meets:
+        arguments |= {"weight_transfer_config": {"backend": NCCL if spec.gpu else GLOO}}
     if spec.gpu:
         arguments |= {
             "gpu_memory_utilization": spec.gpu_memory_utilization,

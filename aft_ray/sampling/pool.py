@@ -48,6 +48,7 @@ def engine_spec(config: RunConfig, model: str, eos_token_id: int, seat: EngineSe
         trust_remote_code=config.model.trust_remote_code,
         seed=config.seed,
         shared_gpus=seat.gpus if seat else (),
+        meets=config.weights.transport == "nccl",
     )
 
 

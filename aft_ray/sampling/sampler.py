@@ -16,10 +16,18 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from aft_ray.records import Candidate
-from aft_ray.sampling.engine import Engine, EngineDead, EngineSpec, Prompt, SamplingSpec, prepare_environment
+from aft_ray.sampling.engine import (
+    Engine,
+    EngineDead,
+    EngineSpec,
+    Prompt,
+    SamplingSpec,
+    WeightsMissed,
+    prepare_environment,
+)
 from aft_ray.sampling.groups import wait_for_group
+from aft_ray.sampling.phases import Overdue, Phases
 from aft_ray.weights.publication import Publication, PublicationFailed
-from aft_ray.weights.transport import opened
 
 
 class WrongVersion(RuntimeError):
@@ -35,13 +43,21 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """How a publication reached one engine: seconds of each phase, and the probes' largest score difference."""
+    """How a publication reached one engine: seconds of each phase, and the probes' largest score difference.
+
+    All zero when the engine held it already. difference: nats per token.
+    """
 
     version: int
-    fetch_s: float
-    load_s: float
-    prove_s: float
-    difference: float
+    rendezvous_s: float = 0.0
+    fetch_s: float = 0.0
+    load_s: float = 0.0
+    prove_s: float = 0.0
+    difference: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        return self.rendezvous_s + self.fetch_s + self.load_s + self.prove_s
 
 
 class Sampler:
@@ -59,7 +75,7 @@ class Sampler:
 
         self._name = f"sampler {index}"
         self._version = version
-        self._phase = "idle"
+        self._phases = Phases()
         self._loading = asyncio.Lock()
         self._tokens = 0
         self._busy_since: float | None = None
@@ -73,7 +89,7 @@ class Sampler:
         if not self._engine.alive():
             self._die(EngineDead("its engine died while nothing was asked of it"))
         busy = self._busy_s + (time.monotonic() - self._busy_since if self._busy_since is not None else 0.0)
-        return {"version": self._version, "phase": self._phase, "tokens": self._tokens, "busy_s": busy}
+        return {"version": self._version, "phase": self._phases.name, "tokens": self._tokens, "busy_s": busy}
 
     async def answer(
         self, prompts: Sequence[Prompt], how: SamplingSpec, version: int | None
@@ -92,23 +108,28 @@ class Sampler:
     async def load(self, publication: Publication, tolerance: float, timeout_s: float) -> Loaded:
         """Brings the engine to a version and proves it by its probes. Idempotent.
 
-        Raises PublicationFailed naming the engine and the phase; the process then ends, its weights being unknown.
+        Raises PublicationFailed naming the engine and the phase. The engine then answers nothing until a delivery has
+        come through; when it stands still, the process ends.
         """
         async with self._loading:
             if self._version == publication.version:
-                return Loaded(publication.version, 0.0, 0.0, 0.0, 0.0)
+                return Loaded(publication.version)
             self._version = None
+            self._phases = Phases()
             try:
-                return await asyncio.wait_for(self._load(publication, tolerance, timeout_s), 3 * timeout_s)
-            except TimeoutError:
+                return await self._load(publication, tolerance, timeout_s)
+            except (WeightsMissed, Overdue) as error:
+                if isinstance(error, Overdue):
+                    # Its thread may never come back. Later, so that the caller still learns why.
+                    asyncio.get_running_loop().call_later(1.0, os._exit, 1)
                 raise PublicationFailed(
-                    f"{self._name} did not get through phase {self._phase!r} of publishing version "
-                    f"{publication.version} in time; weights.timeout_s ({timeout_s:.0f} s a phase) sets the deadline"
+                    f"{self._name} did not get through phase {self._phases.name!r} of publishing version "
+                    f"{publication.version}: {error}; weights.timeout_s ({timeout_s:.0f} s a phase) sets the deadline"
                 ) from None
             except EngineDead as error:
                 self._die(error)
             finally:
-                self._phase = "idle"
+                self._phases.leave()
 
     async def sleep(self) -> None:
         """Leaves the GPUs to the train workers. It holds no version then, until one is loaded."""
@@ -120,39 +141,21 @@ class Sampler:
                 self._die(error)
 
     async def _load(self, publication: Publication, tolerance: float, timeout_s: float) -> Loaded:
-        started = time.monotonic()
-        self._phase = "fetch"
-        fetched, loaded = await asyncio.to_thread(self._fetch_and_load, publication, timeout_s)
-        self._phase = "prove"
-        difference = await self._difference(publication)
-        # Written so that a NaN is a failure too.
-        if not difference <= tolerance:
-            raise PublicationFailed(
-                f"{self._name} scores the probes of version {publication.version} up to {difference:.2g} nats per "
-                f"token away from the trainer (tolerance {tolerance:g}): its weights are wrong and answer nothing"
-            )
-        self._version = publication.version
-        return Loaded(publication.version, fetched - started, loaded - fetched, time.monotonic() - loaded, difference)
-
-    def _fetch_and_load(self, publication: Publication, timeout_s: float) -> tuple[float, float]:
-        with opened(publication, timeout_s) as files:
-            fetched = time.monotonic()
-            self._phase = "load"
-            # The weights first: there may be no room for the KV cache beside what loading needs.
-            self._engine.wake("weights").result()
-            self._engine.update_weights(files)
-            self._engine.wake("kv_cache").result()
-            return fetched, time.monotonic()
-
-    async def _difference(self, publication: Publication) -> float:
-        scores = await asyncio.gather(
-            *(
-                asyncio.wrap_future(self._engine.score(probe.prompt_token_ids, probe.response_token_ids))
-                for probe in publication.probes
-            )
+        phases = self._phases
+        phases.enter("fetch")
+        # The weights first: there may be no room for the KV cache beside what loading needs.
+        await phases.watch(self._engine.wake("weights"), timeout_s)
+        await phases.watch(self._engine.update_weights(publication.calls(timeout_s), phases.enter), timeout_s)
+        await phases.watch(self._engine.wake("kv_cache"), timeout_s)
+        phases.enter("prove")
+        scores = [self._engine.score(p.prompt_token_ids, p.response_token_ids) for p in publication.probes]
+        difference = publication.prove(
+            [await phases.watch(score, timeout_s) for score in scores], tolerance, self._name
         )
-        differences = [abs(score - probe.score) for score, probe in zip(scores, publication.probes, strict=True)]
-        return max(differences, key=lambda difference: (difference != difference, difference), default=0.0)
+        phases.leave()
+        self._version = publication.version
+        took = phases.seconds
+        return Loaded(publication.version, took["rendezvous"], took["fetch"], took["load"], took["prove"], difference)
 
     async def _answer(self, prompt: Prompt, how: SamplingSpec) -> list[Candidate] | Refused:
         try:

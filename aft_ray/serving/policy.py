@@ -31,7 +31,7 @@ from aft_ray.sampling.engine import (
     scoring_parameters,
 )
 from aft_ray.serving.gate import Gate
-from aft_ray.weights.publication import Publication, PublicationFailed
+from aft_ray.weights.publication import Publication
 
 
 class WrongVersion(RuntimeError):
@@ -236,27 +236,21 @@ class PolicyServer(LLMServer):  # type: ignore[misc]
     async def _load(self, publication: Publication) -> None:
         """Loads and proves."""
         client = self.engine.client
-        await client.collective_rpc("begin_weights")
-        for shard in publication.shards:
-            await client.collective_rpc("load_weights_file", args=(f"{publication.model}/{shard}",))
-        await client.collective_rpc("finish_weights")
+        for call in publication.calls(self._spec.drain_s):
+            await client.collective_rpc(call.method, args=call.args)
         if not await client.reset_prefix_cache():
             raise RuntimeError("the prefix cache could not be reset")
         await self._prove(publication)
 
     async def _prove(self, publication: Publication) -> None:
-        """Raises PublicationFailed when a probe scores otherwise than it did for the trainer."""
+        """Raises PublicationFailed when the probes score otherwise than they did for the trainer."""
+        scores = []
         for probe in publication.probes:
             sequence = [*probe.prompt_token_ids, *probe.response_token_ids]
             async for output in self._generate(sequence, scoring_parameters()):
                 last = output
-            difference = abs(score_of(last, len(probe.prompt_token_ids)) - probe.score)
-            # Written so that a NaN is a failure too.
-            if not difference <= self._spec.tolerance:
-                raise PublicationFailed(
-                    f"a probe of {publication.model} scores {difference:.2g} nats per token away from the trainer "
-                    f"(tolerance {self._spec.tolerance:g}): these are not the weights that were published"
-                )
+            scores.append(score_of(last, len(probe.prompt_token_ids)))
+        publication.prove(scores, self._spec.tolerance, f"the engine of {publication.model}")
 
 
 @contextlib.contextmanager

@@ -1,27 +1,78 @@
-"""The trainer's side of a publication: probes scored, the model directory made whole, the shards offered.
+"""The trainer's side of a publication: probes scored, the model directory made whole, the weights handed over.
 
-Invariant: the probes are scored by the weights that are written, before anything changes them.
+Invariant: the probes are scored by the weights that are written and streamed, before anything changes them.
 """
 
 from __future__ import annotations
 
+import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import ray
 import torch
 
+from aft_ray.board import call
+from aft_ray.cluster import needs_samplers
 from aft_ray.config import RunConfig
 from aft_ray.objectives import build_objective
 from aft_ray.records import Group
 from aft_ray.run_dir import RunDir
 from aft_ray.training import step
 from aft_ray.training.collate import collate
+from aft_ray.weights.broadcast import Streamed
+from aft_ray.weights.meeting import Invitation, MeetingFailed, Table
 from aft_ray.weights.publication import Probe, Publication, write_probes
 from aft_ray.weights.source import write_model
-from aft_ray.weights.transport import OFFERS
+from aft_ray.weights.transport import Broadcast, Checkpoint, ObjectStore, Transport
+
+
+@dataclass(frozen=True)
+class BoardMeetings:
+    """A trainer's meetings, arranged on the board."""
+
+    board: Any
+    timeout_s: float
+
+    def invitation(self, version: int) -> Invitation | None:
+        invitation: Invitation | None = call(self.board.wait_invitation, version, self.timeout_s)
+        return invitation
+
+    def open_table(self, version: int, port: int) -> None:
+        call(self.board.open_table, version, Table(ray.util.get_node_ip_address(), port))
+
+    def ended(self, version: int, how: Streamed | MeetingFailed) -> None:
+        if isinstance(how, MeetingFailed):
+            print(f"{how}; the engines take the model directory", file=sys.stderr, flush=True)
+            call(self.board.post, {"event": "stream_failed", "version": version, "reason": str(how)})
+        else:
+            call(self.board.post, {"event": "streamed", "version": version, **asdict(how)})
+
+
+def build_transport(config: RunConfig, board: Any, rank: int) -> Transport:
+    """The transport of a run. Nothing is offered where nobody takes it."""
+    if not needs_samplers(config):
+        return Checkpoint()
+
+    def broadcast() -> Transport:
+        return Broadcast(
+            BoardMeetings(board, config.rounds.timeout_s),
+            rank,
+            getattr(torch, config.model.dtype),
+            config.weights.bucket_mib << 20,
+            config.weights.timeout_s,
+            gpu=config.training.gpus_per_worker > 0,
+        )
+
+    transports: dict[str, Callable[[], Transport]] = {
+        "checkpoint": Checkpoint,
+        "object_store": ObjectStore,
+        "nccl": broadcast,
+    }
+    return transports[config.weights.transport]()
 
 
 @dataclass(frozen=True)
@@ -32,6 +83,11 @@ class Publisher:
     run_dir: RunDir
     tokenizer: Any
     rank: int
+    transport: Transport
+
+    def deliver(self, engine: Any, round_number: int) -> None:
+        """Hands a published version to the engines, where that takes the trainer. All ranks call it together."""
+        self.transport.deliver(engine.module, round_number)
 
     def write(self, engine: Any, round_number: int, groups: Sequence[Group]) -> Publication | None:
         """Makes the round's model directory. All ranks call it together; rank 0 gets what it may offer on the board."""
@@ -43,7 +99,7 @@ class Publisher:
                 engine.module,
                 directory,
                 self.config.weights.shard_mib << 20,
-                OFFERS[self.config.weights.transport],
+                self.transport.offer,
                 self.rank,
                 getattr(torch, self.config.model.dtype),
             )
@@ -52,14 +108,14 @@ class Publisher:
             self.tokenizer.save_pretrained(directory)
             write_probes(directory, probes)
             self.run_dir.store_directory(directory, model_dir)
-        return Publication(
+        publication = Publication(
             version=round_number,
             model=str(self.run_dir.fetch_directory(model_dir)),
             shards=tuple(written.shards),
             probes=tuple(probes),
-            objects=tuple(written.objects),
             bytes=written.bytes,
         )
+        return self.transport.describe(publication, written.handles, engine.module)
 
     def _probe_texts(self, groups: Sequence[Group]) -> list[Group]:
         """Sequences of this round to prove its publication by, each as a group whose reference is the response."""

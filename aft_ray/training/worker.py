@@ -27,7 +27,7 @@ from aft_ray.run_dir import LOGS, RunDir, RunDirError
 from aft_ray.sampling.sampler import redirect_output
 from aft_ray.training import batching, checkpoint, deepspeed, step, turns
 from aft_ray.training.collate import collate
-from aft_ray.training.publisher import Publisher
+from aft_ray.training.publisher import Publisher, build_transport
 from aft_ray.weights.publication import read_publication
 
 
@@ -70,7 +70,8 @@ class _Trainer:
         self.ledger = Ledger(worker.run_dir)
         self.tokenizer = load_tokenizer(self.config)
         self.pad_token_id = self.tokenizer.pad_token_id or 0
-        self.publisher = Publisher(self.config, self.run_dir, self.tokenizer, self.rank)
+        transport = build_transport(self.config, self.board, self.rank)
+        self.publisher = Publisher(self.config, self.run_dir, self.tokenizer, self.rank, transport)
         if self.config.training.gpus_per_worker == 0:
             torch.set_num_threads(max(1, int(self.config.training.cpus_per_worker)))
 
@@ -123,6 +124,7 @@ class _Trainer:
         groups = self.ledger.read_groups(round_number)
         metrics = self._train(engine, round_number, groups) | {"waited_s": waited}
         self._finish(engine, round_number, groups, metrics)
+        self.publisher.deliver(engine, round_number)
 
     def _finish(self, engine: Any, round_number: int, groups: list[Group], metrics: dict[str, Any]) -> None:
         """Makes the round durable and offers its weights, in this order: model directory, checkpoint, ledger, board."""

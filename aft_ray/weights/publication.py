@@ -7,10 +7,12 @@ an engine that scores them differently has wrong weights and says so.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+
+from aft_ray.weights.delivery import Call, Delivery, FromDirectory
+from aft_ray.weights.layout import Layout
 
 PROBES_FILE = "probes.json"
 
@@ -30,19 +32,39 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class Publication:
-    """Policy version `version`: the model directory that holds it and, while the trainer lives, its shards in memory.
+    """Policy version `version`: the model directory that holds it, and any faster way while the trainer lives.
 
-    model: a local or shared directory, in Hugging Face form. shards: file names in it, in loading order.
-    objects: the same files as object references, one a shard; empty for the `checkpoint` transport. bytes: of the
-    weights; 0 when they were read from disk.
+    model: a local or shared directory, in Hugging Face form. shards: file names in it, in loading order. delivery: how
+    an engine gets the weights; None: from the directory. meeting: what the trainer would stream to engines that meet
+    it; None: it does not. bytes: of the weights; 0 when they were read from disk.
     """
 
     version: int
     model: str
     shards: tuple[str, ...]
     probes: tuple[Probe, ...]
-    objects: tuple[Any, ...] = field(default=())
+    delivery: Delivery | None = None
+    meeting: Layout | None = None
     bytes: int = 0
+
+    def calls(self, timeout_s: float) -> Iterator[Call]:
+        """What brings the weights into an engine."""
+        return (self.delivery or FromDirectory(self.model, self.shards)).calls(timeout_s)
+
+    def prove(self, scores: Sequence[float], tolerance: float, engine: str) -> float:
+        """The largest difference between an engine's scores of the probes and the trainer's, nats per token.
+
+        Raises PublicationFailed, naming the engine, when it is above the tolerance, or not a number.
+        """
+        differences = [abs(score - probe.score) for score, probe in zip(scores, self.probes, strict=True)]
+        largest = max(differences, key=lambda difference: (difference != difference, difference), default=0.0)
+        # Written so that a NaN is a failure too.
+        if not largest <= tolerance:
+            raise PublicationFailed(
+                f"{engine} scores the probes of version {self.version} up to {largest:.2g} nats per token away from "
+                f"the trainer (tolerance {tolerance:g}): its weights are wrong and answer nothing"
+            )
+        return largest
 
 
 def write_probes(directory: str | Path, probes: Sequence[Probe]) -> None:

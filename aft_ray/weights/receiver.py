@@ -1,7 +1,8 @@
-"""The engine's end of a publication: runs inside every vLLM worker process, loads weights in place.
+"""What runs inside every vLLM worker process: loads shards in place, and registers the engines that a meeting needs.
 
-Invariant: between `begin_weights` and `finish_weights` the model must not be run. Names and shapes are those of
-the Hugging Face checkpoint; vLLM's own loader maps them onto fused and sharded parameters.
+vLLM imports this module in each of them, as its `worker_extension_cls`. Invariant: between `begin_weights` and
+`finish_weights` the model must not be run. Names and shapes are those of the Hugging Face checkpoint; vLLM's own loader
+maps them onto fused and sharded parameters.
 """
 
 from __future__ import annotations
@@ -9,6 +10,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+
+from aft_ray.weights.delivery import GLOO, NCCL
+
+WeightTransferEngineFactory.register_engine(GLOO, "aft_ray.weights.transfer_engines", "GlooMeetingEngine")
+WeightTransferEngineFactory.register_engine(NCCL, "aft_ray.weights.transfer_engines", "NcclMeetingEngine")
 
 
 class WeightReceiver:
@@ -19,10 +26,18 @@ class WeightReceiver:
 
     def begin_weights(self) -> None:
         from vllm.config import set_current_vllm_config
-        from vllm.model_executor.model_loader.reload.layerwise import initialize_layerwise_reload
+        from vllm.model_executor.model_loader.reload.layerwise import (
+            finalize_layerwise_reload,
+            get_layerwise_info,
+            initialize_layerwise_reload,
+        )
 
+        model = self.model_runner.get_model()
         with set_current_vllm_config(self.vllm_config):
-            initialize_layerwise_reload(self.model_runner.get_model())
+            if any(get_layerwise_info(layer).can_load() for layer in model.modules()):
+                # What an update that broke off has left is dropped: all of it is loaded anew.
+                finalize_layerwise_reload(model, self.vllm_config.model_config)
+            initialize_layerwise_reload(model)
 
     def load_weights_file(self, path: str) -> None:
         from safetensors import safe_open

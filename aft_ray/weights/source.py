@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,10 @@ from typing import Any
 
 import torch
 
-from aft_ray.weights.transport import Offer
+from aft_ray.weights.layout import Layout
+
+# Offers a shard file that was just written; returns its handle, None for none.
+Offer = Callable[[Path], Any]
 
 # "model.layers.11.mlp.up_proj.weight" belongs to the group "model.layers.11."
 _LAYER = re.compile(r"^(.*?\.\d+\.)")
@@ -24,10 +27,10 @@ _LAYER = re.compile(r"^(.*?\.\d+\.)")
 
 @dataclass(slots=True)
 class WrittenModel:
-    """The shard files of a model directory in loading order, and what the transport needs to open each."""
+    """The shard files of a model directory in loading order, and the handles that the transport gave them."""
 
     shards: list[str] = field(default_factory=list)
-    objects: list[Any] = field(default_factory=list)
+    handles: list[Any] = field(default_factory=list)
     bytes: int = 0
 
 
@@ -56,14 +59,30 @@ def gathered(parameters: list[torch.nn.Parameter]) -> AbstractContextManager[Any
     return context
 
 
-def named_tensors(model: torch.nn.Module, dtype: torch.dtype, keep: bool) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every parameter once, whole, on the CPU, in `dtype`. Yields only where `keep` (rank 0), gathers everywhere."""
+def live_parameters(model: torch.nn.Module, keep: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every parameter once, whole, where and as it is. Yields only where `keep` (rank 0), gathers everywhere.
+
+    A tensor is only good until the next is asked for: then its layer may be given back.
+    """
     for group in layer_groups(model):
         with gathered([parameter for _, parameter in group]):
             if keep:
-                tensors = [(name, parameter.detach().to("cpu", dtype, copy=True)) for name, parameter in group]
-        if keep:
-            yield from tensors
+                for name, parameter in group:
+                    yield name, parameter.detach()
+
+
+def named_tensors(model: torch.nn.Module, dtype: torch.dtype, keep: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    """The same as copies on the CPU, in `dtype`."""
+    for name, tensor in live_parameters(model, keep):
+        yield name, tensor.to("cpu", dtype, copy=True)
+
+
+def layout_of(model: torch.nn.Module, dtype: torch.dtype, bucket_bytes: int) -> Layout:
+    """What `live_parameters` would stream, without gathering anything."""
+    parameters = [pair for group in layer_groups(model) for pair in group]
+    # ZeRO-3 keeps the whole shape beside the shard.
+    wholes: list[Any] = [p.ds_shape if hasattr(p, "ds_shape") else p.shape for _, p in parameters]
+    return Layout.of([name for name, _ in parameters], wholes, str(dtype).removeprefix("torch."), bucket_bytes)
 
 
 def write_model(
@@ -91,7 +110,7 @@ def write_model(
         index.update(dict.fromkeys(shard, name))
         written.shards.append(name)
         if (handle := offer(directory / name)) is not None:
-            written.objects.append(handle)
+            written.handles.append(handle)
         shard.clear()
 
     for name, tensor in named_tensors(model, dtype, keep=True):

@@ -1,86 +1,124 @@
-"""How the shards of a publication get from rank 0 of training to an engine's process.
+"""The trainer's end of a publication: one class for each way that weights take to the engines.
 
-A shard always arrives as a local safetensors file, the one form that every vLLM worker process can map. The trainer
-offers shards as it writes them; the engine opens them one at a time. A collective transport (NCCL) would implement
-the same two ends over buckets.
+Invariant: a transport only adds a faster way. The model directory of a round is written whatever it does, and an engine
+that it does not reach takes that.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
-import tempfile
-from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
+from aft_ray.weights.broadcast import GlooHub, Hub, NcclHub, Streamed, stream
+from aft_ray.weights.delivery import FromDirectory, FromObjects
+from aft_ray.weights.meeting import Invitation, MeetingFailed
 from aft_ray.weights.publication import Publication
+from aft_ray.weights.source import layout_of, live_parameters
 
 
-class Offer(Protocol):
-    """The trainer's end: offers one shard file, returns what the engine needs to open it (None: its name is enough)."""
+class Transport(Protocol):
+    """Every rank has one. `offer` is called on rank 0 alone, the others on all ranks together."""
 
-    def __call__(self, shard: Path) -> Any: ...
+    def offer(self, shard: Path) -> Any:
+        """Offers a shard file that was just written; returns its handle, None for none."""
+        ...
 
+    def describe(self, publication: Publication, handles: list[Any], module: torch.nn.Module) -> Publication:
+        """The publication with the way that engines are to take."""
+        ...
 
-def offer_checkpoint(shard: Path) -> None:
-    """Nothing to do: engines read the model directory from shared storage."""
-    del shard
-
-
-def offer_object(shard: Path) -> Any:
-    """Puts the shard into Ray's object store: shared memory here, one transfer a node elsewhere."""
-    import ray
-
-    return ray.put(np.fromfile(shard, dtype=np.uint8))
+    def deliver(self, module: torch.nn.Module, version: int) -> None:
+        """Hands the weights over, once the version was published, where that takes the trainer's part."""
+        ...
 
 
-OFFERS: dict[str, Offer] = {"checkpoint": offer_checkpoint, "object_store": offer_object}
+class Checkpoint:
+    """Engines read the model directory from shared storage."""
+
+    def offer(self, shard: Path) -> None:
+        del shard
+
+    def describe(self, publication: Publication, handles: list[Any], module: torch.nn.Module) -> Publication:
+        del handles, module
+        return publication
+
+    def deliver(self, module: torch.nn.Module, version: int) -> None:
+        del module, version
 
 
-@contextlib.contextmanager
-def opened(publication: Publication, timeout_s: float) -> Iterator[list[Callable[[], str]]]:
-    """The engine's end: one call a shard, each making the shard a local file and returning its path.
+class ObjectStore(Checkpoint):
+    """Shards go through Ray's object store: shared memory here, one transfer a node elsewhere."""
 
-    Objects whose owner died with the trainer are replaced by the model directory, which holds the same bytes.
-    Raises TimeoutError when the objects do not reach this node within `timeout_s`.
+    def offer(self, shard: Path) -> Any:
+        import ray
+
+        return ray.put(np.fromfile(shard, dtype=np.uint8))
+
+    def describe(self, publication: Publication, handles: list[Any], module: torch.nn.Module) -> Publication:
+        del module
+        directory = FromDirectory(publication.model, publication.shards)
+        return replace(publication, delivery=FromObjects(tuple(handles), directory))
+
+
+class Meetings(Protocol):
+    """How the trainer learns of a meeting, and tells of it."""
+
+    def invitation(self, version: int) -> Invitation | None:
+        """Waits until the conductor invites to a version, or goes on without it (None). The same on all ranks."""
+        ...
+
+    def open_table(self, version: int, port: int) -> None:
+        """Says where rank 0 waits for the engines."""
+        ...
+
+    def ended(self, version: int, how: Streamed | MeetingFailed) -> None: ...
+
+
+class Broadcast(Checkpoint):
+    """Rank 0 streams its live weights to all engines at once, at a meeting: NCCL between GPUs, gloo without.
+
+    What comes after the trainer's part (a late engine, a resumed run) is served by the model directory.
     """
-    from_disk = [_constant(str(Path(publication.model) / name)) for name in publication.shards]
-    if not publication.objects:
-        yield from_disk
-        return
-    import ray
-    from ray.exceptions import GetTimeoutError, ObjectLostError
 
-    try:
-        arrays = ray.get(list(publication.objects), timeout=timeout_s)  # mapped, not copied
-    except GetTimeoutError:
-        raise TimeoutError(
-            f"{len(publication.objects)} shards did not arrive over the object store in {timeout_s:.0f} s"
-        ) from None
-    except ObjectLostError:
-        yield from_disk
-        return
-    with tempfile.TemporaryDirectory(prefix="aft-ray-", dir=_memory_dir()) as scratch:
-        path = Path(scratch) / "shard.safetensors"
-        yield [_written(path, array) for array in arrays]
+    def __init__(
+        self, meetings: Meetings, rank: int, dtype: torch.dtype, bucket_bytes: int, timeout_s: float, gpu: bool
+    ) -> None:
+        self._meetings, self._rank, self._dtype = meetings, rank, dtype
+        self._bucket_bytes, self._timeout_s = bucket_bytes, timeout_s
+        self._make_hub: type[GlooHub] | type[NcclHub] = NcclHub if gpu else GlooHub
+        self._hub: Hub | None = None
 
+    def describe(self, publication: Publication, handles: list[Any], module: torch.nn.Module) -> Publication:
+        del handles
+        return replace(publication, meeting=layout_of(module, self._dtype, self._bucket_bytes))
 
-def _constant(value: str) -> Callable[[], str]:
-    return lambda: value
+    def deliver(self, module: torch.nn.Module, version: int) -> None:
+        """Takes part in the version's meeting. One that fails is told of, and harms nothing here."""
+        invitation = self._meetings.invitation(version)
+        if invitation is None or not invitation.guests:
+            return
+        tensors = live_parameters(module, keep=self._rank == 0)
+        try:
+            if self._rank == 0:
+                layout = layout_of(module, self._dtype, self._bucket_bytes)
+                self._close()
+                self._hub = self._make_hub(self._timeout_s)
+                self._meetings.open_table(version, self._hub.port)
+                self._meetings.ended(version, stream(tensors, layout, self._hub, invitation, self._timeout_s))
+        except MeetingFailed as error:
+            self._close()  # so that no engine waits for what will not come
+            self._meetings.ended(version, error)
+        finally:
+            # Gathering is a collective: every rank goes through it to the end, whatever became of the stream.
+            for _ in tensors:
+                pass
 
-
-def _written(path: Path, array: np.ndarray[Any, Any]) -> Callable[[], str]:
-    def write() -> str:
-        # A new file each time: the old one may still be mapped by the engine.
-        path.unlink(missing_ok=True)
-        array.tofile(path)
-        return str(path)
-
-    return write
-
-
-def _memory_dir() -> str | None:
-    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    def _close(self) -> None:
+        """Ends the last group. Not at once when all is sent: what is under way still needs it."""
+        if self._hub is not None:
+            self._hub.destroy()
+            self._hub = None

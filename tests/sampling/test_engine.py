@@ -14,6 +14,7 @@ from aft_ray.sampling.engine import Engine, EngineDead, EngineSpec, Prompt, Samp
 from aft_ray.tasks.arithmetic_model import build_tiny_model
 from aft_ray.training.collate import collate
 from aft_ray.training.step import score_groups
+from aft_ray.weights.delivery import FromDirectory
 
 EOS = 1
 PROMPT = [7, 8, 9, 10, 11, 12]
@@ -57,8 +58,10 @@ def greedy(model, prompt, most) -> list[int]:
     return tokens[0, len(prompt) :].tolist()
 
 
-def shards(directory) -> list:
-    return [lambda path=path: str(path) for path in sorted(directory.glob("*.safetensors"))]
+def load(engine, directory) -> None:
+    """New weights from a model directory."""
+    files = tuple(path.name for path in sorted(directory.glob("*.safetensors")))
+    engine.update_weights(FromDirectory(str(directory), files).calls(DEADLINE), lambda phase: None).result(DEADLINE)
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +188,7 @@ def test_new_weights_are_the_new_model_and_nothing_of_the_old(kind, models, requ
     engine = request.getfixturevalue("engine" if kind == "tied" else "untied_engine")
     for directory in (models[kind][1], models[kind][0], models[kind][1]):
         model = loaded(directory)
-        engine.update_weights(shards(directory))
+        load(engine, directory)
         (answer,) = engine.sample(Prompt(PROMPT, 1), GREEDY).result(DEADLINE)
         assert answer.token_ids == greedy(model, PROMPT, 12)
         for candidate in engine.sample(Prompt(PROMPT, 5), FREE).result(DEADLINE):
@@ -213,7 +216,7 @@ def test_every_request_is_answered_wholly_by_one_set_of_weights(untied_engine, m
     asking.start()
     try:
         for directory in (models["untied"][0], models["untied"][1], models["untied"][0]):
-            untied_engine.update_weights(shards(directory))
+            load(untied_engine, directory)
     finally:
         done.set()
         asking.join()
@@ -245,14 +248,14 @@ def test_a_model_that_is_not_there_cannot_start(tmp_path):
 # Last: vLLM keeps what it knows of an unfinished reload in the process, which a dead engine's owner must leave.
 def test_a_file_that_is_no_safetensors_kills_the_engine_and_leaves_nobody_waiting(models, tmp_path):
     engine = start(models["untied"][0])
-    broken = tmp_path / "broken.safetensors"
-    broken.write_bytes(shards(models["untied"][1])[0]().encode() * 100)
+    shutil.copy(next(models["untied"][1].glob("*.safetensors")), tmp_path / "1.safetensors")
+    (tmp_path / "2.safetensors").write_bytes(b"no tensors " * 100)
     running = [engine.sample(Prompt(PROMPT, i), FREE) for i in range(3)]
     failure: list[BaseException] = []
 
     def update() -> None:
         try:
-            engine.update_weights([shards(models["untied"][1])[0], lambda: str(broken)])
+            load(engine, tmp_path)
         except EngineDead as error:
             failure.append(error)
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from aft_ray.weights.publication import Probe, read_publication, write_probes
 from aft_ray.weights.source import layer_groups, named_tensors, write_model
-from aft_ray.weights.transport import offer_checkpoint
+from aft_ray.weights.transport import Checkpoint
 
 HERE = Path(__file__).parent
 SMALL = 40_000  # bytes a shard, less than a layer of the tiny model
@@ -31,7 +31,7 @@ def model(directory):
 
 
 def write(model, directory, shard_bytes, dtype=torch.float32):
-    return write_model(model, directory, shard_bytes, offer_checkpoint, 0, dtype)
+    return write_model(model, directory, shard_bytes, Checkpoint().offer, 0, dtype)
 
 
 def assert_same_model(left, right):
@@ -71,7 +71,7 @@ def test_what_is_written_loads_as_the_model(model, tmp_path, shard_bytes):
     assert_same_model(AutoModelForCausalLM.from_pretrained(tmp_path, use_safetensors=True), model)
     assert (len(written.shards) == 1) is (shard_bytes > SMALL)
     assert written.bytes == sum(parameter.nbytes for parameter in model.parameters())
-    assert written.objects == []
+    assert written.handles == []
 
 
 def test_shards_keep_to_their_size_and_the_index_says_where_everything_is(model, tmp_path):

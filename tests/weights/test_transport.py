@@ -9,7 +9,9 @@ from transformers import AutoModelForCausalLM
 
 from aft_ray.weights.publication import Publication
 from aft_ray.weights.source import write_model
-from aft_ray.weights.transport import OFFERS, opened
+from aft_ray.weights.transport import Checkpoint, ObjectStore
+
+TRANSPORTS = {"checkpoint": Checkpoint, "object_store": ObjectStore}
 
 pytestmark = pytest.mark.usefixtures("ray_here")
 
@@ -22,8 +24,9 @@ class Trainer:
         import torch
 
         model = AutoModelForCausalLM.from_pretrained(source)
-        written = write_model(model, Path(directory), shard_bytes, OFFERS[transport], 0, torch.float32)
-        return Publication(1, directory, tuple(written.shards), (), tuple(written.objects))
+        end = TRANSPORTS[transport]()
+        written = write_model(model, Path(directory), shard_bytes, end.offer, 0, torch.float32)
+        return end.describe(Publication(1, directory, tuple(written.shards), ()), written.handles, model)
 
 
 def publish(model, directory, transport, shard_bytes=40_000):
@@ -34,12 +37,13 @@ def publish(model, directory, transport, shard_bytes=40_000):
 
 def contents(publication) -> tuple[list[str], list[bytes]]:
     """The paths that the engine would be given, and what is in each file at that moment."""
-    with opened(publication, 30) as files:
-        assert len(files) == len(publication.shards)
-        paths, data = [], []
-        for file in files:
-            paths.append(file())
+    paths, data, methods = [], [], []
+    for call in publication.calls(30):
+        methods.append(call.method)
+        if call.method == "load_weights_file":
+            paths.append(call.args[0])
             data.append(Path(paths[-1]).read_bytes())
+    assert methods == ["begin_weights", *["load_weights_file"] * len(publication.shards), "finish_weights"]
     return paths, data
 
 
@@ -59,7 +63,7 @@ def test_shards_come_over_the_object_store_one_at_a_time_and_leave_nothing(tiny_
 
 def test_shards_come_from_shared_storage(tiny_model, tmp_path):
     _trainer, publication = publish(tiny_model, tmp_path / "model", "checkpoint")
-    assert publication.objects == ()
+    assert publication.delivery is None
     paths, data = contents(publication)
     assert data == on_disk(publication)
     assert paths == [str(tmp_path / "model" / name) for name in publication.shards]

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from aft_ray.config import ModelConfig, TrainingConfig
 from aft_ray.training import deepspeed
 from aft_ray.weights.source import write_model
-from aft_ray.weights.transport import offer_checkpoint
+from aft_ray.weights.transport import Checkpoint
 
 
 def keep_nothing_gathered(training, dtype, made=deepspeed.ds_config):
@@ -27,7 +27,7 @@ def main(rank: int, port: str, model: str, output: Path) -> None:
     dist.init_process_group("gloo", rank=rank, world_size=2)
     engine = deepspeed.build_engine(model, ModelConfig(name=model, dtype="float32"), TrainingConfig(zero_stage=3))
     assert all(parameter.numel() == 0 for parameter in engine.module.parameters())
-    written = write_model(engine.module, output, 40_000, offer_checkpoint, rank, torch.float32)
+    written = write_model(engine.module, output, 40_000, Checkpoint().offer, rank, torch.float32)
     assert (written.shards == []) is (rank == 1)
     assert all(parameter.numel() == 0 for parameter in engine.module.parameters())
     dist.barrier()

@@ -1,0 +1,37 @@
+"""The receiving end of a stream, as a process: `gloo_peer.py PORT RANK THRESHOLD;SHAPE;... lives|dies`."""
+
+import os
+import sys
+
+import torch
+
+from aft_ray.weights.buckets import receive
+from aft_ray.weights.gloo_group import GlooGroup, reach_store
+from aft_ray.weights.layout import Layout
+
+
+def main(port: int, rank: int, spec: str, fate: str) -> None:
+    threshold, *shapes = spec.split(";")
+    shapes = tuple(tuple(map(int, shape.split("x"))) for shape in shapes)
+    layout = Layout(tuple(f"w{i}" for i in range(len(shapes))), shapes, "float32", int(threshold))
+    group = GlooGroup(reach_store("127.0.0.1", port, 60), rank, 3, 60)
+    received = []
+
+    def load(tensors) -> None:
+        for _, tensor in tensors:
+            (value,) = tensor.unique().tolist()
+            received.append(value)
+            if fate == "dies" and len(received) == 3:
+                os._exit(1)
+
+    try:
+        receive(layout, group, load, torch.device("cpu"))
+    except RuntimeError as error:
+        print("failed", str(error).splitlines()[0], flush=True)
+    else:
+        print("received", received, flush=True)
+    group.destroy()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4])
