@@ -1,26 +1,18 @@
 """The same run over every transport: the same groups, the same models; and a meeting that loses an engine."""
 
-import threading
-import time
-from dataclasses import replace
 from io import StringIO
 
 import pytest
-import ray
 import torch
 from rich.console import Console
 from tiny import tiny_config
 from transformers import AutoModelForCausalLM
 
 from aft_ray import rounds
-from aft_ray.board import start_board
 from aft_ray.ledger import Ledger
 from aft_ray.observe.reporter import Reporter
 from aft_ray.observe.summary import read_events
 from aft_ray.run_dir import RunDir
-from aft_ray.sampling.meeting import meet
-from aft_ray.sampling.pool import SamplerPool
-from aft_ray.weights.publication import PublicationFailed, read_publication
 
 pytestmark = [pytest.mark.usefixtures("ray_here"), pytest.mark.timeout(900)]
 
@@ -73,7 +65,9 @@ def test_a_run_is_the_same_over_every_transport(plain, tiny_model, tmp_path, tra
     streamed = events(config, "streamed")
     assert [event["version"] for event in streamed] == ([0, 1] if transport == "nccl" else [])
     for event in events(config, "published"):
-        assert event["bytes"] == sum(tensor.nbytes for name, tensor in weights(config, 0).items() if "lm_head" not in name)
+        assert event["bytes"] == sum(
+            tensor.nbytes for name, tensor in weights(config, 0).items() if "lm_head" not in name
+        )
         assert event["probe_difference"] < config.score_tolerance
         assert (event["rendezvous_s"] > 0) is (transport == "nccl")
     assert "did not reach" not in said

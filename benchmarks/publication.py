@@ -1,0 +1,272 @@
+"""Claim: new weights reach running engines many times faster than an engine can be started from a checkpoint.
+
+One trainer with the live weights of a random Llama, one running engine. In every turn the weights change, the model
+directory is written as each round writes it, and each transport in its turn brings the same version to the engine,
+which proves it by four probes. Beside them, in the same turn: a plain copy of the same bytes in memory, and an engine
+started from the directory in a new process. Handing over is what an engine waits for: from the call to the proof.
+Writing the directory comes before it, and is the same for all, but for the offer to the object store. The stream goes
+over gloo without GPUs (`--gpu`: NCCL, with a GPU for the trainer and one for the engine).
+
+    python benchmarks/publication.py --parameters 50 --repeats 3 --output publication.json
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import typer
+
+from aft_ray.sampling.engine import EngineSpec
+
+LENGTH, LAYERS, HEAD = 256, 8, 64
+PROMPT, RESPONSES = [7, 8, 9, 10, 11], ([12, 13, 1], [9, 9, 1], [20, 21, 22, 1], [5, 1])
+TRANSPORTS = ("checkpoint", "object_store", "nccl")
+TITLES = {
+    "copy": "the same bytes copied in memory",
+    "checkpoint": "checkpoint",
+    "object_store": "object_store",
+    "nccl": "nccl",
+    "start": "an engine started from the directory",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class HandOver:
+    """seconds: from the call to the proof. fetch_s, load_s: of them, as the engine says."""
+
+    seconds: float
+    rendezvous_s: float = 0.0
+    fetch_s: float = 0.0
+    load_s: float = 0.0
+    prove_s: float = 0.0
+
+
+class Trainer:
+    """Train worker 0 with the whole model, as `training/publisher.py` has it, without DeepSpeed."""
+
+    def __init__(self, model: str, dtype: str, bucket_mib: int, gpu: bool, board: Any) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        from aft_ray.training.publisher import BoardMeetings
+        from aft_ray.weights.transport import Broadcast, Checkpoint, ObjectStore
+
+        self._dtype = getattr(torch, dtype)
+        self._model = AutoModelForCausalLM.from_pretrained(model, dtype=self._dtype).to("cuda" if gpu else "cpu")
+        meetings = BoardMeetings(board, 600)
+        self._transports = {
+            "checkpoint": Checkpoint(),
+            "object_store": ObjectStore(),
+            "nccl": Broadcast(meetings, 0, self._dtype, bucket_mib << 20, 600, gpu),
+        }
+
+    def train(self, factor: float) -> None:
+        """Other weights."""
+        import torch
+
+        with torch.no_grad():
+            for parameter in self._model.parameters():
+                parameter.mul_(factor)
+
+    def publish(self, version: int, directory: str, transport: str) -> tuple[Any, float]:
+        """Writes and offers a version; the seconds that it took."""
+        from aft_ray.weights.publication import Publication
+        from aft_ray.weights.source import write_model
+
+        end = self._transports[transport]
+        started = time.monotonic()
+        written = write_model(self._model, Path(directory), 1 << 30, end.offer, 0, self._dtype)
+        seconds = time.monotonic() - started
+        publication = Publication(version, directory, tuple(written.shards), self._probes(), bytes=written.bytes)
+        return end.describe(publication, written.handles, self._model), seconds
+
+    def deliver(self, version: int, transport: str) -> None:
+        self._transports[transport].deliver(self._model, version)
+
+    def copy(self) -> float:
+        """Seconds for a copy of all weights into memory that is there already."""
+        import torch
+
+        parameters = [parameter.detach() for parameter in self._model.parameters()]
+        places = [torch.empty_like(parameter).zero_() for parameter in parameters]
+        started = time.monotonic()
+        for place, parameter in zip(places, parameters, strict=True):
+            place.copy_(parameter)
+        if parameters[0].is_cuda:
+            torch.cuda.synchronize()
+        return time.monotonic() - started
+
+    def _probes(self) -> tuple[Any, ...]:
+        import torch
+
+        from aft_ray.weights.publication import Probe
+
+        probes = []
+        for response in RESPONSES:
+            ids = torch.tensor([PROMPT + response], device=self._model.device)
+            with torch.no_grad():
+                logprobs = self._model(ids).logits[0].float().log_softmax(-1)
+            at = range(len(PROMPT) - 1, ids.shape[1] - 1)
+            probes.append(Probe(PROMPT, response, sum(logprobs[i, ids[0, i + 1]].item() for i in at) / len(response)))
+        return tuple(probes)
+
+
+def main(
+    parameters: Annotated[int, typer.Option(help="of the model, millions")] = 50,
+    dtype: Annotated[str, typer.Option(help="of the weights: float32 or bfloat16")] = "float32",
+    repeats: Annotated[int, typer.Option(help="turns of each, after one that is not counted")] = 3,
+    bucket_mib: Annotated[int, typer.Option(help="size of the stream's buckets")] = 64,
+    starts: Annotated[int, typer.Option(help="turns in which an engine is started too")] = 2,
+    gpu: Annotated[bool, typer.Option(help="a GPU for the trainer and one for the engine")] = False,
+    output: Annotated[Path | None, typer.Option(help="write the figures to this file")] = None,
+) -> None:
+    """Seconds and GB/s of every transport, beside a copy in memory and a start from a checkpoint."""
+    from aft_ray.tasks.arithmetic_model import build_tiny_model
+
+    hidden = _hidden_size(parameters * 1_000_000)
+    with tempfile.TemporaryDirectory(prefix="aft-ray-benchmark-") as scratch:
+        model = str(build_tiny_model(f"{scratch}/model", 0, hidden, LAYERS, hidden // HEAD, True, LENGTH))
+        spec = EngineSpec(model, 1, dtype, LENGTH, 8, gpu, kv_cache_gib=0.25, meets=True)
+        figures = _measure(spec, Path(scratch), repeats, starts, bucket_mib)
+    figures |= {"benchmark": "publication", "dtype": dtype, "bucket_mib": bucket_mib, "gpu": gpu}
+    _show(figures)
+    if output:
+        output.write_text(json.dumps(figures, indent=1))
+
+
+def _hidden_size(parameters: int) -> int:
+    """The width of a Llama with about so many parameters: a layer has 4 h² and 8 h² of them."""
+    return max(HEAD, round((parameters / (12 * LAYERS)) ** 0.5 / HEAD) * HEAD)
+
+
+def _measure(spec: EngineSpec, scratch: Path, repeats: int, starts: int, bucket_mib: int) -> dict[str, Any]:
+    import ray
+
+    from aft_ray.board import start_board
+    from aft_ray.sampling.pool import SamplerPool
+    from aft_ray.sampling.sampler import Sampler
+
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=4 << 30)
+    board = start_board()
+    gpus = 1 if spec.gpu else 0
+    trainer = ray.remote(Trainer).options(num_gpus=gpus).remote(spec.model, spec.dtype, bucket_mib, spec.gpu, board)
+    engine = ray.remote(Sampler).options(num_gpus=gpus)
+    tolerance = 1e-3 if spec.dtype == "float32" else 0.1
+    pool = SamplerPool([engine.remote(0, spec, None, 900, None)], [None], 900, 600, tolerance)
+    pool.wait_ready()
+    turns: dict[str, list[Any]] = {"copy": [], "write": [], "start": [], **{name: [] for name in TRANSPORTS}}
+    version, size = 0, 0
+    for turn in range(repeats + 1):
+        ray.get(trainer.train.remote(1.01 if turn % 2 else 0.99))
+        turns["copy"].append(ray.get(trainer.copy.remote()))
+        for name in TRANSPORTS:
+            version += 1
+            directory = scratch / f"version-{version}"
+            publication, seconds = ray.get(trainer.publish.remote(version, str(directory), name))
+            size = publication.bytes
+            turns["write"].append(seconds)
+            ray.get(board.publish.remote(publication))
+            turns[name].append(_hand_over(board, pool, trainer, publication, name))
+            typer.echo(f"turn {turn} {name:12} {turns[name][-1].seconds:.3f} s{'' if turn else ' (warm-up)'}")
+        if 0 < turn <= starts:
+            turns["start"].append(_start(engine, replace(spec, model=str(_whole(directory, spec.model)))))
+            typer.echo(f"turn {turn} an engine starts {turns['start'][-1]:.1f} s")
+        for old in scratch.glob("version-*"):
+            for file in old.iterdir():
+                file.unlink()
+            old.rmdir()
+    pool.close()
+    ray.shutdown()
+    return _figures(turns, size)
+
+
+def _hand_over(board: Any, pool: Any, trainer: Any, publication: Any, name: str) -> HandOver:
+    import ray
+
+    from aft_ray.sampling.meeting import meet
+
+    delivered = trainer.deliver.remote(publication.version, name)
+    started = time.monotonic()
+    if publication.meeting is not None:
+        met = meet(board, pool, publication, 1)
+        if met.missed or not met.loaded:
+            raise RuntimeError(f"the meeting failed: {met.missed}")
+        (loaded,) = met.loaded
+    else:
+        (loaded,) = pool.load(publication)
+    seconds = time.monotonic() - started
+    ray.get(delivered)
+    return HandOver(seconds, loaded.rendezvous_s, loaded.fetch_s, loaded.load_s, loaded.prove_s)
+
+
+def _whole(directory: Path, model: str) -> Path:
+    """The directory with its tokenizer, as a round's model directory has it."""
+    for file in Path(model).glob("tokenizer*"):
+        (directory / file.name).write_bytes(file.read_bytes())
+    return directory
+
+
+def _start(engine: Any, spec: EngineSpec) -> float:
+    import ray
+
+    started = time.monotonic()
+    fresh = engine.remote(1, spec, None, 900, 0)
+    ray.get(fresh.status.remote())
+    seconds = time.monotonic() - started
+    ray.kill(fresh)
+    return seconds
+
+
+def _figures(turns: dict[str, list[Any]], size: int) -> dict[str, Any]:
+    counted = {name: of[1:] if name in (*TRANSPORTS, "copy") else of for name, of in turns.items()}
+    counted["write"] = turns["write"][len(TRANSPORTS) :]
+    seconds = {
+        name: statistics.median(one.seconds if isinstance(one, HandOver) else one for one in of)
+        for name, of in counted.items()
+        if of
+    }
+    return {
+        "bytes": size,
+        "seconds": seconds,
+        "gb_per_s": {name: size / 1e9 / took for name, took in seconds.items()},
+        "times_a_copy": {name: took / seconds["copy"] for name, took in seconds.items()},
+        "turns": {name: [asdict(o) if isinstance(o, HandOver) else o for o in of] for name, of in counted.items()},
+    }
+
+
+def _show(figures: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    seconds = figures["seconds"]
+    restart = seconds["write"] + seconds["start"] if "start" in seconds else None
+    columns = ("", "s (median)", "GB/s", "x a copy", "write + start / this", "rendezvous, fetch, load, prove")
+    table = Table(*columns, title=f"{figures['bytes'] / 1e6:,.0f} MB")
+    for name, title in TITLES.items():
+        if name not in seconds:
+            continue
+        parts = ""
+        if name in TRANSPORTS:
+            of = figures["turns"][name]
+            parts = ", ".join(
+                f"{statistics.median(one[key] for one in of):.3f}"
+                for key in ("rendezvous_s", "fetch_s", "load_s", "prove_s")
+            )
+        ratio = f"{restart / seconds[name]:.0f}" if restart and name in TRANSPORTS else ""
+        speed, copies = figures["gb_per_s"][name], figures["times_a_copy"][name]
+        table.add_row(title, f"{seconds[name]:.3f}", f"{speed:.2f}", f"{copies:.1f}", ratio, parts)
+    table.add_row("writing the directory", f"{seconds['write']:.3f}", f"{figures['gb_per_s']['write']:.2f}", "", "", "")
+    Console(width=130).print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)
