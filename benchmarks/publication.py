@@ -152,7 +152,7 @@ def _measure(spec: EngineSpec, scratch: Path, repeats: int, starts: int, bucket_
     import ray
 
     from aft_ray.board import start_board
-    from aft_ray.sampling.pool import SamplerPool
+    from aft_ray.sampling.pool import SamplerPool, Samplers
     from aft_ray.sampling.sampler import Sampler
 
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=4 << 30)
@@ -161,7 +161,8 @@ def _measure(spec: EngineSpec, scratch: Path, repeats: int, starts: int, bucket_
     trainer = ray.remote(Trainer).options(num_gpus=gpus).remote(spec.model, spec.dtype, bucket_mib, spec.gpu, board)
     engine = ray.remote(Sampler).options(num_gpus=gpus)
     tolerance = 1e-3 if spec.dtype == "float32" else 0.1
-    pool = SamplerPool([engine.remote(0, spec, None, 900, None)], [None], 900, 600, tolerance)
+    samplers = Samplers((engine.remote(0, spec, None, 900, None),), (), (None,), 1, 900, 600, tolerance)
+    pool = SamplerPool(samplers)
     pool.wait_ready()
     turns: dict[str, list[Any]] = {"copy": [], "write": [], "start": [], **{name: [] for name in TRANSPORTS}}
     version, size = 0, 0

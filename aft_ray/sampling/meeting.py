@@ -6,21 +6,23 @@ and takes the model directory like one that was started again.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 
 from aft_ray import board
+from aft_ray.sampling.members import last_line
 from aft_ray.sampling.phases import GRACE_S
-from aft_ray.sampling.pool import SamplerPool, last_line
+from aft_ray.sampling.pool import SamplerPool, Samplers
 from aft_ray.sampling.sampler import Loaded
 from aft_ray.weights.delivery import FromMeeting
 from aft_ray.weights.meeting import Guest, Invitation, Seat
 from aft_ray.weights.publication import Publication
 
-# Seconds that a sampler may answer later than the first of them.
+# Seconds in which a sampler says what it holds.
 _GREETING_S = 10.0
 
 
@@ -33,23 +35,25 @@ class Met:
 
 
 def meet(the_board: Any, pool: SamplerPool, publication: Publication, processes: int) -> Met:
-    """Brings the samplers to a version through a meeting with the trainer, as far as they come through it.
+    """Brings the samplers that answer to a version through a meeting with the trainer, as far as they come through it.
 
-    processes: of each engine. Raises BoardFailed when the trainer has failed for good.
+    processes: of each engine. Raises BoardFailed when the trainer has failed for good, SamplersFailed when too few
+    samplers answer.
     """
     assert publication.meeting is not None
-    coming = _without(publication.version, pool)
+    ready, samplers = pool.wait_ready(), pool.handles()
+    coming = _without(publication.version, samplers, ready)
     invitation = Invitation(publication.version, tuple(Guest(f"sampler {index}", processes) for index in coming))
-    table = board.call(the_board.invite, invitation, pool.load_timeout_s)
+    table = board.call(the_board.invite, invitation, samplers.load_timeout_s)
     if table is None:
         return Met([], [])
     calls = {}
     for index, rank in zip(coming, invitation.first_ranks, strict=True):
         seat = Seat(table, rank, invitation.world_size, publication.meeting)
         seated = replace(publication, delivery=FromMeeting(seat))
-        calls[index] = pool.actors[index].load.remote(seated, pool.tolerance, pool.load_timeout_s)
-    deadline = 4 * (pool.load_timeout_s + GRACE_S)
-    done, _ = ray.wait(list(calls.values()), num_returns=len(calls), timeout=deadline) if calls else ([], [])
+        calls[index] = samplers.actors[index].load.remote(seated, samplers.tolerance, samplers.load_timeout_s)
+    deadline = 4 * (samplers.load_timeout_s + GRACE_S)
+    done, _ = ray.wait(list(calls.values()), num_returns=len(calls), timeout=deadline)
     loaded, missed = [], []
     for index, call in calls.items():
         if call not in done:
@@ -57,18 +61,19 @@ def meet(the_board: Any, pool: SamplerPool, publication: Publication, processes:
             continue
         try:
             loaded.append(ray.get(call))
+        except RayActorError:
+            missed.append(f"sampler {index}: its process or node ended")
         except RayError as error:
-            missed.append(f"sampler {index}: {last_line(str(getattr(error, 'cause', None) or error))}")
+            missed.append(last_line(str(getattr(error, "cause", None) or error)))
     return Met(loaded, missed)
 
 
-def _without(version: int, pool: SamplerPool) -> list[int]:
-    """The samplers that answer, and hold another version."""
-    calls = [actor.status.remote() for actor in pool.actors]
-    ray.wait(calls, num_returns=1, timeout=pool.start_timeout_s)  # they may still be starting
-    done, _ = ray.wait(calls, num_returns=len(calls), timeout=_GREETING_S)
+def _without(version: int, samplers: Samplers, ready: Sequence[int]) -> list[int]:
+    """Those of the samplers that are there and hold another version."""
+    calls = {samplers.actors[index].status.remote(): index for index in ready}
+    done, _ = ray.wait(list(calls), num_returns=len(calls), timeout=_GREETING_S)
     coming = []
-    for index, call in enumerate(calls):
+    for call, index in calls.items():
         if call in done:
             try:
                 status = ray.get(call)

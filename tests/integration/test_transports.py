@@ -71,3 +71,68 @@ def test_a_run_is_the_same_over_every_transport(plain, tiny_model, tmp_path, tra
         assert event["probe_difference"] < config.score_tolerance
         assert (event["rendezvous_s"] > 0) is (transport == "nccl")
     assert "did not reach" not in said
+
+
+class Killing(BoardMeetings):
+    """A trainer's meetings, at which an engine's process is killed on its way."""
+
+    def open_table(self, version, port):
+        ray.kill(self.victim, no_restart=False)
+        super().open_table(version, port)
+
+    def ended(self, version, how):
+        self.ends.append(how)
+
+
+def test_a_meeting_that_loses_an_engine_harms_neither_the_trainer_nor_the_others(tiny_model, tmp_path):
+    config = tiny_config(
+        tmp_path / "run", tiny_model, sampling={"samplers": 2}, weights={"transport": "nccl", "timeout_s": 8}
+    )
+    board = start_board()
+    pool = SamplerPool.start(config, str(tiny_model), 1, None, None)
+    meetings = Killing(board, 300)
+    try:
+        pool.wait_ready(2)
+        object.__setattr__(meetings, "victim", pool.actors[1])
+        object.__setattr__(meetings, "ends", [])
+        model = AutoModelForCausalLM.from_pretrained(tiny_model)
+        trainer = Broadcast(meetings, 0, torch.float32, 1 << 20, 8, gpu=False)
+        publication = trainer.describe(read_publication(1, tiny_model), [], model)
+        ray.get(board.publish.remote(publication))
+        delivering = threading.Thread(target=trainer.deliver, args=(model, 1))
+        delivering.start()
+        began = time.monotonic()
+        met = meet(board, pool, publication, 1)
+        assert time.monotonic() - began < 60
+        delivering.join(60)
+        assert not delivering.is_alive()
+        assert "phase 'rendezvous': sampler 1 did not come within 8 s" in str(meetings.ends[0])
+        assert met.loaded == []
+        assert met.missed[1] == "sampler 1: its process or node ended"
+        assert met.missed[0].startswith("sampler 0 did not get through phase 'rendezvous' of publishing version 1: ")
+        # The directory serves whoever is there; the meeting is not held twice.
+        assert meet(board, pool, publication, 1).missed == []
+        assert {one.version for one in pool.load(publication)} == {1}
+        assert ray.get(pool.actors[0].status.remote())["version"] == 1
+    finally:
+        pool.close()
+
+
+def test_a_version_that_nobody_asks_for_lets_the_trainer_go_on(tiny_model):
+    """As when rounds need no samples: the conductor waits for a later version, and the trainer for nobody."""
+    board = start_board()
+    publication = replace(read_publication(1, tiny_model), meeting=Layout.of(["a"], [(1,)], "float32", 1))
+    ray.get(board.publish.remote(publication))
+    waiting = board.wait_invitation.remote(1, 60)
+    later = board.wait_publication.remote(3, 60)
+    assert ray.get(waiting, timeout=30) is None
+    # The train workers start again: what they publish from disk is met by nobody.
+    invited = board.invite.remote(Invitation(2, (Guest("sampler 0", 1),)), 60)
+    assert ray.get(invited, timeout=30) is None
+    offered = replace(publication, version=3)
+    ray.get(board.publish.remote(offered))
+    assert ray.get(later, timeout=30)[0].version == 3
+    invited = board.invite.remote(Invitation(3, (Guest("sampler 0", 1),)), 60)
+    assert ray.get(board.wait_invitation.remote(3, 60), timeout=30).world_size == 2
+    ray.get(board.publish.remote(replace(offered, meeting=None)))
+    assert ray.get(invited, timeout=30) is None
