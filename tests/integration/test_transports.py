@@ -1,18 +1,30 @@
 """The same run over every transport: the same groups, the same models; and a meeting that loses an engine."""
 
+import threading
+import time
+from dataclasses import replace
 from io import StringIO
 
 import pytest
+import ray
 import torch
 from rich.console import Console
 from tiny import tiny_config
 from transformers import AutoModelForCausalLM
 
 from aft_ray import rounds
+from aft_ray.board import start_board
 from aft_ray.ledger import Ledger
 from aft_ray.observe.reporter import Reporter
 from aft_ray.observe.summary import read_events
 from aft_ray.run_dir import RunDir
+from aft_ray.sampling.meeting import meet
+from aft_ray.sampling.pool import SamplerPool
+from aft_ray.training.publisher import BoardMeetings
+from aft_ray.weights.layout import Layout
+from aft_ray.weights.meeting import Guest, Invitation
+from aft_ray.weights.publication import read_publication
+from aft_ray.weights.transport import Broadcast
 
 pytestmark = [pytest.mark.usefixtures("ray_here"), pytest.mark.timeout(900)]
 
@@ -73,12 +85,18 @@ def test_a_run_is_the_same_over_every_transport(plain, tiny_model, tmp_path, tra
     assert "did not reach" not in said
 
 
-class Killing(BoardMeetings):
+class Killing:
     """A trainer's meetings, at which an engine's process is killed on its way."""
+
+    def __init__(self, board, victim) -> None:
+        self.meetings, self.victim, self.ends = BoardMeetings(board, 300), victim, []
+
+    def invitation(self, version):
+        return self.meetings.invitation(version)
 
     def open_table(self, version, port):
         ray.kill(self.victim, no_restart=False)
-        super().open_table(version, port)
+        self.meetings.open_table(version, port)
 
     def ended(self, version, how):
         self.ends.append(how)
@@ -90,11 +108,9 @@ def test_a_meeting_that_loses_an_engine_harms_neither_the_trainer_nor_the_others
     )
     board = start_board()
     pool = SamplerPool.start(config, str(tiny_model), 1, None, None)
-    meetings = Killing(board, 300)
     try:
         pool.wait_ready(2)
-        object.__setattr__(meetings, "victim", pool.actors[1])
-        object.__setattr__(meetings, "ends", [])
+        meetings = Killing(board, pool.actors[1])
         model = AutoModelForCausalLM.from_pretrained(tiny_model)
         trainer = Broadcast(meetings, 0, torch.float32, 1 << 20, 8, gpu=False)
         publication = trainer.describe(read_publication(1, tiny_model), [], model)
