@@ -349,11 +349,8 @@ class RunConfig(Section):
             raise ConfigError(
                 "weights.transport=lora publishes an adapter and there is none; set lora.rank, or another transport"
             )
-        if weights.transport == "nccl" and self.rounds.max_staleness > 1:
-            raise ConfigError(
-                f"weights.transport=nccl sends the weights while the trainer holds them still, which it does once a "
-                f"round: rounds.max_staleness must be at most 1, not {self.rounds.max_staleness}"
-            )
+        if weights.transport == "nccl":
+            self._stream_agrees()
         if sampling.colocate and self.rounds.max_staleness > 0:
             raise ConfigError(
                 f"sampling.colocate lets engines and train workers take turns, so rounds.max_staleness must be 0, "
@@ -395,6 +392,36 @@ class RunConfig(Section):
     def tree(self) -> dict[str, Any]:
         """As nested dicts of plain values, with that one of `data` and `tasks` that the run has."""
         return self.model_dump(mode="json", exclude={"data" if self.tasks else "tasks"})
+
+    def _stream_agrees(self) -> None:
+        sampling, training, weights = self.sampling, self.training, self.weights
+        if self.rounds.max_staleness > 1:
+            raise ConfigError(
+                f"weights.transport=nccl sends the weights while the trainer holds them still, which it does once a "
+                f"round: rounds.max_staleness must be at most 1, not {self.rounds.max_staleness}"
+            )
+        if (sampling.gpus_per_sampler > 0) != (training.gpus_per_worker > 0):
+            raise ConfigError(
+                f"weights.transport=nccl goes from GPUs to GPUs, or without any: sampling.gpus_per_sampler="
+                f"{sampling.gpus_per_sampler:g} and training.gpus_per_worker={training.gpus_per_worker} do not go "
+                f"together; use object_store"
+            )
+        if sampling.colocate and training.gpus_per_worker > 0:
+            raise ConfigError(
+                "weights.transport=nccl needs a GPU for each of its processes, which sampling.colocate shares; use "
+                "object_store"
+            )
+        if self.lora is not None:
+            raise ConfigError(
+                "weights.transport=nccl sends the weights as they are trained, and with lora those are adapters; use "
+                "lora or object_store"
+            )
+        if training.workers > 1 and training.timeout_s <= weights.timeout_s:
+            raise ConfigError(
+                f"training.timeout_s ({training.timeout_s:g}) must be above weights.timeout_s "
+                f"({weights.timeout_s:g}): with weights.transport=nccl the other workers wait while worker 0 waits for "
+                f"the engines"
+            )
 
     @property
     def task_configs(self) -> dict[str, DataConfig]:

@@ -18,6 +18,8 @@ HEAVY = {"torch", "ray", "vllm", "pyarrow", "transformers", "deepspeed", "datase
 CONFIGS = Path(__file__).parents[1] / "jobs/configs"
 MINIMAL = {"run_dir": "runs/x", "model": {"name": "some/model"}}
 
+STREAM = ["weights.transport=nccl"]
+
 
 @pytest.fixture
 def file(tmp_path):
@@ -135,6 +137,14 @@ def test_a_missing_key_is_named_with_the_way_to_set_it(tmp_path):
                 "training.zero_stage=2",
             ],
             ["1 engines of 2 GPUs on the 1 GPUs", "at most training.workers"],
+        ([*STREAM, "rounds.max_staleness=2"], ["rounds.max_staleness", "not 2"]),
+        ([*STREAM, "sampling.gpus_per_sampler=1"], ["gpus_per_worker=0", "object_store"]),
+        ([*STREAM, "lora.rank=8"], ["weights.transport=nccl", "lora"]),
+        ([*STREAM, "training.workers=2", "training.timeout_s=600"], ["training.timeout_s (600)", "(600)"]),
+        (
+            [*STREAM, "sampling.gpus_per_sampler=1", "training.gpus_per_worker=1", "sampling.colocate=true"]
+            + ["rounds.max_staleness=0"],
+            ["sampling.colocate", "object_store"],
         ),
     ],
 )
