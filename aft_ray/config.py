@@ -406,10 +406,10 @@ class RunConfig(Section):
                 f"{sampling.gpus_per_sampler:g} and training.gpus_per_worker={training.gpus_per_worker} do not go "
                 f"together; use object_store"
             )
-        if sampling.colocate and training.gpus_per_worker > 0:
+        if sampling.colocate:
             raise ConfigError(
-                "weights.transport=nccl needs a GPU for each of its processes, which sampling.colocate shares; use "
-                "object_store"
+                "weights.transport=nccl needs trainer and engines at work at once, and with sampling.colocate they "
+                "take turns; use object_store"
             )
         if self.lora is not None:
             raise ConfigError(

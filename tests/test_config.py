@@ -19,7 +19,6 @@ CONFIGS = Path(__file__).parents[1] / "jobs/configs"
 MINIMAL = {"run_dir": "runs/x", "model": {"name": "some/model"}}
 
 STREAM = ["weights.transport=nccl"]
-ON_GPUS = ["sampling.gpus_per_sampler=1", "training.gpus_per_worker=1"]
 
 
 @pytest.fixture
@@ -143,7 +142,7 @@ def test_a_missing_key_is_named_with_the_way_to_set_it(tmp_path):
         ([*STREAM, "lora.rank=8"], ["weights.transport=nccl", "lora"]),
         ([*STREAM, "training.workers=2", "training.timeout_s=600"], ["training.timeout_s (600)", "(600)"]),
         (
-            [*STREAM, *ON_GPUS, "sampling.colocate=true", "rounds.max_staleness=0"],
+            [*STREAM, "sampling.colocate=true", "rounds.max_staleness=0"],
             ["sampling.colocate", "object_store"],
         ),
     ],
