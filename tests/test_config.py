@@ -137,6 +137,7 @@ def test_a_missing_key_is_named_with_the_way_to_set_it(tmp_path):
                 "training.zero_stage=2",
             ],
             ["1 engines of 2 GPUs on the 1 GPUs", "at most training.workers"],
+        ),
         ([*STREAM, "rounds.max_staleness=2"], ["rounds.max_staleness", "not 2"]),
         ([*STREAM, "sampling.gpus_per_sampler=1"], ["gpus_per_worker=0", "object_store"]),
         ([*STREAM, "lora.rank=8"], ["weights.transport=nccl", "lora"]),

@@ -19,7 +19,7 @@ from aft_ray.sampling.phases import GRACE_S
 from aft_ray.sampling.pool import SamplerPool, Samplers
 from aft_ray.sampling.sampler import Loaded
 from aft_ray.weights.delivery import FromMeeting
-from aft_ray.weights.meeting import Guest, Invitation, Seat
+from aft_ray.weights.meeting import Guest, Invitation, Place
 from aft_ray.weights.publication import Publication
 
 # Seconds in which a sampler says what it holds.
@@ -49,9 +49,9 @@ def meet(the_board: Any, pool: SamplerPool, publication: Publication, processes:
         return Met([], [])
     calls = {}
     for index, rank in zip(coming, invitation.first_ranks, strict=True):
-        seat = Seat(table, rank, invitation.world_size, publication.meeting)
-        seated = replace(publication, delivery=FromMeeting(seat))
-        calls[index] = samplers.actors[index].load.remote(seated, samplers.tolerance, samplers.load_timeout_s)
+        place = Place(table, rank, invitation.world_size, publication.meeting)
+        placed = replace(publication, delivery=FromMeeting(place))
+        calls[index] = samplers.actors[index].load.remote(placed, samplers.tolerance, samplers.load_timeout_s)
     deadline = 4 * (samplers.load_timeout_s + GRACE_S)
     done, _ = ray.wait(list(calls.values()), num_returns=len(calls), timeout=deadline)
     loaded, missed = [], []

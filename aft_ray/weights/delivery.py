@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from aft_ray.weights.meeting import Seat
+from aft_ray.weights.meeting import Place
 
 # rendezvous: the group of a meeting forms. fetch: the bytes come (at a meeting they are loaded as they come). load:
 # they are put into the engine's layers. prove: the probes are scored.
@@ -86,15 +86,15 @@ class FromObjects:
 class FromMeeting:
     """Streamed by train worker 0, through vLLM's own weight transfer; see `transfer_engines.py`."""
 
-    seat: Seat
+    place: Place
 
     def calls(self, timeout_s: float) -> Iterator[Call]:
-        seat, layout = self.seat, self.seat.layout
+        place, layout = self.place, self.place.layout
         group = {
-            "master_address": seat.table.address,
-            "master_port": seat.table.port,
-            "rank_offset": seat.first_rank,
-            "world_size": seat.world_size,
+            "master_address": place.table.address,
+            "master_port": place.table.port,
+            "rank_offset": place.first_rank,
+            "world_size": place.world_size,
             "packed": True,
             "packed_buffer_size_bytes": layout.threshold,
             "timeout_s": timeout_s,

@@ -1,7 +1,7 @@
 """A meeting: train worker 0 and the engines form a group of their own, for one version, to stream its weights.
 
-The conductor invites, the trainer opens a table, the engines take their seats. Invariant: rank 0 is the trainer; an
-engine's processes have the ranks from its seat's `first_rank` on, in vLLM's own order.
+The conductor invites, the trainer opens a table, the engines take their places. Invariant: rank 0 is the trainer; an
+engine's processes have the ranks from its place's `first_rank` on, in vLLM's own order.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Table:
 
 
 @dataclass(frozen=True, slots=True)
-class Seat:
+class Place:
     """All that an engine needs to take part."""
 
     table: Table

@@ -14,7 +14,7 @@ from aft_ray.sampling.phases import Overdue, Phases
 from aft_ray.tasks.arithmetic_model import build_tiny_model
 from aft_ray.weights.broadcast import GlooHub, stream
 from aft_ray.weights.delivery import FromDirectory, FromMeeting
-from aft_ray.weights.meeting import Guest, Invitation, MeetingFailed, Seat, Table
+from aft_ray.weights.meeting import Guest, Invitation, MeetingFailed, Place, Table
 from aft_ray.weights.source import layout_of, live_parameters
 from aft_ray.weights.transport import Broadcast
 
@@ -68,9 +68,9 @@ def meet(engine, model, tensors=None, bucket_bytes=30_000, timeout_s=60.0):
 
     sending = threading.Thread(target=trainer)
     sending.start()
-    seat = Seat(Table("127.0.0.1", hub.port), invitation.first_ranks[0], invitation.world_size, layout)
+    place = Place(Table("127.0.0.1", hub.port), invitation.first_ranks[0], invitation.world_size, layout)
     try:
-        engine.update_weights(FromMeeting(seat).calls(timeout_s), lambda phase: None).result(DEADLINE)
+        engine.update_weights(FromMeeting(place).calls(timeout_s), lambda phase: None).result(DEADLINE)
     finally:
         sending.join(DEADLINE)
         hub.destroy()
@@ -112,10 +112,10 @@ def test_an_engine_whose_stream_broke_off_takes_the_next_delivery(engine, direct
 def test_a_trainer_that_never_comes_is_missed_within_the_deadline(engine, directory):
     model = changed(directory, 1.0)
     hub, began = GlooHub(60), time.monotonic()
-    seat = Seat(Table("127.0.0.1", hub.port), 1, 2, layout_of(model, torch.float32, 1000))
+    place = Place(Table("127.0.0.1", hub.port), 1, 2, layout_of(model, torch.float32, 1000))
     phases = []
     with pytest.raises(WeightsMissed):
-        engine.update_weights(FromMeeting(seat).calls(2), phases.append).result(DEADLINE)
+        engine.update_weights(FromMeeting(place).calls(2), phases.append).result(DEADLINE)
     assert time.monotonic() - began < 30
     assert phases == ["fetch", "rendezvous"]
     assert engine.alive()
@@ -130,7 +130,7 @@ def test_the_number_of_remote_calls_does_not_grow_with_the_model(tmp_path):
         model = changed(build_tiny_model(tmp_path / str(layers), 0, 64, layers, 2, True, LENGTH), 1.0)
         layout = layout_of(model, torch.float32, 1000)
         assert len(layout.names) > 9 * layers
-        made.append([call.method for call in FromMeeting(Seat(Table("a", 1), 1, 2, layout)).calls(1)])
+        made.append([call.method for call in FromMeeting(Place(Table("a", 1), 1, 2, layout)).calls(1)])
     assert made[0] == made[1]
     assert len(made[0]) == 5
 
