@@ -199,6 +199,47 @@ def status(run_dir: Annotated[str, typer.Argument(help="run directory")]) -> Non
 
 
 @app.command()
+def simulate(
+    config: Annotated[Path, typer.Argument(help="YAML config, see jobs/configs")],
+    overrides: Overrides = None,
+    assume: Annotated[
+        list[str] | None, typer.Option(help="`key=value` of a speed, of the answers or of failures; repeatable")
+    ] = None,
+    like: Annotated[
+        str | None, typer.Option(help="run directory whose answers and speeds are assumed, instead of a 70B's on H100s")
+    ] = None,
+    mtbf_hours: Annotated[float | None, typer.Option(help="mean hours until one GPU ends its process")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="rounds to simulate; none: rounds.count")] = None,
+    seed: Annotated[int, typer.Option(help="of the answers and the failures")] = 0,
+    staleness: Annotated[str | None, typer.Option(help="compare these values of rounds.max_staleness: 0,1,2")] = None,
+    compare: Annotated[str | None, typer.Option(help="compare these values of a key: KEY=VALUE,VALUE")] = None,
+    plot: Annotated[Path | None, typer.Option(help="draw the timeline to this PNG, SVG or PDF file")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write all figures to this file")] = None,
+) -> None:
+    """Play through a run's rounds in virtual time: round times, who waits for whom, what failures cost.
+
+    The scheduling code is the one that runs use; engines, train workers and failures are simulated, for any number of
+    GPUs, without one. What is assumed and how near it comes: docs/simulation.md; every assumption: `--assume help`.
+
+    Examples:
+
+        aft-ray simulate jobs/configs/arithmetic_demo.yaml --staleness 0,1,2
+
+        aft-ray simulate my_70b.yaml sampling.samplers=96 training.workers=232 --mtbf-hours 5000 --plot timeline.png
+
+        aft-ray simulate my_70b.yaml --compare sampling.batch_size=4,16,64 --assume response_tokens=400
+    """
+    from aft_ray.planning.simulation_command import Request, simulate_all
+
+    simulate_all(
+        Request(
+            config, overrides or [], assume or [], like, mtbf_hours, rounds, seed, staleness, compare, plot, json_file
+        ),
+        Console() if sys.stdout.isatty() else Console(width=200),
+    )
+
+
+@app.command()
 def keys(serve: Annotated[bool, typer.Option("--serve", help="the keys of `aft-ray serve` instead")] = False) -> None:
     """List every config key with its default and its meaning."""
     from aft_ray.serve_config import ServeConfig

@@ -145,12 +145,11 @@ def _answered(
     purpose: str,
 ) -> ray.data.Dataset:
     quiet_ray_data()
-    size = config.sampling.batch_size
-    in_flight = config.sampling.in_flight * len(pool.actors)
+    size, in_flight = data_flow(config.sampling, len(pool.actors))
     batches = [groups_to_table(unanswered[start : start + size]) for start in range(0, len(unanswered), size)]
     return ray.data.from_arrow(batches).map_batches(
         Ask,
-        fn_kwargs={"job": _Job(pool.handles(), publication, how, config.sampling, config.seed, purpose)},
+        fn_kwargs={"job": Job(pool.handles(), publication, how, config.sampling, config.seed, purpose)},
         # One block is one batch; many of them are in flight through one forwarding actor.
         batch_size=None,
         batch_format="pyarrow",
@@ -163,8 +162,13 @@ def _answered(
     )
 
 
+def data_flow(sampling: SamplingConfig, samplers: int) -> tuple[int, int]:
+    """How questions stream to the samplers: how many go in one batch, and how many batches are in flight at once."""
+    return sampling.batch_size, sampling.in_flight * samplers
+
+
 @dataclass(frozen=True, slots=True)
-class _Job:
+class Job:
     """What `Ask` is to do with every question: whom to ask, how, and with which weights."""
 
     pool: Samplers
@@ -189,7 +193,7 @@ class Ask:
         self._load: Counter[int] = Counter()
         self._members: Members | None = None
 
-    async def __call__(self, batch: pa.Table, job: _Job) -> pa.Table:
+    async def __call__(self, batch: pa.Table, job: Job) -> pa.Table:
         if self._members is None:
             self._members = job.pool.members()
             self._members.watch()
@@ -206,8 +210,13 @@ class Ask:
         table = table.append_column("parked", pa.array([f.reason if f else None for f in failed], pa.string()))
         return table.append_column("attempts", pa.array([f.attempts if f else 1 for f in failed], pa.int32()))
 
+    async def close(self) -> None:
+        """Ends the watch over the samplers. In a run, the process that asks ends with the pipeline."""
+        if self._members is not None:
+            await self._members.close()
+
     async def _insist(
-        self, job: _Job, members: Members, group: Group, answer: list[Candidate] | _Failed
+        self, job: Job, members: Members, group: Group, answer: list[Candidate] | _Failed
     ) -> list[Candidate] | _Failed:
         while isinstance(answer, _Failed) and not answer.final and answer.attempts < job.sampling.attempts:
             attempts = answer.attempts + 1
@@ -216,7 +225,7 @@ class Ask:
                 answer = replace(answer, attempts=attempts)
         return answer
 
-    async def _attempt(self, job: _Job, members: Members, groups: Sequence[Group]) -> list[list[Candidate] | _Failed]:
+    async def _attempt(self, job: Job, members: Members, groups: Sequence[Group]) -> list[list[Candidate] | _Failed]:
         prompts = [
             Prompt(group.prompt_token_ids, question_seed(job.seed, job.purpose, group.question.id)) for group in groups
         ]
@@ -239,7 +248,7 @@ class Ask:
             self._load[index] -= weight
         return [_Failed(a.reason, final=True) if isinstance(a, Refused) else a for a in answers]
 
-    async def _call(self, job: _Job, index: int, prompts: list[Prompt]) -> list[list[Candidate] | Refused]:
+    async def _call(self, job: Job, index: int, prompts: list[Prompt]) -> list[list[Candidate] | Refused]:
         actor = job.pool.actors[index]
         answers: list[list[Candidate] | Refused]
         try:
