@@ -1,0 +1,5 @@
+"""What a run needs before it runs: memory, placement, time and cost, from its config and a description of the nodes.
+
+Invariant: pure arithmetic. Nothing here starts Ray, loads weights or imports torch; every figure carries its formula.
+"""
+
