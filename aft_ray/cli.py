@@ -80,6 +80,42 @@ def train_run(config: RunConfig) -> None:
     print(f"the model: {model}")
 
 
+@app.command("plan")
+def plan_run(
+    config: Annotated[Path, typer.Argument(help="YAML config, see jobs/configs")],
+    overrides: Overrides = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="nodes; default: as few as the config needs")] = None,
+    node: Annotated[
+        str | None,
+        typer.Option(
+            help="a100-40gb, a100-80gb, h100-80gb, h200-141gb (8 GPUs each), cpu, or a YAML file that describes a node"
+        ),
+    ] = None,
+    assume: Annotated[
+        list[str] | None, typer.Option(help="name=value of an assumption, such as mfu=0.45; repeatable")
+    ] = None,
+    price_per_gpu_hour: Annotated[float | None, typer.Option(min=0, help="shows what the run costs")] = None,
+    output: Annotated[Path | None, typer.Option("--json", help="write every figure to this file")] = None,
+) -> None:
+    """Say what a run needs before it runs: memory, placement, time and cost, each figure beside its formula.
+
+    Needs no GPU, no weights and, for the models it knows by name, no network. Refuses what cannot fit. docs/planning.md
+    has the formulas and what was checked.
+
+    How few nodes hold it, and how long a round takes there:
+
+        aft-ray plan jobs/configs/llama2_70b_gsm8k.yaml
+
+    On the nodes that there are, and what would be the best split of them:
+
+        aft-ray plan jobs/configs/llama2_70b_gsm8k.yaml --nodes 8 --node h100-80gb --price-per-gpu-hour 2.5
+    """
+    from aft_ray.planning.command import plan_run as print_plan_of
+
+    console = Console() if sys.stdout.isatty() else Console(width=160)
+    print_plan_of(load_config(config, overrides or []), nodes, node, assume or [], price_per_gpu_hour, output, console)
+
+
 @app.command()
 def evaluate(
     targets: Annotated[

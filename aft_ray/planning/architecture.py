@@ -119,7 +119,14 @@ def _qwen2(name: str, layers: int, hidden: int, intermediate: int, heads: int, k
         hidden,
         intermediate,
         heads,
-        **{"family": "qwen2", "kv_heads": kv_heads, "context": 32_768, "attention_bias": True, "vocabulary": 152_064, **o},
+        **{
+            "family": "qwen2",
+            "kv_heads": kv_heads,
+            "context": 32_768,
+            "attention_bias": True,
+            "vocabulary": 152_064,
+            **o,
+        },
     )
 
 
