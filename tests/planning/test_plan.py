@@ -1,4 +1,4 @@
-"""Plans as a person uses them: what fits, what is refused and how, the best split, and what must hold for any config."""
+"""Plans as a person uses them: what fits, what is refused and how, the best split, and what holds for any config."""
 
 import itertools
 import json
