@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from pydantic import Field
 
-from aft_ray.config import apply_override, parse_section
+from aft_ray.config_file import apply_override, parse_section
 from aft_ray.config_section import Natural, Positive, Section
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from pydantic import Field
 
-from aft_ray.config import ConfigError, parse_section, read_tree
+from aft_ray.config import ConfigError
+from aft_ray.config_file import parse_section, read_tree
 from aft_ray.config_section import Natural, Positive, Section
 
 GB = 1e9

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from aft_ray.cluster import DATA_CPUS, needs_samplers
 from aft_ray.config import RunConfig
+from aft_ray.placement import Bundle
 from aft_ray.planning.hardware import Cluster, Node
 
 
@@ -43,43 +44,50 @@ def sampler_nodes(config: RunConfig, split: Split, node: Node) -> int:
     """Nodes with an engine on them."""
     if not config.sampling.gpus_per_sampler or not split.samplers:
         return 1
+    if config.sampling.colocate:
+        return -(-split.samplers * split.tensor_parallel // max(1, node.gpus))
     in_a_node = max(1, stages_in_a_node(config, split, node))
     return max(1, -(-split.samplers * config.sampling.pipeline_parallel_size // in_a_node))
 
 
 def stages_in_a_node(config: RunConfig, split: Split, node: Node) -> int:
     """Stages of engines that fit in a node; 0 when none does."""
-    sampling = config.sampling
-    by_cpu = math.inf
-    if sampling.cpus_per_sampler:
-        by_cpu = node.cpus // (sampling.cpus_per_sampler / sampling.pipeline_parallel_size)
-    by_gpu = math.inf
-    if sampling.gpus_per_sampler:
-        by_gpu = node.gpus // (min(sampling.gpus_per_sampler, 1) * split.tensor_parallel)
-    return int(min(by_cpu, by_gpu))
+    stage = _stage(config, split)
+    if split.tensor_parallel > node.gpus and config.sampling.gpus_per_sampler:
+        return 0
+    by_gpu = round(node.gpus / stage.gpus, 6) if stage.gpus else math.inf
+    return int(min(round(node.cpus / stage.cpus, 6), by_gpu))
 
 
 def fits(config: RunConfig, split: Split, cluster: Cluster) -> bool:
-    """Whether the cluster's nodes hold it: engines first, as they need several GPUs of one node, then workers."""
+    """Whether the cluster's nodes hold it: engines first, as they need several GPUs of one node, then workers.
+
+    The same answer as `aft_ray.placement.place` gives, in a time that does not grow with the cluster.
+    """
     node, sampling, training = cluster.node, config.sampling, config.training
+    if sampling.colocate and split.samplers * split.tensor_parallel > split.workers:
+        return False
     stages = split.samplers * sampling.pipeline_parallel_size
     per_node = stages_in_a_node(config, split, node)
     if stages > per_node * cluster.nodes:
         return False
-    if cpus(config, split) > cluster.cpus:
-        return False
-    if gpus(config, split) > cluster.gpus:
-        return False
-    if sampling.colocate or not training.gpus_per_worker:
-        return True
-    # A GPU that a fraction of an engine holds is no whole one.
-    share = min(sampling.gpus_per_sampler, 1)
-    stage_gpus = share * split.tensor_parallel
     full, rest = divmod(stages, per_node) if per_node else (0, 0)
-    free = (cluster.nodes - full - (1 if rest else 0)) * node.gpus
-    free += full * (node.gpus - math.ceil(per_node * stage_gpus))
-    free += (node.gpus - math.ceil(rest * stage_gpus)) if rest else 0
-    return split.workers <= free
+    kinds = [(per_node, full), (rest, 1 if rest else 0), (0, cluster.nodes - full - (1 if rest else 0))]
+    stage = _stage(config, split)
+    room, cpus_left = 0, 0.0
+    for engines, nodes in kinds:
+        free_gpus, free_cpus = node.gpus - engines * stage.gpus, node.cpus - engines * stage.cpus
+        by_gpu = free_gpus // training.gpus_per_worker if training.gpus_per_worker else math.inf
+        room += nodes * int(min(by_gpu, round(free_cpus / training.cpus_per_worker, 6)))
+        cpus_left += nodes * free_cpus
+    return split.workers <= room and cpus_left - split.workers * training.cpus_per_worker >= DATA_CPUS
+
+
+def _stage(config: RunConfig, split: Split) -> Bundle:
+    """What a stage of an engine reserves in its node; a colocated one has no GPUs of its own."""
+    sampling = config.sampling
+    gpus = min(sampling.gpus_per_sampler, 1) * split.tensor_parallel
+    return Bundle(sampling.cpus_per_sampler / sampling.pipeline_parallel_size, 0 if sampling.colocate else gpus)
 
 
 def nodes_needed(config: RunConfig, split: Split, node: Node, most: int = 4096) -> int | None:
@@ -101,6 +109,5 @@ def nodes_needed(config: RunConfig, split: Split, node: Node, most: int = 4096) 
 
 def cpus(config: RunConfig, split: Split) -> int:
     """CPUs that a split takes, those of Ray Data included."""
-    sampling, training = config.sampling, config.training
-    needed = split.samplers * sampling.cpus_per_sampler + split.workers * training.cpus_per_worker
+    needed = split.samplers * config.sampling.cpus_per_sampler + split.workers * config.training.cpus_per_worker
     return math.ceil(needed) + DATA_CPUS

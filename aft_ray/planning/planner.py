@@ -92,7 +92,14 @@ class Planner:
 
     def training_side(self, split: Split) -> float:
         """Seconds of a round that its train workers are busy."""
-        return self.speeds.training(split.workers).seconds + self.publication(split).trainer
+        seconds = self.speeds.training(split.workers).seconds + self.publication(split).trainer
+        return seconds + self.turns(split.workers)
+
+    def turns(self, workers: int) -> float:
+        """Seconds in which a colocated trainer's states leave its GPUs for host memory and come back."""
+        if not self.config.sampling.colocate:
+            return 0.0
+        return 2 * self.trainer_memory(workers).states / (self.cluster.node.pcie * 1e9 * self.assumed.link_efficiency)
 
     def meet(self, sampling: float, training: float) -> RoundTime:
         """A round of two sides that take so many seconds."""

@@ -88,6 +88,8 @@ def _round(plan: Plan) -> Part:
     answering = " + ".join(f"{duration(v)} {name}" for name, v in planner.sampling_parts(plan.split).items())
     published = plan.publications[config.weights.transport].trainer
     steps = f"{duration(plan.training.seconds)} steps ({plan.training.tokens_per_s:,.0f} tokens/s)"
+    if turns := planner.turns(plan.split.workers):
+        steps += f" + {duration(turns)} to hand the GPUs over"
     figures = [
         Figure("G, sampling side", time.sampling, "s", answering or "nothing is sampled"),
         Figure(

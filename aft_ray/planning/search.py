@@ -6,6 +6,7 @@ two sides of a round do not depend on each other, so each number of workers and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from aft_ray.cluster import needs_samplers
@@ -19,25 +20,29 @@ TENSOR_PARALLEL = (1, 2, 4, 8, 16)
 
 def best_split(planner: Planner) -> tuple[Split, RoundTime] | None:
     """None when nothing fits."""
-    fastest = _training_by_workers(planner)
+    config = planner.config
+    training = _training_seconds(planner)
     best: tuple[float, float, Split, RoundTime] | None = None
-    for samplers, size in _engines(planner):
-        quickest = fastest[_most_workers(planner, samplers, size, len(fastest) - 1)]
-        # Without GPUs, engines and workers share host memory too: then fewer workers may do.
-        while quickest is not None and host_problem(planner, Split(samplers, size, quickest[0])):
-            quickest = fastest[quickest[0] - 1]
-        if quickest is None:
+    for samplers, size in _engines(planner, len(training) - 1):
+        least = samplers * size if config.sampling.colocate else 1
+        most = _most_workers(planner, samplers, size, least, len(training) - 1)
+        if most < least:
             continue
-        workers, training = quickest
+        workers = min(range(least, most + 1), key=training.__getitem__)
+        # Without GPUs, engines and workers share host memory too: then fewer workers may do.
+        while workers > least and host_problem(planner, Split(samplers, size, workers)):
+            workers = min(range(least, workers), key=training.__getitem__)
         split = Split(samplers, size, workers)
-        time = planner.meet(planner.sampling_side(split), training)
-        rank = (time.round, placing.gpus(planner.config, split), split, time)
+        if math.isinf(training[workers]) or host_problem(planner, split):
+            continue
+        time = planner.meet(planner.sampling_side(split), training[workers])
+        rank = (time.round, placing.gpus(config, split), split, time)
         if best is None or rank[:2] < best[:2]:
             best = rank
     return (best[2], best[3]) if best else None
 
 
-def _engines(planner: Planner) -> Iterator[tuple[int, int]]:
+def _engines(planner: Planner, most_workers: int) -> Iterator[tuple[int, int]]:
     """Engines that could be: (samplers, processes a stage)."""
     config, cluster = planner.config, planner.cluster
     if not needs_samplers(config):
@@ -47,15 +52,17 @@ def _engines(planner: Planner) -> Iterator[tuple[int, int]]:
     if config.sampling.gpus_per_sampler >= 1:
         sizes = [size for size in TENSOR_PARALLEL if size <= cluster.node.gpus]
     for size in sizes:
-        samplers = 1
-        while engine_fits(planner, size) and placing.fits(config, Split(samplers, size, 1), cluster):
+        for samplers in range(1, cluster.gpus or cluster.cpus):
+            workers = samplers * size if config.sampling.colocate else 1
+            fitting = workers <= most_workers and placing.fits(config, Split(samplers, size, workers), cluster)
+            if not fitting or not engine_fits(planner, size):
+                break
             yield samplers, size
-            samplers += 1
 
 
-def _most_workers(planner: Planner, samplers: int, size: int, most: int) -> int:
-    """The largest number of workers that fits beside so many engines."""
-    low, high = 0, most
+def _most_workers(planner: Planner, samplers: int, size: int, least: int, most: int) -> int:
+    """The largest number of workers from `least` to `most` that fits beside so many engines, or `least` - 1."""
+    low, high = least - 1, most
     while low < high:
         middle = (low + high + 1) // 2
         if placing.fits(planner.config, Split(samplers, size, middle), planner.cluster):
@@ -65,17 +72,13 @@ def _most_workers(planner: Planner, samplers: int, size: int, most: int) -> int:
     return low
 
 
-def _training_by_workers(planner: Planner) -> list[tuple[int, float] | None]:
-    """At index w, the fastest number of at most w workers that can train it, and its seconds."""
+def _training_seconds(planner: Planner) -> list[float]:
+    """At index w, the seconds of a round with w workers; infinite where they cannot train it."""
     training, cluster = planner.config.training, planner.cluster
     most = cluster.gpus if training.gpus_per_worker else cluster.cpus
-    best: tuple[int, float] | None = None
-    found: list[tuple[int, float] | None] = [None]
+    seconds = [math.inf]
     for workers in range(1, min(most, training.groups_per_step) + 1):
         split = Split(0, 1, workers)
-        if trainer_fits(planner, workers) and host_problem(planner, split) is None:
-            seconds = planner.training_side(split)
-            if best is None or seconds < best[1]:
-                best = workers, seconds
-        found.append(best)
-    return found
+        possible = trainer_fits(planner, workers) and host_problem(planner, split) is None
+        seconds.append(planner.training_side(split) if possible else math.inf)
+    return seconds

@@ -108,6 +108,8 @@ def training_memory(
     if training.gpus_per_worker:
         reserve = assumed.training_reserve * GB
         lines.append(Figure("CUDA, NCCL, fragmentation", reserve, "bytes", "assumed (training_reserve)"))
+    if config.sampling.colocate:
+        host_lines.append(Figure("states while engines have the GPU", state_bytes, "bytes", "sampling.colocate"))
     process = assumed.process_memory * GB
     host_lines.append(Figure("the process", process, "bytes", "assumed (process_memory)"))
     device, host = sum(line.value for line in lines), sum(line.value for line in host_lines)

@@ -11,7 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aft_ray.cli import main
+from aft_ray.cluster import training_placement
 from aft_ray.config import ConfigError, load_config, parse_config
+from aft_ray.placement import Node as PlacementNode
+from aft_ray.placement import place
 from aft_ray.planning import placing, plan
 from aft_ray.planning.architecture import architecture_of
 from aft_ray.planning.assumptions import Assumptions, assume
@@ -273,24 +276,44 @@ def test_no_split_is_faster_than_the_best_one(config, nodes, gpus):
 
 
 @given(
-    st.integers(1, 12), st.sampled_from([1, 2, 3, 4, 5, 8]), st.integers(1, 40), st.integers(1, 6), st.integers(1, 30)
-)
-def test_what_is_said_to_fit_can_be_placed_node_by_node(samplers, size, workers, nodes, cpus):
+    st.integers(1, 12), st.sampled_from([1, 2, 3, 4, 5, 8]), st.integers(1, 40), st.integers(1, 6), st.integers(1, 30),
+    st.integers(1, 6), st.sampled_from([1, 2]),
+)  # fmt: skip
+def test_what_is_said_to_fit_is_what_a_run_would_place(samplers, size, workers, nodes, cpus, worker_cpus, stages):
     config = config_of(
-        sampling={"tensor_parallel_size": size, "gpus_per_sampler": size, "cpus_per_sampler": cpus},
-        training={"workers": workers},
+        sampling={
+            "samplers": samplers,
+            "tensor_parallel_size": size,
+            "pipeline_parallel_size": stages,
+            "gpus_per_sampler": size * stages,
+            "cpus_per_sampler": cpus,
+        },
+        training={"workers": workers, "cpus_per_worker": worker_cpus},
     )
-    split, node = Split(samplers, size, workers), H100.model_copy(update={"cpus": 32})
-    free = [[node.gpus, node.cpus] for _ in range(nodes)]
-    left = samplers
-    for room in free:
-        while left and room[0] >= size and room[1] >= cpus:
-            room[0], room[1], left = room[0] - size, room[1] - cpus, left - 1
-    placed = left == 0 and sum(room[0] for room in free) >= workers
-    if placing.fits(config, split, Cluster(node, nodes)):
-        assert placed
-    elif samplers * cpus + workers + 2 <= nodes * node.cpus:
-        assert not placed
+    node = H100.model_copy(update={"cpus": 32})
+    try:
+        place(training_placement(config), [PlacementNode(str(number), 32, 8) for number in range(nodes)])
+    except ConfigError:
+        placed = False
+    else:
+        placed = True
+    assert placing.fits(config, placing.split_of(config), Cluster(node, nodes)) == placed
+    needed = placing.nodes_needed(config, placing.split_of(config), node)
+    assert (needed is not None and needed <= nodes) == placed
+
+
+def test_colocated_engines_take_no_gpus_of_their_own():
+    config = config_of(
+        model={"name": "meta-llama/Llama-2-7b-hf"},
+        rounds={"max_staleness": 0},
+        sampling={"colocate": True, "samplers": 8, "tensor_parallel_size": 1, "gpus_per_sampler": 1},
+        training={"workers": 8, "zero_stage": 2},
+    )
+    made = plan(config, Cluster(H100, 1))
+    assert (made.problems, made.gpus) == ((), 8)
+    assert made.time.round == made.time.sampling + made.time.training
+    assert made.best[0].samplers * made.best[0].tensor_parallel <= made.best[0].workers
+    assert made.best[1].round <= made.time.round
 
 
 def test_a_whole_run_fills_and_drains_the_pipeline_once():
