@@ -52,7 +52,7 @@ def _engines(planner: Planner, most_workers: int) -> Iterator[tuple[int, int]]:
     if config.sampling.gpus_per_sampler >= 1:
         sizes = [size for size in TENSOR_PARALLEL if size <= cluster.node.gpus]
     for size in sizes:
-        for samplers in range(1, cluster.gpus or cluster.cpus):
+        for samplers in range(1, (cluster.gpus or cluster.cpus) + 1):
             workers = samplers * size if config.sampling.colocate else 1
             fitting = workers <= most_workers and placing.fits(config, Split(samplers, size, workers), cluster)
             if not fitting or not engine_fits(planner, size):
