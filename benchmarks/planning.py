@@ -1,13 +1,15 @@
 """Claim: after it is calibrated on one run, `aft-ray plan` foretells the others of a machine within a factor of 1.5.
 
 Small real runs (`aft_ray.rounds.run`, one sampler and one train worker on the CPU, in turns) that differ in k, in the
-length of responses, in the steps they take and in the size of the model. The first calibrates the machine's two
-constants: the training FLOP/s that its CPU reaches, and the seconds that its engine needs for a token beside the
-model's own arithmetic. The plan of each run, with these two and with the mean lengths that the run itself reports, is
-then set beside what its last round took by its metrics. The first run's own ratio is 1 by construction, all others are
-predictions. Models are untrained: a round's training is on reference responses, passes times.
+length of responses, in the steps they take and in the size of the model; or run directories that are there already.
+The last round of the first calibrates the machine's two constants: the training FLOP/s that its CPU reaches, and the
+seconds that its engine needs for a token beside the model's own arithmetic. Every round of every run is then planned
+with these two, and with the mean lengths and the share of groups with a signal that the round itself reports, and set
+beside what it took by the run's metrics. The ratio of the calibrating round is 1 by construction, all others are
+predictions.
 
-    python benchmarks/planning.py --json planning.json        # about 8 minutes
+    python benchmarks/planning.py --json planning.json             # about 8 minutes
+    python benchmarks/planning.py runs/demo/seed0/aft runs/smoke   # CPU runs of this machine; the first calibrates
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from aft_ray.config import RunConfig, parse_config
 from aft_ray.planning import Plan, plan
 from aft_ray.planning.assumptions import Assumptions
 from aft_ray.planning.hardware import NODES, Cluster
+from aft_ray.run_dir import RunDir
 
 TARGET = 1.5
 # Name, and what it changes: of the config, and of the model (hidden size, layers, heads).
@@ -41,44 +44,41 @@ VARIANTS: list[tuple[str, dict[str, dict[str, Any]], tuple[int, int, int]]] = [
 
 
 @dataclass(frozen=True)
-class Run:
-    """Seconds of the last round, and what it did: mean tokens of responses and of prompts with references."""
+class Round:
+    """Seconds of a round and what it did. response: mean tokens of a candidate. row: mean tokens of a trained row.
+
+    sampling is None for round 0, which trains on references alone.
+    """
 
     name: str
-    sampling: float
+    sampling: float | None
     training: float
     response: float
     row: float
+    signal: float
 
 
 def main(
-    questions: Annotated[int, typer.Option(help="in a round")] = 240,
-    epochs: Annotated[int, typer.Option(help="passes of training over a round's groups")] = 4,
-    repeats: Annotated[
-        int, typer.Option(help="runs of each; the fastest of each counts, as a machine has other work")
-    ] = 1,
+    runs: Annotated[list[Path] | None, typer.Argument(help="run directories; none: runs of its own")] = None,
+    questions: Annotated[int, typer.Option(help="in a round of its own runs")] = 240,
+    epochs: Annotated[int, typer.Option(help="passes of training over a round's groups in them")] = 4,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the figures to this file")] = None,
 ) -> None:
     """Planned beside measured seconds of sampling and training."""
+    from aft_ray.published import read_config
     from aft_ray.tasks.arithmetic_model import build_tiny_model
 
-    made: list[tuple[Run, RunConfig]] = []
+    made: list[tuple[Round, RunConfig]] = []
     with tempfile.TemporaryDirectory(prefix="aft-ray-benchmark-") as scratch:
-        for number, (name, sections, (hidden, layers, heads)) in enumerate(VARIANTS):
+        for path in runs or []:
+            config = read_config(RunDir(str(path)))
+            made += [(one, config) for one in _rounds("/".join(path.parts[-3:]), RunDir(str(path)), config)]
+        for number, (name, sections, (hidden, layers, heads)) in enumerate(VARIANTS if not runs else []):
             model = build_tiny_model(f"{scratch}/model-{number}", 0, hidden, layers, heads)
-            runs = []
-            for repeat in range(repeats):
-                config = _config(f"{scratch}/run-{number}-{repeat}", str(model), questions, epochs, sections)
-                runs.append((_run(name, config), config))
-                typer.echo(f"{name}: {runs[-1][0].sampling:.1f} s sampling, {runs[-1][0].training:.1f} s training")
-            best = Run(
-                name,
-                min(run.sampling for run, _ in runs),
-                min(run.training for run, _ in runs),
-                runs[0][0].response,
-                runs[0][0].row,
-            )
-            made.append((best, runs[0][1]))
+            config = _config(f"{scratch}/run-{number}", str(model), questions, epochs, sections)
+            _run(config)
+            made += [(one, config) for one in _rounds(name, RunDir(config.run_dir), config)]
+            typer.echo(f"{name}: done")
         figures = _compare(made)
     _show(figures)
     if json_file:
@@ -100,37 +100,48 @@ def _config(run_dir: str, model: str, questions: int, epochs: int, sections: dic
     return parse_config(tree)
 
 
-def _run(name: str, config: RunConfig) -> Run:
+def _run(config: RunConfig) -> None:
     from aft_ray.observe.reporter import Reporter, chatter_to
-    from aft_ray.observe.summary import read_events
     from aft_ray.rounds import run
-    from aft_ray.run_dir import RunDir
 
     run_dir = RunDir(config.run_dir)
     with chatter_to(run_dir.local_path("logs/driver.log")) as console, Reporter(run_dir, console) as reporter:
         run(config, reporter)
+
+
+def _rounds(name: str, run_dir: RunDir, config: RunConfig) -> list[Round]:
+    """The rounds of a run by its metrics."""
+    from aft_ray.observe.summary import read_events
+
     events = read_events(run_dir)
-    sampled = [event for event in events if event["event"] == "sampled"][-1]
-    trained = [event for event in events if event["event"] == "trained"][-1]
-    return Run(
-        name,
-        sampled["seconds"],
-        trained["train_s"],
-        sampled["tokens"] / (sampled["groups"] * config.sampling.k),
-        trained["tokens"] / (trained["groups"] * config.training.epochs),
-    )
+    sampled = {event["round"]: event for event in events if event["event"] == "sampled"}
+    trained = {event["round"]: event for event in events if event["event"] == "trained"}
+    found = []
+    for number, event in sorted(trained.items()):
+        answers = sampled.get(number)
+        signal = answers["signal"] if answers else 0.0
+        rows = 1 + signal * config.sampling.k
+        passes = config.training.epochs if number else config.vft.epochs
+        found.append(
+            Round(
+                f"{name}, round {number}",
+                answers["seconds"] if answers else None,
+                event["train_s"],
+                answers["tokens"] / (answers["groups"] * config.sampling.k) if answers else 1.0,
+                event["tokens"] / (event["groups"] * passes * rows),
+                signal,
+            )
+        )
+    return found
 
 
-# Of a row of the generated problems with their references, the part that is prompt.
-PROMPT = 0.56
-
-
-def _plan(run: Run, config: RunConfig, response: float, gflops: float, token_overhead_s: float) -> Plan:
-    """A plan whose only unknowns are the two constants. response: mean tokens, of samples or of references."""
+def _plan(one: Round, config: RunConfig, response: float, gflops: float, token_overhead_s: float) -> Plan:
+    """A plan whose only unknowns are the two constants; half of a trained row is taken to be its prompt."""
     assumed = Assumptions(
-        prompt_tokens=run.row * PROMPT,
+        prompt_tokens=one.row / 2,
         response_tokens=response,
-        signal=0,
+        signal=one.signal,
+        distinct=1,
         filling=0.9,
         mfu=1,
         prefill_mfu=1,
@@ -144,26 +155,32 @@ def _plan(run: Run, config: RunConfig, response: float, gflops: float, token_ove
     return plan(config, Cluster(node, 1), assumed)
 
 
-def _planned(run: Run, config: RunConfig, gflops: float, token_overhead_s: float) -> tuple[float, float]:
-    """Seconds of sampling and of training; an untrained model's samples are longer than what it is trained on."""
-    sampling = _plan(run, config, run.response, gflops, token_overhead_s)
-    training = _plan(run, config, run.row * (1 - PROMPT), gflops, token_overhead_s)
+def _planned(one: Round, config: RunConfig, gflops: float, token_overhead_s: float) -> tuple[float, float]:
+    """Seconds of sampling and of training; samples may be longer than what is trained on."""
+    training = _plan(one, config, one.row / 2, gflops, token_overhead_s)
+    if one.sampling is None:
+        return 0.0, training.vft.seconds
+    sampling = _plan(one, config, one.response, gflops, token_overhead_s)
     assert sampling.sampling is not None
     return sampling.sampling.seconds + sampling.planner.assumed.round_overhead_s, training.training.seconds
 
 
-def _compare(made: list[tuple[Run, RunConfig]]) -> dict[str, Any]:
-    first, config = made[0]
+def _compare(made: list[tuple[Round, RunConfig]]) -> dict[str, Any]:
+    of_first = [one for one, config in made if config is made[0][1] and one.sampling is not None]
+    first, config = of_first[-1], made[0][1]
+    assert first.sampling is not None
     gflops, token = 50.0, 1e-4
     for _ in range(20):  # both planned times are nearly proportional to their constant
         sampling, training = _planned(first, config, gflops, token)
         gflops, token = gflops * training / first.training, token * first.sampling / sampling
     rows = []
-    for run, one in made:
-        sampling, training = _planned(run, one, gflops, token)
-        rows.append({**asdict(run), "planned_sampling": sampling, "planned_training": training})
+    for one, its_config in made:
+        sampling, training = _planned(one, its_config, gflops, token)
+        rows.append({**asdict(one), "planned_sampling": sampling, "planned_training": training})
     constants = {"training_gflops": gflops, "token_overhead_s": token}
-    return {"benchmark": "planning", "constants": constants, "target": TARGET, "runs": rows}
+    return {
+        "benchmark": "planning", "calibrated_on": first.name, "constants": constants, "target": TARGET, "rounds": rows
+    }  # fmt: skip
 
 
 def _show(figures: dict[str, Any]) -> None:
@@ -171,16 +188,18 @@ def _show(figures: dict[str, Any]) -> None:
     from rich.table import Table
 
     table = Table("", "sampling", "planned", "ratio", "training", "planned", "ratio", title="seconds of a round")
-    for row in figures["runs"]:
+    for row in figures["rounds"]:
         cells = [row["name"]]
         for side in ("sampling", "training"):
-            planned = row[f"planned_{side}"]
-            cells += [f"{row[side]:.1f}", f"{planned:.1f}", f"{planned / row[side]:.2f}"]
+            measured, planned = row[side], row[f"planned_{side}"]
+            cells += ["", "", ""] if measured is None else [
+                f"{measured:.1f}", f"{planned:.1f}", f"{planned / measured:.2f}"
+            ]  # fmt: skip
         table.add_row(*cells)
     Console(width=140).print(table)
     constants = figures["constants"]
     typer.echo(
-        f"calibrated on the first: {constants['training_gflops']:.1f} GFLOP/s in training, "
+        f"calibrated on {figures['calibrated_on']}: {constants['training_gflops']:.1f} GFLOP/s in training, "
         f"{constants['token_overhead_s'] * 1e6:.0f} us a sampled token"
     )
 

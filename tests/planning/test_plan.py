@@ -338,3 +338,49 @@ def load_like(config, changes):
         section, name = key.split(".")
         tree[section][name] = json.loads(value)
     return parse_config(tree)
+
+
+# --- how much there is to do
+
+
+def test_questions_come_from_the_config_or_the_task():
+    def of(**sections):
+        return workload(config_of(**sections), Assumptions())
+
+    assert of().questions == 7473
+    assert "training split of gsm8k" in of().counted
+    assert of(data={"train_limit": 100}).questions == 100
+    assert "data.train_limit" in of(data={"train_limit": 100}).counted
+    limited = of(rounds={"questions_per_round": 500})
+    assert (limited.questions, limited.vft_questions) == (500, 7473)
+    assert of(data={"task": "arithmetic", "arithmetic": {"train_size": 321}}).questions == 321
+
+
+def test_responses_are_no_longer_than_the_config_allows():
+    config = config_of(sampling={"max_tokens": 40})
+    assert workload(config, Assumptions()).response == 40
+    assert workload(config, assume(["response_tokens=20", "prompt_tokens=500"])).response == 12  # of max_length=512
+
+
+def test_several_tasks_share_a_round():
+    tree = config_of().model_dump(exclude={"data"})
+    tree["tasks"] = {"gsm8k": {"weight": 1, "train_limit": 300}, "ecqa": {"weight": 2, "train_limit": 400}}
+    work = workload(parse_config(tree), Assumptions())
+    assert (work.questions, work.vft_questions) == (600, 700)
+    assert 49 < work.prompt < 65
+
+
+def test_only_what_an_objective_trains_on_is_counted():
+    def rows(name):
+        return workload(config_of(objective={"name": name}), assume(["signal=0.5", "distinct=1"])).rows
+
+    assert (rows("vft"), rows("aft_boundary"), rows("rft")) == (1, 4, 4)
+    assert plan(config_of(objective={"name": "vft"}, rounds={"evaluate_every": 0}), Cluster(H100, 4)).sampling is None
+
+
+def test_adapters_need_less_memory_and_less_time_to_publish():
+    whole = plan(config_of(), Cluster(H100, 4))
+    adapted = plan(config_of(lora={"rank": 16}, weights={"transport": "lora"}), Cluster(H100, 4))
+    assert adapted.trainer.states < 0.2 * whole.trainer.states
+    assert adapted.publications["lora"].engines < 0.02 * adapted.publications["object_store"].engines
+    assert "lora" not in whole.publications
