@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from aft_ray.config import ConfigError
 from aft_ray.config_file import parse_section, read_tree
@@ -29,12 +30,24 @@ class Node(Section):
     gpu_memory: float = Field(0, ge=0, description="memory of a GPU, GB")
     gpu_tflops: float = Field(0, ge=0, description="bfloat16 TFLOP/s of a GPU, dense")
     gpu_bandwidth: float = Field(0, ge=0, description="memory bandwidth of a GPU, GB/s")
-    nvlink: float = Field(0, ge=0, description="a GPU to the others of its node, GB/s")
+    nvlink: float = Field(0, ge=0, description="a GPU to the others of its node, GB/s; 0: over PCIe")
     pcie: float = Field(25, gt=0, description="a GPU to host memory, GB/s")
     network: float = Field(gt=0, description="node to node, all adapters together, GB/s")
     storage: float = Field(gt=0, description="node to shared storage, GB/s")
     host_bandwidth: float = Field(200, gt=0, description="host memory, GB/s")
     cpu_gflops: float = Field(50, gt=0, description="GFLOP/s of a CPU, for runs without GPUs")
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        for key in ("gpu_memory", "gpu_tflops", "gpu_bandwidth"):
+            if self.gpus and not getattr(self, key):
+                raise ConfigError(f"the node {self.name} has {self.gpus} GPUs, so it needs {key}")
+        return self
+
+    @property
+    def between_gpus(self) -> float:
+        """GB/s of a GPU to another of its node."""
+        return self.nvlink or self.pcie
 
 
 @dataclass(frozen=True, slots=True)

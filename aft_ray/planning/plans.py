@@ -15,7 +15,7 @@ from aft_ray.planning.engine_memory import EngineMemory
 from aft_ray.planning.hardware import Cluster
 from aft_ray.planning.placing import Split
 from aft_ray.planning.planner import Planner, RoundTime
-from aft_ray.planning.problems import engine_fits, problems, trainer_fits
+from aft_ray.planning.problems import engine_fits, problems, trainer_fits, trainer_problem
 from aft_ray.planning.publication_time import TRANSPORTS, PublicationTime
 from aft_ray.planning.search import best_split
 from aft_ray.planning.timing import SamplingTime, TrainingTime
@@ -50,12 +50,13 @@ class Plan:
 
     @property
     def why_none(self) -> str:
-        """Why no split fits: what is wrong with the largest number of workers that leaves room for one engine."""
-        planner = self.planner
-        room = planner.cluster.gpus if planner.config.training.gpus_per_worker else planner.cluster.cpus
-        workers = max(1, min(room - (1 if self.split.samplers else 0), planner.config.training.groups_per_step))
-        found = problems(planner, Split(self.split.samplers, self.split.tensor_parallel, workers))
-        return found[0] if found else "no engine and worker fit beside each other"
+        """Why no split fits: what is wrong with the config's own, or with as many workers as there is room for."""
+        planner, split = self.planner, self.split
+        if not placing.fits(planner.config, split, planner.cluster):
+            room = planner.cluster.gpus if planner.config.training.gpus_per_worker else planner.cluster.cpus
+            most = max(1, min(room - (1 if split.samplers else 0), planner.config.training.groups_per_step))
+            return trainer_problem(planner, most) or self.problems[0]
+        return self.problems[0]
 
     @property
     def gpus(self) -> float:
@@ -83,6 +84,8 @@ def plan(
     """Plans a run. Raises ConfigError when the model or the number of questions is not known; what does not fit is in
     `problems`."""
     assumed = assumed or Assumptions()
+    if (config.training.gpus_per_worker or config.sampling.gpus_per_sampler) and not cluster.node.gpus:
+        raise ConfigError(f"the config reserves GPUs and {cluster.node.name} has none; use another --node")
     model = architecture_of(config)
     if config.model.max_length > model.context:
         raise ConfigError(

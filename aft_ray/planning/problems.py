@@ -141,11 +141,9 @@ def placement_problem(planner: Planner, split: Split) -> str | None:
             f"({describe(config, split)}), for which {needed} x {node.name} are enough, and {cluster} {have} "
             f"{cluster.gpus:,} and {cluster.cpus:,}; give --nodes {needed}, or another split"
         )
-    stage = split.tensor_parallel if config.sampling.gpus_per_sampler else 0
-    if stage > node.gpus or not node.gpus:
+    if config.sampling.gpus_per_sampler and split.tensor_parallel > node.gpus:
         return (
-            f"an engine of the config has {counted(stage, 'GPU')} in one node and a train worker has "
-            f"{config.training.gpus_per_worker}, and {node.name} has {node.gpus}; use another --node, or lower "
-            f"sampling.tensor_parallel_size"
+            f"an engine of the config needs {counted(split.tensor_parallel, 'GPU')} in one node, and {node.name} has "
+            f"{node.gpus}; use another --node, or lower sampling.tensor_parallel_size"
         )
     return f"an engine reserves more than the {node.cpus} CPUs of {node.name}; lower sampling.cpus_per_sampler"

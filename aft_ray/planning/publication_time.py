@@ -87,7 +87,7 @@ def publication_time(
 def _transport(size: Sizes, assumed: Assumptions, node: Node, transport: str, nodes: int) -> tuple[float, float, str]:
     """Bytes, bytes a second, and the formula."""
     if transport == "nccl":
-        rate = min(node.network, node.nvlink or node.network) * assumed.link_efficiency
+        rate = (min(node.network, node.between_gpus) if node.gpus else node.network) * assumed.link_efficiency
         return size.weights, rate * GB, f"{gigabytes(size.weights)} broadcast once / {rate:.0f} GB/s"
     if transport == "checkpoint":
         rate = min(nodes * node.storage, assumed.shared_storage)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import count
 
 from aft_ray.cluster import needs_samplers
 from aft_ray.planning import placing
@@ -50,9 +51,9 @@ def _engines(planner: Planner, most_workers: int) -> Iterator[tuple[int, int]]:
         return
     sizes = [config.sampling.tensor_parallel_size]
     if config.sampling.gpus_per_sampler >= 1:
-        sizes = [size for size in TENSOR_PARALLEL if size <= cluster.node.gpus]
+        sizes = [size for size in sorted({*TENSOR_PARALLEL, *sizes}) if size <= cluster.node.gpus]
     for size in sizes:
-        for samplers in range(1, (cluster.gpus or cluster.cpus) + 1):
+        for samplers in count(1):
             workers = samplers * size if config.sampling.colocate else 1
             fitting = workers <= most_workers and placing.fits(config, Split(samplers, size, workers), cluster)
             if not fitting or not engine_fits(planner, size):

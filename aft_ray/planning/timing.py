@@ -237,5 +237,5 @@ class Speeds:
         if not node.gpus:
             return (node.host_bandwidth if inside or processes <= node.cpus else node.network) * GB * efficiency
         if inside or processes <= node.gpus:
-            return node.nvlink * GB * efficiency
-        return min(node.nvlink, node.network) * GB * efficiency
+            return node.between_gpus * GB * efficiency
+        return min(node.between_gpus, node.network) * GB * efficiency
