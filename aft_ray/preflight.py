@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from aft_ray.config import ConfigError, RunConfig
+from aft_ray.run_dir import local_model
 
 
 def check_model(config: RunConfig) -> None:
@@ -17,7 +18,7 @@ def check_model(config: RunConfig) -> None:
             f"model.max_length ({config.model.max_length}, prompt + response) is longer than the context of "
             f"{config.model.name} ({context} tokens); lower it to at most {context}"
         )
-    directory = Path(config.model.name)
+    directory = Path(local_model(config.model.name))
     if directory.is_dir() and not any(directory.glob("*.safetensors")):
         raise ConfigError(
             f"{directory} has no .safetensors file; other weight formats are not loaded, since they can run code"
@@ -28,7 +29,7 @@ def load_model_config(config: RunConfig) -> Any:
     """The model's Hugging Face config. Raises ConfigError naming what is missing."""
     from transformers import AutoConfig
 
-    name = config.model.name
+    name = local_model(config.model.name)
     if _looks_like_a_path(name) and not Path(name).is_dir():
         raise ConfigError(f"model.name={name} is not a directory; give a Hugging Face model directory or a hub name")
     try:

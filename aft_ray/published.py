@@ -13,12 +13,12 @@ import yaml
 from aft_ray.config import ConfigError, RunConfig, parse_config
 from aft_ray.config_file import apply_override
 from aft_ray.ledger import Ledger
-from aft_ray.run_dir import CONFIG, RunDir
+from aft_ray.run_dir import CONFIG, RunDir, local_model
 
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """A policy version and the local directory, or hub name, of its model."""
+    """A policy version and its model: a directory, a hub name, or a URI in a run directory on an object store."""
 
     version: int
     model: str
@@ -60,4 +60,6 @@ def find_published(
     if version not in trained:
         known = ", ".join(map(str, trained)) or "none"
         raise ConfigError(f"{run_dir.uri()} has no version {version}; it has published: {known}")
-    return Published(version, str(run_dir.fetch_directory(run_dir.model(version))))
+    model = run_dir.uri(run_dir.model(version))
+    local_model(model)  # raises while somebody is there to read it
+    return Published(version, model)

@@ -17,6 +17,7 @@ from typing import Any
 
 from aft_ray.config import ConfigError, RunConfig
 from aft_ray.records import Group, Question, unique_ids
+from aft_ray.run_dir import local_model
 from aft_ray.task_config import in_place
 from aft_ray.tasks import Split, Task, build_tasks, load_split
 from aft_ray.tasks.rendering import render
@@ -33,7 +34,9 @@ class Prepared:
 def load_tokenizer(config: RunConfig) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(config.model.name, trust_remote_code=config.model.trust_remote_code)
+    return AutoTokenizer.from_pretrained(
+        local_model(config.model.name), trust_remote_code=config.model.trust_remote_code
+    )
 
 
 def prepare(config: RunConfig, split: Split, tokenizer: Any) -> Prepared:

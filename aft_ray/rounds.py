@@ -25,6 +25,7 @@ from aft_ray.config_file import config_difference, dump_config
 from aft_ray.evaluation.evaluator import ask, unanswered
 from aft_ray.evaluation.generations import generations_text
 from aft_ray.evaluation.metrics import measure
+from aft_ray.lease import Hold
 from aft_ray.ledger import Ledger, write_group_file
 from aft_ray.observe.reporter import Reporter
 from aft_ray.preflight import check_model
@@ -255,7 +256,7 @@ class Conductor:
     def _on_disk(self, version: int) -> Publication:
         if version == 0 and not self.config.vft.epochs:
             return read_publication(0, self.config.model.name)
-        return read_publication(version, self.run_dir.fetch_directory(self.run_dir.model(version)))
+        return read_publication(version, self.run_dir.uri(self.run_dir.model(version)))
 
 
 def evaluation_due(config: RunConfig, run_dir: RunDir, version: int) -> bool:
@@ -272,7 +273,7 @@ def run(config: RunConfig, reporter: Reporter) -> bool:
     Raises ConfigError, RunDirError, SamplersFailed, PublicationFailed or RunFailed: one sentence each.
     """
     run_dir = RunDir(config.run_dir)
-    with run_dir.lock():
+    with run_dir.lock(reporter.say) as hold:
         adopt_config(config, run_dir)
         ledger = Ledger(run_dir)
         last = config.rounds.count
@@ -296,13 +297,16 @@ def run(config: RunConfig, reporter: Reporter) -> bool:
             + f", {len(validation)} for validation; run directory {run_dir.uri()}"
         )
         with connected(config.cluster, training_placement(config)):
-            _run_on_cluster(config, run_dir, ledger, reporter, training.groups, validation, tokenizer.eos_token_id)
+            _run_on_cluster(
+                config, run_dir, hold, ledger, reporter, training.groups, validation, tokenizer.eos_token_id
+            )
     return True
 
 
 def _run_on_cluster(
     config: RunConfig,
     run_dir: RunDir,
+    hold: Hold,
     ledger: Ledger,
     reporter: Reporter,
     questions: list[Group],
@@ -311,6 +315,7 @@ def _run_on_cluster(
 ) -> None:
     started = time.monotonic()
     the_board = board.start_board()
+    hold.on_lost = lambda reason: board.call(the_board.fail, reason)
     pool = turns = None
 
     def start_samplers(seats: tuple[EngineSeat, ...] | None) -> SamplerPool:
@@ -410,7 +415,9 @@ def _training_failure(error: Exception, run_dir: RunDir) -> str:
     cause = error
     for worker_error in getattr(error, "worker_failures", {}).values():
         cause = worker_error
-    return f"training failed: {last_line(str(cause))} (the workers' output: {run_dir.uri(LOGS)}/trainer-*.log)"
+    # Processes cannot print into an object store.
+    where = f"{run_dir.uri(LOGS)}/trainer-*.log" if run_dir.is_local else "Ray's logs of their nodes"
+    return f"training failed: {last_line(str(cause))} (the workers' output: {where})"
 
 
 def _stats(total: Any, seconds: float, waited: float, tokens_per_s: float) -> dict[str, Any]:

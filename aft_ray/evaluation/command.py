@@ -5,7 +5,9 @@ Invariant: files of answers alone are measured without an engine, and without im
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,12 @@ from aft_ray.evaluation.generations import read_answered
 from aft_ray.evaluation.outcome import Evaluated, Outcome, work_out, write
 from aft_ray.evaluation.targets import Plan, Target
 from aft_ray.observe.reporter import Reporter, chatter_to
+from aft_ray.run_dir import EVALUATIONS
 
 
 def evaluate_targets(
     plan: Plan, baseline: str | None, output: Path | None, plots: bool, log: Path
-) -> tuple[Outcome, str | None, list[Path]]:
+) -> tuple[Outcome, str | None, list[str]]:
     """Measures all targets; returns the figures, a title for their table, and the files written, the JSON first."""
     chosen = _baseline(plan.targets, baseline)
     evaluation = plan.config.evaluation if plan.config else EvaluationConfig()
@@ -36,8 +39,8 @@ def evaluate_targets(
         if len(evaluated) > 1 or plots:
             reporter.say("working out the figures")
         outcome = work_out(evaluated, chosen, evaluation.resamples, evaluation.seed)
-        path = output or _default_output(plan)
-        files = write(outcome, path, _facts(plan, bool(models)), plots)
+        with _output(plan, output) as (path, keep):
+            files = keep(write(outcome, path, _facts(plan, bool(models)), plots))
     title = f"{', '.join(plan.config.task_configs)}, {evaluation.split}" if plan.config and models else None
     return outcome, title, files
 
@@ -59,16 +62,31 @@ def _baseline(targets: Sequence[Target], given: str | None) -> str:
     raise ConfigError(f"--baseline {given} is none of the targets; they are {', '.join(t.label for t in targets)}")
 
 
-def _default_output(plan: Plan) -> Path:
-    """A run's own evaluation lies in the run; everything else where the command is given."""
+@contextmanager
+def _output(plan: Plan, given: Path | None) -> Iterator[tuple[Path, Callable[[list[Path]], list[str]]]]:
+    """Where the JSON is written, and what names the files written; a run on an object store gets them uploaded.
+
+    A run's own evaluation lies in the run; everything else where the command is given.
+    """
     split = plan.config.evaluation.split if plan.config else "answers"
-    if len(plan.targets) > 1:
-        return Path(f"comparison-{split}.json")
-    (target,) = plan.targets
-    if target.run_dir is not None and target.run_dir.is_local:
-        return target.run_dir.local_path(target.run_dir.evaluation(f"{split}-{target.name}"))
-    # "answers" for a file: beside generations-X.jsonl an evaluation of it must not take the place of X.json.
-    return Path(f"{target.name}-{'answers' if target.kind == 'file' else split}.json")
+    target, others = plan.targets[0], plan.targets[1:]
+    if given is not None or others or target.run_dir is None:
+        # "answers" for a file: beside generations-X.jsonl an evaluation of it must not take the place of X.json.
+        name = f"{target.name}-{'answers' if target.kind == 'file' else split}.json"
+        yield given or Path(f"comparison-{split}.json" if others else name), lambda files: list(map(str, files))
+        return
+    run_dir, path = target.run_dir, target.run_dir.evaluation(f"{split}-{target.name}")
+    if run_dir.is_local:
+        yield run_dir.local_path(path), lambda files: list(map(str, files))
+        return
+    with tempfile.TemporaryDirectory(prefix="aft-ray-evaluation-") as scratch:
+
+        def upload(files: list[Path]) -> list[str]:
+            for file in reversed(files):  # the JSON, which names the others, last
+                run_dir.write_bytes(f"{EVALUATIONS}/{file.name}", file.read_bytes())
+            return [run_dir.uri(f"{EVALUATIONS}/{file.name}") for file in files]
+
+        yield Path(scratch) / Path(path).name, upload
 
 
 def _facts(plan: Plan, sampled: bool) -> dict[str, Any]:

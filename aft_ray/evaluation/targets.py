@@ -96,7 +96,7 @@ def _is_file(argument: str) -> bool:
 
 def _of_run(argument: str, run_dir: RunDir, version: int | None, config: RunConfig) -> Target:
     published = find_published(run_dir, config, version)
-    label = f"{run_dir.uri().rpartition('/')[2]}@{published.version}"
+    label = f"{run_dir.name}@{published.version}"
     return Target(label, published.model, "model", str(published.version), argument, config.model, run_dir)
 
 

@@ -24,6 +24,8 @@ from aft_ray.run_dir import METRICS, TENSORBOARD, RunDir
 
 # Where there is no terminal, a line of progress at most this often.
 _PLAIN_SECONDS = 10.0
+# Where every line rewrites an object, steps may wait so long for each other. Other events take them along.
+_HELD_SECONDS = 5.0
 # Which field of an event is TensorBoard's step.
 _STEP_FIELDS = ("global_step", "round")
 
@@ -61,6 +63,8 @@ class Reporter:
         self._started: dict[str, float] = {}
         self._said: dict[str, float] = {}
         self._tensorboard: Any = None
+        self._held: list[str] = []
+        self._wrote = time.monotonic()
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -84,6 +88,7 @@ class Reporter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.stop()
+        self._write([])
         if self._tensorboard is not None:
             self._tensorboard.close()
 
@@ -98,12 +103,21 @@ class Reporter:
             return
         with self._lock:
             line = json.dumps({"time": round(time.time(), 3), "event": name, **fields})
-            self._run_dir.append_line(METRICS, line)
+            if name == "step" and not self._run_dir.is_local and time.monotonic() - self._wrote < _HELD_SECONDS:
+                self._held.append(line)
+            else:
+                self._write([line])
             if self._tensorboard is not None:
                 step = next((fields[key] for key in _STEP_FIELDS if key in fields), None)
                 for key, value in fields.items():
                     if isinstance(value, int | float) and key not in _STEP_FIELDS and step is not None:
                         self._tensorboard.add_scalar(f"{name}/{key}", value, step)
+
+    def _write(self, lines: list[str]) -> None:
+        lines, self._held = self._held + lines, []
+        if lines and self._run_dir is not None:
+            self._run_dir.append_line(METRICS, "\n".join(lines))
+            self._wrote = time.monotonic()
 
     def progress(self, what: str, done: int, total: int, note: str = "") -> None:
         """How far some long work is; the work ends when done == total."""

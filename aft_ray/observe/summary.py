@@ -9,17 +9,15 @@ from rich.table import Table
 
 from aft_ray.config import RunConfig
 from aft_ray.ledger import Ledger
-from aft_ray.run_dir import METRICS, RunDir, RunDirError
+from aft_ray.run_dir import METRICS, RunDir
 
 
 def read_events(run_dir: RunDir) -> list[dict[str, Any]]:
     """The events of a run so far; a last line still being written is left out."""
     import json
 
-    if not run_dir.exists(METRICS):
-        return []
     events = []
-    for line in run_dir.read_bytes(METRICS).decode(errors="replace").splitlines():
+    for line in run_dir.read_lines(METRICS):
         try:
             events.append(json.loads(line))
         except json.JSONDecodeError:
@@ -84,9 +82,8 @@ def state_lines(config: RunConfig, run_dir: RunDir) -> list[str]:
             groups = sum(len(file.question_ids) for file in files)
             closed = " (complete)" if ledger.sampled(number) else ""
             lines.append(f"round {number}: {groups} groups sampled{closed}, {len(parked)} parked")
-    try:
-        with run_dir.lock():
-            lines.append("no driver works on it; start the same command again to go on")
-    except RunDirError as busy:
-        lines.append(f"working: {busy}".partition("; ")[0])
+    if (busy := run_dir.in_use_by()) is None:
+        lines.append("no driver works on it; start the same command again to go on")
+    else:
+        lines.append(f"working: {run_dir.uri()} is in use by {busy}")
     return lines

@@ -11,11 +11,12 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from aft_ray.records import Candidate
+from aft_ray.run_dir import local_model
 from aft_ray.sampling.engine import (
     Engine,
     EngineDead,
@@ -68,6 +69,7 @@ class Sampler:
     ) -> None:
         if log_file:
             redirect_output(log_file)
+        spec = replace(spec, model=local_model(spec.model))
         prepare_environment(spec)
         if spec.executor == "ray":
             wait_for_group(spec.tensor_parallel_size, start_timeout_s)

@@ -12,7 +12,7 @@ from ray.serve.deployment import Application
 from ray.serve.llm import LLMConfig, build_llm_deployment
 
 from aft_ray.questions import load_tokenizer
-from aft_ray.run_dir import RunDir
+from aft_ray.run_dir import RunDir, local_model
 from aft_ray.sampling.engine import EngineSpec, engine_arguments, engine_environment
 from aft_ray.serve_config import ServeConfig, parse_serve_config
 from aft_ray.serving.http import build_http
@@ -81,7 +81,7 @@ def llm_config(config: ServeConfig, served: ServedModel, eos_token_id: int) -> L
     engine = config.engine
     gpu = engine.gpus > 0
     spec = EngineSpec(
-        model=served.model,
+        model=local_model(served.model),
         eos_token_id=eos_token_id,
         dtype=served.run.model.dtype,
         max_length=served.run.model.max_length,
@@ -115,7 +115,7 @@ def llm_config(config: ServeConfig, served: ServedModel, eos_token_id: int) -> L
             "target_ongoing_requests": engine.ongoing_per_replica,
         }
     return LLMConfig(
-        model_loading_config={"model_id": served.name, "model_source": served.model},
+        model_loading_config={"model_id": served.name, "model_source": local_model(served.model)},
         accelerator_type=engine.accelerator_type,
         placement_group_config={
             "bundles": [dict(bundle) for _ in range(processes)],

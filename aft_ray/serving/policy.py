@@ -20,6 +20,7 @@ from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
 
 from aft_ray.records import Candidate
+from aft_ray.run_dir import local_model
 from aft_ray.sampling.engine import (
     NoRoom,
     Prompt,
@@ -118,7 +119,8 @@ class PolicyServer(LLMServer):  # type: ignore[misc]
         self._failure: str | None = None
         self._publication = spec.publication if rollout is None else await rollout.current.remote()
         if self._publication is not None:
-            llm_config = _with_model(llm_config, self._publication.model)
+            model = await asyncio.to_thread(local_model, self._publication.model)
+            llm_config = _with_model(llm_config, model)
         await super().__init__(llm_config, engine_cls=PolicyEngine)
         if self._publication is not None:
             await self._prove(self._publication)
@@ -236,6 +238,8 @@ class PolicyServer(LLMServer):  # type: ignore[misc]
     async def _load(self, publication: Publication) -> None:
         """Loads and proves."""
         client = self.engine.client
+        # From an object store it takes minutes, in which others are answered.
+        await asyncio.to_thread(local_model, publication.model)
         for call in publication.calls(self._spec.drain_s):
             await client.collective_rpc(call.method, args=call.args)
         if not await client.reset_prefix_cache():

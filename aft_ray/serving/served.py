@@ -20,7 +20,7 @@ _MAX_LENGTH = 2048
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """What is served: its name to clients, its local directory or hub name, and the config it is asked with."""
+    """What is served: its name to clients, its directory, URI or hub name, and the config it is asked with."""
 
     name: str
     model: str
@@ -58,7 +58,7 @@ def resolve(config: ServeConfig) -> Resolved:
     published = find_published(run_dir, run, version)
     run = _with_engine(run, published.model, engine.dtype or run.model.dtype, engine.max_length or run.model.max_length)
     check_model(run)
-    served = ServedModel(config.name or _last_part(run_dir.uri()), published.model, run)
+    served = ServedModel(config.name or run_dir.name, published.model, run)
     return served, read_publication(published.version, published.model)
 
 

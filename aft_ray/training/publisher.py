@@ -110,7 +110,7 @@ class Publisher:
             self.run_dir.store_directory(directory, model_dir)
         publication = Publication(
             version=round_number,
-            model=str(self.run_dir.fetch_directory(model_dir)),
+            model=self.run_dir.uri(model_dir),
             shards=tuple(written.shards),
             probes=tuple(probes),
             bytes=written.bytes,

@@ -79,8 +79,7 @@ class _Trainer:
         last = self.ledger.last_checkpoint()
         if last and self.rank == 0:
             # A worker that died between the ledger and the board has left its version unpublished.
-            model = self.run_dir.fetch_directory(self.run_dir.model(last.round))
-            call(self.board.publish, read_publication(last.round, model))
+            call(self.board.publish, read_publication(last.round, self.run_dir.uri(self.run_dir.model(last.round))))
         engine = None
         last_round = self.config.rounds.count
         for round_number in range(first_round(self.config, self.ledger), last_round + 1):

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from aft_ray.run_dir import local_model
 from aft_ray.weights.meeting import Place
 
 # rendezvous: the group of a meeting forms. fetch: the bytes come (at a meeting they are loaded as they come). load:
@@ -44,14 +45,15 @@ class Delivery(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class FromDirectory:
-    """From a model directory, local or on shared storage: always there, for engines that come late too."""
+    """From a model directory, local or shared, or its URI: always there, for engines that come late too."""
 
     model: str
     shards: tuple[str, ...]
 
     def calls(self, timeout_s: float) -> Iterator[Call]:
         del timeout_s
-        yield from _loading(str(Path(self.model) / shard) for shard in self.shards)
+        directory = Path(local_model(self.model))
+        yield from _loading(str(directory / shard) for shard in self.shards)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from aft_ray.run_dir import local_model
 from aft_ray.weights.delivery import Call, Delivery, FromDirectory
 from aft_ray.weights.layout import Layout
 
@@ -34,9 +35,10 @@ class Probe:
 class Publication:
     """Policy version `version`: the model directory that holds it, and any faster way while the trainer lives.
 
-    model: a local or shared directory, in Hugging Face form. shards: file names in it, in loading order. delivery: how
-    an engine gets the weights; None: from the directory. meeting: what the trainer would stream to engines that meet
-    it; None: it does not. bytes: of the weights; 0 when they were read from disk.
+    model: a local or shared directory, in Hugging Face form, or the URI of one in a run directory on an object store.
+    shards: file names in it, in loading order. delivery: how an engine gets the weights; None: from the directory.
+    meeting: what the trainer would stream to engines that meet it; None: it does not. bytes: of the weights; 0 when
+    they were read from disk.
     """
 
     version: int
@@ -71,13 +73,13 @@ def write_probes(directory: str | Path, probes: Sequence[Probe]) -> None:
     (Path(directory) / PROBES_FILE).write_text(json.dumps([asdict(probe) for probe in probes]))
 
 
-def read_publication(version: int, directory: str | Path) -> Publication:
-    """The publication of a model directory on disk. A directory made elsewhere has no probes, and so no proof."""
-    directory = Path(directory)
+def read_publication(version: int, model: str | Path) -> Publication:
+    """The publication of a model directory on disk, or of a run. One made elsewhere has no probes, and so no proof."""
+    directory = Path(local_model(str(model)))
     probes = directory / PROBES_FILE
     return Publication(
         version=version,
-        model=str(directory),
+        model=str(model),
         shards=tuple(sorted(path.name for path in directory.glob("*.safetensors"))),
         probes=tuple(Probe(**probe) for probe in json.loads(probes.read_text())) if probes.exists() else (),
     )
