@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -69,7 +71,8 @@ def train_run(config: RunConfig) -> None:
     from aft_ray.run_dir import RunDir
 
     run_dir = RunDir(config.run_dir)
-    with chatter_to(driver_log(run_dir)) as console, Reporter(run_dir, console) as reporter:
+    log = driver_log(run_dir)
+    with kept_log(run_dir, log), chatter_to(log) as console, Reporter(run_dir, console) as reporter:
         from aft_ray.rounds import run
 
         if not run(config, reporter):
@@ -169,7 +172,7 @@ def evaluate(
     for model in outcome.evaluated:
         if "seconds" in model.facts:
             print(f"{model.label}: {model.facts['tokens']:,} tokens in {model.facts['seconds']:.0f} s")
-    print("written: " + ", ".join(map(str, files)))
+    print("written: " + ", ".join(files))
 
 
 @app.command()
@@ -276,6 +279,74 @@ def simulate(
 
 
 @app.command()
+def submit(
+    config: Annotated[Path, typer.Argument(help="YAML config, see jobs/configs; it may lie anywhere")],
+    overrides: Overrides = None,
+    address: Annotated[
+        str | None, typer.Option(help="http://HEAD:8265; default RAY_API_SERVER_ADDRESS, then RAY_ADDRESS")
+    ] = None,
+    working_dir: Annotated[
+        Path | None,
+        typer.Option(help="checkout to upload; default this directory, or aft_ray's own"),
+    ] = None,
+    env: Annotated[
+        list[str] | None, typer.Option(metavar="NAME[=VALUE]", help="variable for every process of the job; no secrets")
+    ] = None,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="follow the job and end with its exit status")] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the shell command, then stop")] = False,
+) -> None:
+    """Train on a cluster: check the config, then `ray job submit` it. See docs/clusters.md.
+
+    Examples:
+
+        aft-ray submit run.yaml run_dir=/shared/runs/gsm8k model.name=/shared/model --address http://head:8265
+
+        aft-ray submit jobs/configs/gsm8k_smoke.yaml run_dir=s3://bucket/gsm8k --no-wait --dry-run
+    """
+    from aft_ray.operations.submit import plan, run
+
+    submission = plan(config, overrides or [], address, working_dir, env or [], wait)
+    print(submission.shell(), flush=True)
+    if not dry_run:
+        raise SystemExit(run(submission, print))
+
+
+@app.command()
+def doctor(
+    config: Annotated[Path | None, typer.Argument(help="YAML config: also look for its model and run_dir")] = None,
+    overrides: Overrides = None,
+    address: Annotated[str | None, typer.Option(help="HOST:6379 of the head; default RAY_ADDRESS, else here")] = None,
+    storage: Annotated[str | None, typer.Option(help="directory or URI that all nodes share; default run_dir")] = None,
+    working_dir: Annotated[Path, typer.Option(help="what `submit` would upload")] = Path("."),
+    as_json: Annotated[bool, typer.Option("--json", help="print findings and facts as JSON")] = False,
+) -> None:
+    """Look at every node of a running cluster for what would make a run fail; exit status 1 when something would.
+
+    Versions, GPUs, clocks, shared storage, the model, shared memory, disks, limits, ports, a sum over all nodes, and
+    the size of the upload. Every failure comes with its cure.
+
+    Examples:
+
+        aft-ray doctor jobs/configs/gsm8k_smoke.yaml run_dir=/shared/runs/gsm8k model.name=/shared/model
+
+        ray job submit --address http://head:8265 --working-dir . -- python -m aft_ray.cli doctor --storage /shared
+    """
+    from aft_ray.operations import report
+    from aft_ray.operations.doctor import examine, what_to_ask
+
+    parsed = load_config(config, overrides or []) if config is not None else None
+    say = (lambda _: None) if as_json else print
+    facts, findings = examine(address, what_to_ask(parsed, storage, working_dir), say)
+    if as_json:
+        print(report.as_json(facts, findings))
+    else:
+        (Console() if sys.stdout.isatty() else Console(width=200)).print(report.table(findings))
+        print("\n".join(report.lines(findings)) or f"{len(facts.nodes)} nodes are well")
+    if not report.healthy(findings):
+        raise SystemExit(1)
+
+
+@app.command()
 def keys(serve: Annotated[bool, typer.Option("--serve", help="the keys of `aft-ray serve` instead")] = False) -> None:
     """List every config key with its default and its meaning."""
     from aft_ray.serve_config import ServeConfig
@@ -287,6 +358,7 @@ def keys(serve: Annotated[bool, typer.Option("--serve", help="the keys of `aft-r
 def user_errors() -> tuple[type[BaseException], ...]:
     """The errors whose message is one sentence for the user; everything else is ours and keeps its traceback."""
     from aft_ray.board import BoardFailed
+    from aft_ray.operations.submit import SubmissionFailed
     from aft_ray.rounds import RunFailed
     from aft_ray.run_dir import RunDirError
     from aft_ray.sampling.members import SamplersFailed
@@ -294,7 +366,16 @@ def user_errors() -> tuple[type[BaseException], ...]:
     from aft_ray.verify.judge import JudgeFailed
     from aft_ray.weights.publication import PublicationFailed
 
-    return (RunFailed, RunDirError, SamplersFailed, PublicationFailed, BoardFailed, JudgeFailed, ServingFailed)
+    return (
+        RunFailed,
+        RunDirError,
+        SamplersFailed,
+        PublicationFailed,
+        BoardFailed,
+        JudgeFailed,
+        ServingFailed,
+        SubmissionFailed,
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -322,6 +403,19 @@ def driver_log(run_dir: Any) -> Path:
     if run_dir is not None and run_dir.is_local:
         return Path(run_dir.local_path(f"{LOGS}/driver.log"))
     return Path(tempfile.gettempdir()) / f"aft-ray-{os.getpid()}.log"
+
+
+@contextlib.contextmanager
+def kept_log(run_dir: Any, log: Path) -> Iterator[None]:
+    """Puts the log of a driver whose run directory is an object store there at the end, if it can."""
+    from aft_ray.run_dir import LOGS, RunDirError
+
+    try:
+        yield
+    finally:
+        if not run_dir.is_local and log.exists():
+            with contextlib.suppress(OSError, RunDirError):
+                run_dir.write_bytes(f"{LOGS}/driver-{int(log.stat().st_ctime)}.log", log.read_bytes())
 
 
 def fail(sentence: str, status_code: int) -> None:

@@ -1,0 +1,49 @@
+"""What the doctor says: a table of checks and nodes, and a line with its cure for everything that is not well."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from rich.table import Table
+
+from aft_ray.operations.findings import ClusterFacts, Finding
+
+_WORST = {"ok": 0, "warn": 1, "fail": 2}
+_STYLE = {"ok": "green", "warn": "yellow", "fail": "bold red"}
+
+
+def healthy(findings: Sequence[Finding]) -> bool:
+    return all(finding.level != "fail" for finding in findings)
+
+
+def table(findings: Sequence[Finding]) -> Table:
+    """A row a node, a column a check; the worst finding of each."""
+    checks = list(dict.fromkeys(finding.check for finding in findings))
+    nodes = list(dict.fromkeys(finding.node for finding in findings))
+    result = Table()
+    for column in ("node", *checks):
+        result.add_column(column, no_wrap=True)
+    for node in nodes:
+        cells = []
+        for check in checks:
+            levels = [finding.level for finding in findings if (finding.check, finding.node) == (check, node)]
+            worst = max(levels, key=_WORST.__getitem__, default=None)
+            cells.append(f"[{_STYLE[worst]}]{worst}[/]" if worst else "")
+        result.add_row(node, *cells)
+    return result
+
+
+def lines(findings: Sequence[Finding]) -> list[str]:
+    """What is not well, the failures first, and how to cure it."""
+    bad = sorted((f for f in findings if f.level != "ok"), key=lambda finding: -_WORST[finding.level])
+    return [f"{f.level}: {f.check}, {f.node}: {f.message}. {f.cure}" for f in bad]
+
+
+def as_json(facts: ClusterFacts, findings: Sequence[Finding]) -> str:
+    """Findings and the facts they rest on, for other programs."""
+    seen = asdict(facts)
+    seen["blocked"] = [{"from": at, "to": to, "why": why} for (at, to), why in facts.blocked.items()]
+    record = {"healthy": healthy(findings), "findings": [asdict(finding) for finding in findings], "facts": seen}
+    return json.dumps(record, indent=1, ensure_ascii=False)

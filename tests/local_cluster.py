@@ -1,0 +1,97 @@
+"""A Ray cluster of several nodes on this machine: separate `ray start` processes, each in its own environment."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from processes import carriers, free_ports
+
+RAY = [sys.executable, "-m", "ray.scripts.scripts"]
+START_S = 400
+
+
+@dataclass
+class LocalCluster:
+    """gcs, dashboard: the head's addresses. environment: to use them in. mark: in every process's environment."""
+
+    gcs: str
+    dashboard: str
+    environment: dict[str, str]
+    temporary: str
+    mark: str
+    nodes: list[subprocess.Popen] = field(default_factory=list)
+
+    def add_node(self, *prefix: str, **environment: str) -> subprocess.Popen:
+        """A worker node, started through the command `prefix`, with variables of its own."""
+        agent, metrics, runtime = free_ports(3)
+        start = [
+            "start", "--block", f"--address={self.gcs}", "--node-ip-address=127.0.0.1", "--num-cpus=1",
+            f"--dashboard-agent-listen-port={agent}", f"--metrics-export-port={metrics}",
+            f"--runtime-env-agent-port={runtime}", f"--object-store-memory={80 << 20}", "--disable-usage-stats",
+        ]  # fmt: skip
+        log = f"{self.temporary}/node-{len(self.nodes)}.log"
+        with open(log, "w") as output:
+            node = subprocess.Popen(
+                [*prefix, *RAY, *start],
+                env=self.environment | environment,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        self.nodes.append(node)
+        _wait_for(log, "--block", node)
+        return node
+
+
+@contextlib.contextmanager
+def local_cluster(num_cpus: int) -> Iterator[LocalCluster]:
+    """A head with `num_cpus`; all of it is gone at the end."""
+    mark = f"AFT_RAY_TEST_{uuid.uuid4().hex}"
+    temporary = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # socket paths must be short
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "VLLM_"))}
+    environment |= {
+        mark: "1",
+        "RAY_AUTH_MODE": "disabled",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    gcs, dashboard, agent, client, metrics, runtime = free_ports(6)
+    start = [
+        "start", "--head", "--block", f"--port={gcs}", f"--dashboard-port={dashboard}",
+        f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}",
+        f"--metrics-export-port={metrics}", f"--runtime-env-agent-port={runtime}", "--node-ip-address=127.0.0.1",
+        f"--num-cpus={num_cpus}", f"--object-store-memory={256 << 20}", "--disable-usage-stats",
+        f"--temp-dir={temporary}",
+    ]  # fmt: skip
+    with open(f"{temporary}/start.log", "w") as log:
+        head = subprocess.Popen(RAY + start, env=environment, stdout=log, stderr=log, start_new_session=True)
+    cluster = LocalCluster(f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", environment, temporary, mark)
+    try:
+        _wait_for(f"{temporary}/start.log", "--block", head)
+        yield cluster
+    finally:
+        for stop in (signal.SIGTERM, signal.SIGKILL):
+            for process in carriers(mark):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, stop)
+            time.sleep(2)
+        for one in (head, *cluster.nodes):
+            one.wait(30)
+        assert carriers(mark) == []
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _wait_for(log: str, what: str, node: subprocess.Popen) -> None:
+    """`ray start --block` says so once the node is up."""
+    deadline = time.monotonic() + START_S
+    while what not in Path(log).read_text():
+        assert node.poll() is None and time.monotonic() < deadline, Path(log).read_text()[-3000:]  # noqa: PT018
+        time.sleep(0.3)

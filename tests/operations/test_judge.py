@@ -1,0 +1,190 @@
+"""What the doctor says of what it saw: pure judgement, a fault at a time."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aft_ray.config import parse_config
+from aft_ray.operations import report
+from aft_ray.operations.doctor import what_to_ask
+from aft_ray.operations.findings import ClusterFacts, Finding, Gpu, NodeFacts, PingFacts, StorageFacts, Upload
+from aft_ray.operations.judge import CLOCK_FAIL_S, CLOCK_WARN_S, GIB, judge
+
+HERE = {"python": "3.11.7", "ray": "2.60.0", "torch": "2.13.0", "vllm": "0.33.0", "deepspeed": "0.19.8", "aft_ray": "1"}
+H100 = Gpu("H100", "580.1", 81920, 4, 0)
+
+
+def node(name, **changes) -> NodeFacts:
+    facts = NodeFacts(
+        name=name,
+        head=False,
+        gpus_announced=2,
+        gpus_free=2,
+        object_store_bytes=8 * GIB,
+        host=f"host-{name}",
+        versions=HERE,
+        gpus=[H100, H100],
+        torch_gpus=2,
+        shm_bytes=16 * GIB,
+        free_bytes={"/tmp/ray": 500 * GIB, "/shared/run": 5000 * GIB},
+        open_files=65536,
+        models={"/shared/model": 14 * GIB},
+        clock_s=0.01,
+        clock_error_s=0.02,
+    )
+    return replace(facts, **changes)
+
+
+def cluster(*nodes, **changes) -> ClusterFacts:
+    names = [one.name for one in nodes]
+    facts = ClusterFacts(
+        nodes=nodes,
+        here=HERE,
+        storage=StorageFacts("/shared/run", dict.fromkeys(names), {name: [] for name in names}),
+        pings=[PingFacts("gloo", 32 << 20, met_s=1.0, seconds=0.02)],
+        upload=Upload("/project", 2 << 20, 300, [("big.bin", 1 << 20)]),
+        upload_limit=100 << 20,
+    )
+    return replace(facts, **changes)
+
+
+def bad(facts) -> list[tuple[str, str, str]]:
+    return [(one.check, one.node, one.level) for one in judge(facts) if one.level != "ok"]
+
+
+def only(facts) -> Finding:
+    (finding,) = (one for one in judge(facts) if one.level != "ok")
+    return finding
+
+
+def test_a_healthy_cluster_has_an_ok_of_every_check_on_every_node():
+    findings = judge(cluster(node("a"), node("b")))
+    assert {finding.level for finding in findings} == {"ok"}
+    checks = ("answers", "versions", "gpus", "clock", "storage", "model", "shm", "disk", "open files", "ports")
+    for check in checks:
+        assert [one.node for one in findings if one.check == check] == ["a", "b"], check
+
+
+@pytest.mark.parametrize(
+    ("changes", "check", "level", "said"),
+    [
+        ({"versions": {**HERE, "torch": "2.12.0"}}, "versions", "fail", "torch 2.12.0, here 2.13.0"),
+        ({"versions": {**HERE, "aft_ray": None}}, "versions", "fail", "aft_ray missing, here 1"),
+        ({"gpus": [H100], "torch_gpus": 1}, "gpus", "fail", "Ray announces 2 and nvidia-smi sees 1"),
+        ({"gpus_announced": 1, "gpus_free": 1}, "gpus", "warn", "Ray announces 1 of 2"),
+        ({"torch_gpus": None}, "gpus", "fail", "nvidia-smi sees 2 and torch failed"),
+        ({"torch_gpus": 0}, "gpus", "fail", "nvidia-smi sees 2 and torch sees 0"),
+        ({"gpus": [H100, replace(H100, ecc=3)]}, "gpus", "fail", "GPU 1 has 3 uncorrected memory errors"),
+        ({"gpus": [H100, replace(H100, used_mib=9000)]}, "gpus", "warn", "GPU 1 has 9000 MiB in use"),
+        ({"clock_s": 90.0}, "clock", "fail", "+90.00 s"),
+        ({"clock_s": -5.0}, "clock", "warn", "-5.00 s"),
+        ({"clock_s": None}, "clock", "warn", "could not be read"),
+        ({"models": {"/shared/model": None}}, "model", "fail", "no model directory"),
+        ({"models": {"/shared/model": 13 * GIB}}, "model", "fail", "elsewhere"),
+        ({"shm_bytes": 64 << 20}, "shm", "fail", "/dev/shm has 0.1 GiB, Ray's object store 8.0"),
+        ({"shm_bytes": 7 * GIB, "object_store_bytes": 1 * GIB}, "shm", "warn", "/dev/shm has 7.0 GiB"),
+        ({"shm_bytes": None}, "shm", "warn", "there is no /dev/shm"),
+        ({"free_bytes": {"/tmp/ray": 5 << 20}}, "disk", "fail", "0.0 GiB free for /tmp/ray"),
+        ({"free_bytes": {"/tmp/ray": 5 * GIB}}, "disk", "warn", "5.0 GiB free for /tmp/ray"),
+        ({"open_files": 1000}, "open files", "fail", "at most 1000"),
+        ({"open_files": 4096}, "open files", "warn", "at most 4096"),
+    ],
+)
+def test_a_fault_of_a_node_is_found_there_alone_and_has_a_cure(changes, check, level, said):
+    finding = only(cluster(node("a"), node("b", **changes), node("c")))
+    assert (finding.check, finding.node, finding.level) == (check, "b", level)
+    assert said in finding.message
+    assert finding.cure.endswith(".")
+
+
+def test_a_head_without_gpus_may_do_without_engines_but_not_without_torch():
+    plain = {"gpus_announced": 0, "gpus_free": 0, "gpus": [], "torch_gpus": None}
+    without = {**HERE, "vllm": None, "deepspeed": None}
+    assert bad(cluster(node("a", versions=without, **plain), node("b"))) == []
+    assert only(cluster(node("a", versions={**without, "torch": None}, **plain), node("b"))).check == "versions"
+
+
+def test_memory_in_use_on_a_gpu_that_ray_gave_away_is_no_fault():
+    assert bad(cluster(node("a", gpus=[replace(H100, used_mib=70000)] * 2, gpus_free=0))) == []
+
+
+def test_drivers_that_differ_are_said_of_both():
+    other = node("b", gpus=[replace(H100, driver="570.9")] * 2)
+    assert bad(cluster(node("a"), other)) == [("gpus", "a", "warn"), ("gpus", "b", "warn")]
+
+
+def test_storage_that_cannot_be_written_or_is_not_shared():
+    nodes = [node("a"), node("b"), node("c")]
+    stored = StorageFacts(
+        "/shared", {"a": None, "b": "Read-only file system", "c": None}, {"a": [], "b": [], "c": ["a"]}
+    )
+    found = [one for one in judge(cluster(*nodes, storage=stored)) if one.level == "fail"]
+    assert [(one.check, one.node) for one in found] == [("storage", "b"), ("storage", "c")]
+    assert "Read-only file system" in found[0].message
+    assert "what a wrote" in found[1].message
+
+
+def test_ports_that_are_closed_name_the_pair():
+    finding = only(cluster(node("a"), node("b"), blocked={("a", "b"): "timed out"}))
+    assert (finding.check, finding.node) == ("ports", "a")
+    assert "cannot connect to b (timed out)" in finding.message
+
+
+def test_nodes_that_did_not_come_are_named_and_those_that_waited_for_them_are_not():
+    ping = PingFacts("gloo", 1 << 20, errors={"a": "timed out", "b": "gone"}, absent=["b"])
+    assert bad(cluster(node("a"), node("b"), pings=[ping])) == [("gloo", "b", "fail")]
+    failed = PingFacts("nccl", 1 << 20, errors={"a": "unhandled system error"})
+    assert bad(cluster(node("a"), node("b"), pings=[failed])) == [("nccl", "a", "fail")]
+    busy = PingFacts("nccl", 1 << 20)
+    assert bad(cluster(node("a"), node("b"), pings=[busy])) == [("nccl", "cluster", "warn")]
+    slow = PingFacts("gloo", 32 << 20, met_s=1.0, seconds=5.0)
+    assert bad(cluster(node("a"), node("b"), pings=[slow])) == [("gloo", "cluster", "warn")]
+
+
+def test_a_node_on_which_nothing_ran_is_a_failure():
+    finding = only(cluster(node("a"), silent={"b": "did not answer within 120 s"}))
+    assert (finding.check, finding.node, finding.level) == ("answers", "b", "fail")
+
+
+@pytest.mark.parametrize(("mib", "level"), [(49, "ok"), (60, "warn"), (101, "fail")])
+def test_an_upload_is_held_against_rays_limit_and_its_largest_files_are_named(mib, level):
+    facts = cluster(node("a"), upload=Upload("/project", mib << 20, 7, [("data/train.bin", 40 << 20)]))
+    (finding,) = (one for one in judge(facts) if one.check == "upload")
+    assert finding.level == level
+    assert level == "ok" or "data/train.bin (40.0 MiB)" in finding.cure
+
+
+@given(ahead=st.floats(-1e6, 1e6), error=st.floats(0, 1e3))
+def test_a_clock_is_only_blamed_for_what_is_certain(ahead, error):
+    (finding,) = (one for one in judge(cluster(node("a", clock_s=ahead, clock_error_s=error))) if one.check == "clock")
+    certain = max(0.0, abs(ahead) - error)
+    assert finding.level == ("fail" if certain >= CLOCK_FAIL_S else "warn" if certain >= CLOCK_WARN_S else "ok")
+
+
+def test_the_space_that_a_run_needs_is_worked_out_and_compared(tmp_path, tiny_model):
+    tree = {"run_dir": "/shared/run", "model": {"name": str(tiny_model)}, "rounds": {"count": 3}}
+    ask = what_to_ask(parse_config(tree), None, None)
+    weights = (tiny_model / "model.safetensors").stat().st_size
+    # Four models, and two checkpoints with 12 bytes a parameter, which has two in bfloat16.
+    assert ask.storage_needed == 4 * weights + 2 * 6 * weights
+    assert (ask.storage, ask.models) == ("/shared/run", (str(tiny_model),))
+    finding = only(cluster(node("a"), storage_needed=9000 * GIB))
+    assert (finding.check, finding.level) == ("disk", "warn")
+    assert "and the run wants 9000" in finding.message
+
+
+def test_the_report_shows_the_worst_of_each_check_and_says_failures_first():
+    facts = cluster(node("a", open_files=4096), node("b", clock_s=100.0))
+    findings = judge(facts)
+    said = report.lines(findings)
+    assert [line.partition(":")[0] for line in said] == ["fail", "warn"]
+    assert "clock, b: +100.00 s" in said[0]
+    assert not report.healthy(findings)
+    assert report.healthy(judge(cluster(node("a", open_files=4096))))
+    record = json.loads(report.as_json(facts, findings))
+    assert record["healthy"] is False
+    assert record["facts"]["nodes"][0]["host"] == "host-a"
+    assert report.table(findings).row_count == 3
