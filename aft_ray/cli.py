@@ -317,7 +317,9 @@ def doctor(
     overrides: Overrides = None,
     address: Annotated[str | None, typer.Option(help="HOST:6379 of the head; default RAY_ADDRESS, else here")] = None,
     storage: Annotated[str | None, typer.Option(help="directory or URI that all nodes share; default run_dir")] = None,
-    working_dir: Annotated[Path, typer.Option(help="what `submit` would upload")] = Path("."),
+    working_dir: Annotated[
+        Path | None, typer.Option(help="what `submit` would upload; default this directory, or aft_ray's own checkout")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print findings and facts as JSON")] = False,
 ) -> None:
     """Look at every node of a running cluster for what would make a run fail; exit status 1 when something would.
@@ -333,10 +335,11 @@ def doctor(
     """
     from aft_ray.operations import report
     from aft_ray.operations.doctor import examine, what_to_ask
+    from aft_ray.operations.upload import checkout
 
     parsed = load_config(config, overrides or []) if config is not None else None
     say = (lambda _: None) if as_json else print
-    facts, findings = examine(address, what_to_ask(parsed, storage, working_dir), say)
+    facts, findings = examine(address, what_to_ask(parsed, storage, working_dir or checkout()), say)
     if as_json:
         print(report.as_json(facts, findings))
     else:

@@ -13,10 +13,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from processes import carriers, free_ports
+from processes import carriers, free_ports, wait_for
 
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 START_S = 400
+# What `ray start --block` says once the node is up.
+_UP = "--block"
 
 
 @dataclass
@@ -28,6 +30,7 @@ class LocalCluster:
     environment: dict[str, str]
     temporary: str
     mark: str
+    head: subprocess.Popen
     nodes: list[subprocess.Popen] = field(default_factory=list)
 
     def add_node(self, *prefix: str, **environment: str) -> subprocess.Popen:
@@ -38,7 +41,7 @@ class LocalCluster:
             f"--dashboard-agent-listen-port={agent}", f"--metrics-export-port={metrics}",
             f"--runtime-env-agent-port={runtime}", f"--object-store-memory={80 << 20}", "--disable-usage-stats",
         ]  # fmt: skip
-        log = f"{self.temporary}/node-{len(self.nodes)}.log"
+        log = Path(self.temporary, f"node-{len(self.nodes)}.log")
         with open(log, "w") as output:
             node = subprocess.Popen(
                 [*prefix, *RAY, *start],
@@ -48,7 +51,7 @@ class LocalCluster:
                 start_new_session=True,
             )
         self.nodes.append(node)
-        _wait_for(log, "--block", node)
+        wait_for(lambda: _UP in log.read_text(), START_S, "the node", node, log)
         return node
 
 
@@ -71,11 +74,12 @@ def local_cluster(num_cpus: int) -> Iterator[LocalCluster]:
         f"--num-cpus={num_cpus}", f"--object-store-memory={256 << 20}", "--disable-usage-stats",
         f"--temp-dir={temporary}",
     ]  # fmt: skip
-    with open(f"{temporary}/start.log", "w") as log:
-        head = subprocess.Popen(RAY + start, env=environment, stdout=log, stderr=log, start_new_session=True)
-    cluster = LocalCluster(f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", environment, temporary, mark)
+    log = Path(temporary, "start.log")
+    with open(log, "w") as output:
+        head = subprocess.Popen(RAY + start, env=environment, stdout=output, stderr=output, start_new_session=True)
+    cluster = LocalCluster(f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", environment, temporary, mark, head)
     try:
-        _wait_for(f"{temporary}/start.log", "--block", head)
+        wait_for(lambda: _UP in log.read_text(), START_S, "the head", head, log)
         yield cluster
     finally:
         for stop in (signal.SIGTERM, signal.SIGKILL):
@@ -87,11 +91,3 @@ def local_cluster(num_cpus: int) -> Iterator[LocalCluster]:
             one.wait(30)
         assert carriers(mark) == []
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _wait_for(log: str, what: str, node: subprocess.Popen) -> None:
-    """`ray start --block` says so once the node is up."""
-    deadline = time.monotonic() + START_S
-    while what not in Path(log).read_text():
-        assert node.poll() is None and time.monotonic() < deadline, Path(log).read_text()[-3000:]  # noqa: PT018
-        time.sleep(0.3)

@@ -19,7 +19,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from aft_ray.config import ConfigError, RunConfig, load_config
-from aft_ray.operations.upload import EXCLUDES, measure_upload, upload_limit
+from aft_ray.operations.upload import EXCLUDES, checkout, measure_upload, upload_limit
 from aft_ray.run_dir import RunDir
 
 # What every process of the job needs, as `cluster.connected` sets it for a Ray that is started here.
@@ -77,7 +77,7 @@ def plan(
             "no cluster is named: give --address http://HEAD:8265, or set RAY_API_SERVER_ADDRESS or RAY_ADDRESS"
         )
     parsed = load_config(config, list(overrides))
-    directory = (working_dir or _project()).resolve()
+    directory = (working_dir or checkout() or Path.cwd()).resolve()
     if not (directory / "aft_ray" / "cli.py").is_file():
         raise ConfigError(f"{directory} is no checkout of aft_ray; name one with --working-dir")
     more = _for_the_cluster(parsed, directory, _is_here(address))
@@ -198,11 +198,6 @@ def _environment(forwarded: Sequence[str]) -> dict[str, str]:
             raise ConfigError(f"--env {name}: there is no such variable here; write {name}=VALUE")
         environment[name] = value if equals else os.environ[name]
     return environment
-
-
-def _project() -> Path:
-    here = Path.cwd()
-    return here if (here / "aft_ray" / "cli.py").is_file() else Path(__file__).parents[2]
 
 
 def _is_here(address: str) -> bool:

@@ -25,6 +25,18 @@ EXCLUDES = (
 _NAMED = 5
 
 
+def checkout() -> Path | None:
+    """The checkout of aft_ray that a person works in: this directory, or where aft_ray is run from; None: neither."""
+    return next(
+        (
+            place
+            for place in (Path.cwd(), Path(__file__).parents[2])
+            if (place / "pyproject.toml").is_file() and (place / "aft_ray" / "cli.py").is_file()
+        ),
+        None,
+    )
+
+
 def measure_upload(directory: Path, excludes: Sequence[str] = EXCLUDES) -> Upload:
     """Size of the files that Ray would send, before compression, and the largest of them."""
     from ray._private.runtime_env import packaging

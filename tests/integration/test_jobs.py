@@ -1,63 +1,31 @@
-"""What an infra team does: `ray start`, then `ray job submit` of training and of evaluation, for real."""
+"""What an infra team does: `ray start`, then `aft-ray submit` and `ray job submit`, for real."""
 
 import contextlib
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import tempfile
 import time
-import uuid
 from pathlib import Path
 from urllib.request import Request, urlopen
 
 import pytest
 import yaml
-from processes import carriers, free_ports, wait_for
+from local_cluster import RAY, local_cluster
+from processes import free_ports, wait_for
 from tiny import tiny_tree
 
 pytestmark = pytest.mark.timeout(2400)
 ROOT = Path(__file__).parents[2]
-RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 
 
 @pytest.fixture(scope="module")
 def cluster():
     """The address for job submission of a Ray cluster of this test's own, and the environment to use it in."""
-    mark = f"AFT_RAY_TEST_{uuid.uuid4().hex}"
-    temporary = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # socket paths must be short
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "VLLM_"))}
-    environment |= {
-        mark: "1",
-        "RAY_AUTH_MODE": "disabled",
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-    }
-    gcs, dashboard, agent, client, metrics, runtime = free_ports(6)
-    start = [
-        "start", "--head", "--block", f"--port={gcs}", f"--dashboard-port={dashboard}",
-        f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}",
-        f"--metrics-export-port={metrics}", f"--runtime-env-agent-port={runtime}", "--node-ip-address=127.0.0.1",
-        "--num-cpus=8", f"--object-store-memory={256 << 20}", "--disable-usage-stats", f"--temp-dir={temporary}",
-    ]  # fmt: skip
-    with open(f"{temporary}/start.log", "w") as log:
-        head = subprocess.Popen(RAY + start, env=environment, stdout=log, stderr=log, start_new_session=True)
-    try:
-        url = f"http://127.0.0.1:{dashboard}"
-        wait_for(lambda: takes_jobs(url), 400, "the job server", head, Path(temporary) / "start.log")
-        yield url, environment
-    finally:
-        for stop in (signal.SIGTERM, signal.SIGKILL):
-            for process in carriers(mark):
-                try:
-                    os.kill(process, stop)
-                except ProcessLookupError:
-                    continue
-            time.sleep(2)
-        head.wait(30)
-        assert carriers(mark) == []
-        shutil.rmtree(temporary, ignore_errors=True)
+    with local_cluster(8) as started:
+        log = Path(started.temporary, "start.log")
+        wait_for(lambda: takes_jobs(started.dashboard), 400, "the job server", started.head, log)
+        yield started.dashboard, started.environment
 
 
 def takes_jobs(url: str) -> bool:
@@ -85,15 +53,31 @@ def submit(cluster, package, *entrypoint) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
+def aft_ray_submit(cluster, package, *arguments) -> tuple[int, str]:
+    """`aft-ray submit`; what Ray and the job print, is printed too."""
+    address, environment = cluster
+    command = [sys.executable, "-m", "aft_ray.cli", "submit", *map(str, arguments), "--working-dir", str(package)]
+    environment = environment | {"RAY_API_SERVER_ADDRESS": address}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    return done.returncode, done.stdout + done.stderr
+
+
 @pytest.fixture(scope="module")
-def trained(cluster, package, tiny_model, tmp_path_factory) -> tuple[Path, str]:
+def file(tiny_model, tmp_path_factory) -> Path:
+    """A config outside of what is uploaded."""
+    place = tmp_path_factory.mktemp("run")
+    tree = tiny_tree(place / "run", tiny_model, data={"train_limit": 16, "test_limit": 4})
+    (place / "tiny.yaml").write_text(yaml.safe_dump(tree))
+    return place / "tiny.yaml"
+
+
+@pytest.fixture(scope="module")
+def trained(cluster, package, file) -> tuple[Path, str]:
     """The run directory of a run that was submitted as a job, and the job's log."""
-    run_dir = tmp_path_factory.mktemp("run") / "run"
-    tree = tiny_tree(run_dir, tiny_model, data={"train_limit": 16, "test_limit": 4})
-    (package / "tiny.yaml").write_text(yaml.safe_dump(tree))
-    status, log = submit(cluster, package, "jobs/train.py", "tiny.yaml", "sampling.k=2")
+    status, log = aft_ray_submit(cluster, package, file, "sampling.k=2")
     assert status == 0, log
-    return run_dir, log
+    assert sorted(path.name for path in package.iterdir()) == ["aft_ray", "jobs"]  # the copy of the config is gone
+    return file.parent / "run", log
 
 
 def test_a_submitted_training_succeeds_and_its_log_is_ours(trained):
@@ -116,11 +100,31 @@ def test_a_submitted_evaluation_writes_the_result_into_the_run(cluster, package,
     assert (record["split"], record["parked"]) == ("test", 0)
 
 
-def test_a_submitted_mistake_fails_with_its_sentence(cluster, package, trained):
-    status, log = submit(cluster, package, "jobs/train.py", "tiny.yaml", "sampling.k=0")
+def test_a_submitted_mistake_fails_with_its_sentence(cluster, package, file):
+    shutil.copy(file, package / "mistake.yaml")
+    status, log = submit(cluster, package, "jobs/train.py", "mistake.yaml", "sampling.k=0")
+    (package / "mistake.yaml").unlink()
     assert status != 0
     assert "error: sampling.k=0" in log
     assert "Traceback" not in log
+
+
+def test_a_job_that_fails_there_gives_its_exit_status(cluster, package, file):
+    status, log = aft_ray_submit(cluster, package, file, "model.name=/nowhere/model", f"run_dir={file.parent}/other")
+    assert status == 2
+    assert "error: model.name=/nowhere/model" in log
+
+
+def test_the_printed_command_is_what_runs(cluster, package, file):
+    _, environment = cluster
+    arguments = (file, "model.name=/nowhere/model", f"run_dir={file.parent}/other", "--dry-run")
+    status, line = aft_ray_submit(cluster, package, *arguments)
+    assert status == 0
+    done = subprocess.run(line, shell=True, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert "error: model.name=/nowhere/model" in done.stdout + done.stderr
+    for copy in package.glob("submitted-*.yaml"):
+        copy.unlink()
 
 
 def test_a_serve_config_file_deploys_the_run(cluster, trained, tmp_path):
