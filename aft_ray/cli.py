@@ -419,6 +419,7 @@ def kept_log(run_dir: Any, log: Path) -> Iterator[None]:
         if not run_dir.is_local and log.exists():
             with contextlib.suppress(OSError, RunDirError):
                 run_dir.write_bytes(f"{LOGS}/driver-{int(log.stat().st_ctime)}.log", log.read_bytes())
+                log.unlink()
 
 
 def fail(sentence: str, status_code: int) -> None:
