@@ -113,12 +113,13 @@ def test_a_node_that_dies_during_the_sum_is_named(cluster):
 
     from aft_ray.operations import doctor as module
 
-    process = cluster.add_node()
     ray.init(address=cluster.gcs, log_to_driver=False)
     ray.cloudpickle.register_pickle_by_value(module.probe_module)
     try:
+        before = {module._name(node) for node in ray.nodes()}
+        process = cluster.add_node()
         nodes = {module._name(node): node for node in ray.nodes() if node["Alive"]}
-        newest = max(nodes, key=lambda name: nodes[name]["NodeManagerPort"] and _started(nodes[name]))
+        (newest,) = nodes.keys() - before
         killer = threading.Timer(20, lambda: os.killpg(process.pid, signal.SIGKILL))
         killer.start()
         started = time.monotonic()
@@ -129,7 +130,3 @@ def test_a_node_that_dies_during_the_sum_is_named(cluster):
     finally:
         ray.cloudpickle.unregister_pickle_by_value(module.probe_module)
         ray.shutdown()
-
-
-def _started(node: dict) -> float:
-    return float(node.get("StartTimeMs", 0))
