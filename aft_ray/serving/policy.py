@@ -221,6 +221,8 @@ class PolicyServer(LLMServer):  # type: ignore[misc]
 
         Raises TimeoutError, with nothing changed, when they do not in time.
         """
+        # From an object store it takes minutes, in which this engine still answers; what fails is tried again.
+        await asyncio.to_thread(local_model, publication.model)
         async with self._gate.exclusive(self._spec.drain_s):
             try:
                 await self._load(publication)
@@ -238,8 +240,6 @@ class PolicyServer(LLMServer):  # type: ignore[misc]
     async def _load(self, publication: Publication) -> None:
         """Loads and proves."""
         client = self.engine.client
-        # From an object store it takes minutes, in which others are answered.
-        await asyncio.to_thread(local_model, publication.model)
         for call in publication.calls(self._spec.drain_s):
             await client.collective_rpc(call.method, args=call.args)
         if not await client.reset_prefix_cache():
