@@ -105,7 +105,7 @@ def test_a_publication_is_read_back_from_its_directory(model, tmp_path):
     assert list(publication.shards) == written.shards
 
 
-def test_two_ranks_that_each_hold_half_of_every_weight_write_the_whole_model(untied_model, tmp_path):
+def test_two_ranks_that_each_hold_half_of_every_weight_write_and_stream_the_whole_model(untied_model, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])

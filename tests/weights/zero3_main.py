@@ -1,16 +1,22 @@
-"""One of two ranks that hold a model in ZeRO-3 shards and write it: `zero3_main.py RANK PORT MODEL OUTPUT`."""
+"""One of two ranks that hold a model in ZeRO-3 shards, write and stream it: `zero3_main.py RANK PORT MODEL OUTPUT`."""
 
 import os
 import sys
+import threading
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 from aft_ray.config import ModelConfig, TrainingConfig
 from aft_ray.training import deepspeed
-from aft_ray.weights.source import write_model
-from aft_ray.weights.transport import Checkpoint
+from aft_ray.weights.buckets import receive
+from aft_ray.weights.gloo_group import GlooGroup, reach_store
+from aft_ray.weights.layout import Layout
+from aft_ray.weights.meeting import Guest, Invitation, MeetingFailed
+from aft_ray.weights.source import layout_of, write_model
+from aft_ray.weights.transport import Broadcast, Checkpoint
 
 
 def keep_nothing_gathered(training, dtype, made=deepspeed.ds_config):
@@ -18,6 +24,44 @@ def keep_nothing_gathered(training, dtype, made=deepspeed.ds_config):
     config = made(training, dtype)
     config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     return config
+
+
+class Meetings:
+    """To version 1 an engine comes, in a thread of rank 0's; to version 2 none does."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout, self.received, self.ends = layout, {}, {}
+        self.threads: list[threading.Thread] = []
+
+    def invitation(self, version: int) -> Invitation:
+        return Invitation(version, (Guest("sampler 0", 1),))
+
+    def open_table(self, version: int, port: int) -> None:
+        if version == 1:
+            self.threads.append(threading.Thread(target=self.engine, args=(port,)))
+            self.threads[0].start()
+
+    def engine(self, port: int) -> None:
+        group = GlooGroup(reach_store("127.0.0.1", port, 60), 1, 2, 60)
+        receive(self.layout, group, self.received.update, torch.device("cpu"))
+
+    def ended(self, version: int, how: object) -> None:
+        self.ends[version] = how
+
+
+def stream(module: torch.nn.Module, rank: int, output: Path) -> None:
+    meetings = Meetings(layout_of(module, torch.float32, 40_000))
+    Broadcast(meetings, rank, torch.float32, 40_000, 60, gpu=False).deliver(module, 1)
+    Broadcast(meetings, rank, torch.float32, 40_000, 2, gpu=False).deliver(module, 2)
+    if rank == 0:
+        meetings.threads[0].join()
+        written = {}
+        for file in output.glob("*.safetensors"):
+            written |= load_file(file)
+        assert written.keys() == meetings.received.keys()
+        assert all(torch.equal(written[name], meetings.received[name]) for name in written)
+        assert meetings.ends[1].bytes == sum(tensor.nbytes for tensor in written.values())
+        assert isinstance(meetings.ends[2], MeetingFailed)
 
 
 def main(rank: int, port: str, model: str, output: Path) -> None:
@@ -29,6 +73,7 @@ def main(rank: int, port: str, model: str, output: Path) -> None:
     assert all(parameter.numel() == 0 for parameter in engine.module.parameters())
     written = write_model(engine.module, output, 40_000, Checkpoint().offer, rank, torch.float32)
     assert (written.shards == []) is (rank == 1)
+    stream(engine.module, rank, output)
     assert all(parameter.numel() == 0 for parameter in engine.module.parameters())
     dist.barrier()
     dist.destroy_process_group()
