@@ -48,7 +48,7 @@ def gigabytes(value: float) -> str:
     size = value / GB
     if size >= 0.1:
         return f"{size:,.1f} GB"
-    return f"{value / 1e6:,.1f} MB" if value >= 1e5 else f"{value:,.0f} bytes"
+    return f"{value / 1e6:,.1f} MB" if value >= 1e7 else f"{value:,.0f} bytes"
 
 
 def duration(seconds: float) -> str:
