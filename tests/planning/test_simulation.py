@@ -52,6 +52,7 @@ async def walk(seconds: list[float]) -> list[float]:
     return seen
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=20))
 def test_virtual_time_passes_as_asked_and_never_goes_back(seconds):
     seen = run_virtually(walk(seconds))
