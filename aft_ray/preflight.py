@@ -1,11 +1,11 @@
-"""What can be known to be wrong before any actor starts: the model, its context, the device."""
+"""What can be known to be wrong before any actor starts: the model, its context, its adapters."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from aft_ray.config import ConfigError, RunConfig
+from aft_ray.config import ConfigError, LoraConfig, RunConfig
 from aft_ray.run_dir import local_model
 
 
@@ -18,10 +18,29 @@ def check_model(config: RunConfig) -> None:
             f"model.max_length ({config.model.max_length}, prompt + response) is longer than the context of "
             f"{config.model.name} ({context} tokens); lower it to at most {context}"
         )
+    if config.lora is not None:
+        check_adapters(config, config.lora, model_config)
     directory = Path(local_model(config.model.name))
     if directory.is_dir() and not any(directory.glob("*.safetensors")):
         raise ConfigError(
             f"{directory} has no .safetensors file; other weight formats are not loaded, since they can run code"
+        )
+
+
+def check_adapters(config: RunConfig, lora: LoraConfig, model_config: Any) -> None:
+    """Raises ConfigError when a target of `lora.targets` cannot be one. The model is built empty for that."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from aft_ray.training.lora import check_targets, head_of
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.model.trust_remote_code)
+    check_targets(model, lora)
+    if config.weights.transport == "lora" and head_of(model) in lora.targets:
+        raise ConfigError(
+            f"lora.targets names the output layer {head_of(model)}, and vLLM cannot score sequences with an adapter "
+            f"there; leave it out, or publish merged weights with another weights.transport"
         )
 
 

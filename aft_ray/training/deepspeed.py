@@ -1,4 +1,4 @@
-"""The DeepSpeed engine: its configuration, the model in it, and its checkpoints.
+"""The DeepSpeed engine: its configuration, its optimizer, and its checkpoints.
 
 Invariants: one config field picks the ZeRO stage and nothing else changes; DeepSpeed writes nothing to stdout. The
 default process group exists already when an engine is built.
@@ -9,13 +9,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from aft_ray.config import ModelConfig, TrainingConfig
+from aft_ray.config import LoraConfig, ModelConfig, TrainingConfig
+from aft_ray.training.loading import LoadingError, load_model
+from aft_ray.training.lora import add_adapters, load_adapter
 
 _TAG = "state"
 _BUCKET = 50_000_000  # elements; DeepSpeed's default of 5e8 takes gigabytes of buffers on any rank
@@ -35,8 +38,14 @@ def ds_config(training: TrainingConfig, dtype: str) -> dict[str, Any]:
         "allgather_bucket_size": _BUCKET,
         "stage3_prefetch_bucket_size": _BUCKET,
     }
-    if not torch.cuda.is_available():
+    gpu = torch.cuda.is_available()
+    if not gpu:
         zero["overlap_comm"] = False
+    in_cpu_memory = {"device": "cpu", "pin_memory": gpu}
+    if training.offload_optimizer:
+        zero["offload_optimizer"] = in_cpu_memory
+    if training.offload_parameters:
+        zero["offload_param"] = in_cpu_memory
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -49,47 +58,49 @@ def ds_config(training: TrainingConfig, dtype: str) -> dict[str, Any]:
     }
 
 
-def load_model(
-    path: str | Path, dtype: str, *, trust_remote_code: bool = False, config: dict[str, Any] | None = None
+def build_engine(
+    path: str | Path,
+    model: ModelConfig,
+    training: TrainingConfig,
+    *,
+    lora: LoraConfig | None = None,
+    adapter: Path | None = None,
+    universal: bool = False,
 ) -> Any:
-    """The causal language model in a directory or on the hub, safetensors only, in training mode.
+    """A DeepSpeed engine with AdamW on the model at `path`. All ranks call it together.
 
-    config: DeepSpeed's; under ZeRO-3 the weights are sharded as they are created, so no rank holds the whole model.
+    lora: train adapters instead of the weights. adapter: the directory that they begin from; None: from nothing.
+    universal: `load` will be given a checkpoint that `to_universal` has written.
     """
-    from transformers import AutoModelForCausalLM
-
-    sharded = None
-    if config is not None and config["zero_optimization"]["stage"] == 3:
-        from transformers.integrations import HfDeepSpeedConfig
-
-        sharded = HfDeepSpeedConfig(config)  # transformers looks for it while it is alive
-    model = AutoModelForCausalLM.from_pretrained(
-        path,
-        dtype=getattr(torch, dtype),
-        attn_implementation="sdpa",
-        use_safetensors=True,
-        trust_remote_code=trust_remote_code,
-    )
-    del sharded
-    return model.train()
-
-
-def build_engine(path: str | Path, model: ModelConfig, training: TrainingConfig) -> Any:
-    """A DeepSpeed engine with AdamW on the model at `path`. All ranks call it together."""
     deepspeed = _import_deepspeed()
-    config = ds_config(training, model.dtype)
+    config = ds_config(training, model.dtype) | {"checkpoint": {"load_universal": universal}}
     module = load_model(path, model.dtype, trust_remote_code=model.trust_remote_code, config=config)
+    if lora is not None:
+        add_adapters(module, lora, str(path))
+    if adapter is not None:
+        load_adapter(module, adapter)
     if training.activation_checkpointing:
         module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    optimizer = torch.optim.AdamW(module.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay)
-    with contextlib.redirect_stdout(sys.stderr):  # it prints that its communication op is built
+    with contextlib.redirect_stdout(sys.stderr):  # it prints that its operations are built
+        optimizer = _optimizer([p for p in module.parameters() if p.requires_grad], training)
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
     return engine
 
 
+def _optimizer(parameters: list[torch.nn.Parameter], training: TrainingConfig) -> Any:
+    """AdamW: torch's own, or DeepSpeed's for states in CPU memory, built in C++ when it is first used."""
+    if not training.offload_optimizer:
+        return torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    return DeepSpeedCPUAdam(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
+
+
 def save(engine: Any, directory: str | Path, client_state: dict[str, Any]) -> None:
-    """Writes this rank's shards of weights and optimizer. All ranks call it together."""
-    engine.save_checkpoint(str(directory), tag=_TAG, client_state=client_state, save_latest=False)
+    """Writes this rank's shards of what is trained and of the optimizer. All ranks call it together."""
+    engine.save_checkpoint(
+        str(directory), tag=_TAG, client_state=client_state, save_latest=False, exclude_frozen_parameters=True
+    )
 
 
 def load(engine: Any, directory: str | Path) -> dict[str, Any]:
@@ -97,10 +108,46 @@ def load(engine: Any, directory: str | Path) -> dict[str, Any]:
 
     DeepSpeed unpickles what it reads: only ever give it a checkpoint that this run wrote itself.
     """
-    path, client_state = engine.load_checkpoint(str(directory), tag=_TAG, load_lr_scheduler_states=False)
+    optimizer = engine.basic_optimizer
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    # What is frozen was not saved: it is as it was built.
+    whole = all(parameter.requires_grad for parameter in engine.module.parameters())
+    path, client_state = engine.load_checkpoint(
+        str(directory), tag=_TAG, load_module_strict=whole, load_lr_scheduler_states=False
+    )
     if path is None:
         raise FileNotFoundError(f"no DeepSpeed checkpoint in {directory}")
+    # The two AdamWs know other settings, and count steps in other types: what was saved may be the other one's.
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group |= own
+    for state in optimizer.state.values():
+        if "step" in state:
+            steps = float(state["step"])
+            state["step"] = torch.tensor(steps) if isinstance(optimizer, torch.optim.AdamW) else int(steps)
     return dict(client_state)
+
+
+def saved_by(directory: str | Path) -> int | None:
+    """How many ranks saved a checkpoint together; None without ZeRO, whose state any number of ranks can load."""
+    return len(list((Path(directory) / _TAG).glob("*_optim_states.pt"))) or None
+
+
+def to_universal(directory: str | Path, output: str | Path, timeout_s: float) -> None:
+    """Writes a checkpoint again, by parameters instead of by ranks, so that any number of ranks can load it.
+
+    In a process of its own, which gives its memory back. Raises LoadingError.
+    """
+    arguments = ["--input_folder", str(Path(directory) / _TAG), "--output_folder", str(Path(output) / _TAG)]
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *arguments, "--inject_missing_state"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        raise LoadingError(
+            f"{directory} was not converted for another number of workers in training.timeout_s={timeout_s:.0f} s"
+        ) from None
+    if done.returncode != 0:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise LoadingError(f"{directory} cannot be converted for another number of workers: {reason}")
 
 
 def _import_deepspeed() -> Any:

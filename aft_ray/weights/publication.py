@@ -38,7 +38,7 @@ class Publication:
     model: a local or shared directory, in Hugging Face form, or the URI of one in a run directory on an object store.
     shards: file names in it, in loading order. delivery: how an engine gets the weights; None: from the directory.
     meeting: what the trainer would stream to engines that meet it; None: it does not. bytes: of the weights; 0 when
-    they were read from disk.
+    they were read from disk. adapter: the number of the adapter that the delivery brings; 0: it brings whole weights.
     """
 
     version: int
@@ -48,6 +48,7 @@ class Publication:
     delivery: Delivery | None = None
     meeting: Layout | None = None
     bytes: int = 0
+    adapter: int = 0
 
     def calls(self, timeout_s: float) -> Iterator[Call]:
         """What brings the weights into an engine."""

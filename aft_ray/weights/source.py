@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from aft_ray.weights.adapter import is_adapter, merged, published_name
 from aft_ray.weights.layout import Layout
 
 # Offers a shard file that was just written; returns its handle, None for none.
@@ -40,9 +41,9 @@ def layer_groups(model: torch.nn.Module) -> list[list[tuple[str, torch.nn.Parame
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
         match = _LAYER.match(name)
-        groups.setdefault(match.group(1) if match else name, []).append((name, parameter))
+        groups.setdefault(match.group(1) if match else published_name(name), []).append((name, parameter))
     tied = set(getattr(model, "_tied_weights_keys", None) or [])
-    if others := model.state_dict().keys() - parameters.keys() - tied:
+    if others := {published_name(name) for name in model.state_dict().keys() - parameters.keys()} - tied:
         raise ValueError(
             f"this model keeps weights outside its parameters, which cannot be published: {sorted(others)}"
         )
@@ -60,15 +61,15 @@ def gathered(parameters: list[torch.nn.Parameter]) -> AbstractContextManager[Any
 
 
 def live_parameters(model: torch.nn.Module, keep: bool) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every parameter once, whole, where and as it is. Yields only where `keep` (rank 0), gathers everywhere.
+    """Every parameter once, whole, where and as it is, but with its adapter merged into a new one in float32.
 
-    A tensor is only good until the next is asked for: then its layer may be given back.
+    Yields only where `keep` (rank 0), gathers everywhere. A tensor is only good until the next is asked for: then its
+    layer may be given back.
     """
     for group in layer_groups(model):
         with gathered([parameter for _, parameter in group]):
             if keep:
-                for name, parameter in group:
-                    yield name, parameter.detach()
+                yield from merged(model, group)
 
 
 def named_tensors(model: torch.nn.Module, dtype: torch.dtype, keep: bool) -> Iterator[tuple[str, torch.Tensor]]:
@@ -79,10 +80,12 @@ def named_tensors(model: torch.nn.Module, dtype: torch.dtype, keep: bool) -> Ite
 
 def layout_of(model: torch.nn.Module, dtype: torch.dtype, bucket_bytes: int) -> Layout:
     """What `live_parameters` would stream, without gathering anything."""
-    parameters = [pair for group in layer_groups(model) for pair in group]
+    parameters = [pair for group in layer_groups(model) for pair in group if not is_adapter(pair[0])]
     # ZeRO-3 keeps the whole shape beside the shard.
     wholes: list[Any] = [p.ds_shape if hasattr(p, "ds_shape") else p.shape for _, p in parameters]
-    return Layout.of([name for name, _ in parameters], wholes, str(dtype).removeprefix("torch."), bucket_bytes)
+    return Layout.of(
+        [published_name(name) for name, _ in parameters], wholes, str(dtype).removeprefix("torch."), bucket_bytes
+    )
 
 
 def write_model(

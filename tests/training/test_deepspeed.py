@@ -8,13 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from rank_main import GROUPS, OBJECTIVE, PER_STEP, RATE, WEIGHT
+from peft import PeftModel
+from rank_main import GROUPS, LORA, OBJECTIVE, PER_STEP, RATE, WEIGHT
 from training_helpers import PAD, plan, random_groups, write_tiny_llama
+from transformers import AutoModelForCausalLM
 
 from aft_ray.config import TrainingConfig
 from aft_ray.training.collate import collate
-from aft_ray.training.deepspeed import ds_config, load_model
+from aft_ray.training.deepspeed import ds_config, saved_by, to_universal
+from aft_ray.training.loading import load_model
+from aft_ray.training.lora import add_adapters, load_adapter
 from aft_ray.training.step import micro_loss
+from aft_ray.weights.adapter import write_adapter
+
+pytestmark = pytest.mark.timeout(2400)
 
 HERE = Path(__file__).parent
 STAGES = range(4)
@@ -25,37 +32,80 @@ def work(tmp_path_factory):
     directory = tmp_path_factory.mktemp("ranks")
     write_tiny_llama(directory / "model")
     write_tiny_llama(directory / "poisoned", poisoned=True)
+    write_adapter(with_adapters(directory), directory / "adapter", 0)
     return directory
 
 
-@pytest.fixture(scope="module")
-def results(work):
+def with_adapters(work, adapter=None):
+    """The model with adapters that add something, unlike new ones."""
+    torch.manual_seed(5)
+    model = load_model(work / "model", "float32")
+    add_adapters(model, LORA, str(work / "model"))
+    if adapter is not None:
+        load_adapter(model, adapter)
+        return model
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    return model
+
+
+def run_ranks(work, count):
+    """What `rank_main.py` has for its results, on so many ranks."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), str(HERE)])}
     command = [sys.executable, str(HERE / "rank_main.py")]
-    outputs = [work / f"{rank}.{kind}" for rank in range(2) for kind in ("out", "err")]
+    outputs = [work / f"{rank}.{kind}" for rank in range(count) for kind in ("out", "err")]
     ranks = []
-    for rank in range(2):
+    for rank in range(count):
         with open(work / f"{rank}.out", "w") as out, open(work / f"{rank}.err", "w") as err:
-            arguments = [*command, str(rank), "2", port, str(work)]
+            arguments = [*command, str(rank), str(count), port, str(work)]
             ranks.append(subprocess.Popen(arguments, env=environment, stdout=out, stderr=err))
     try:
-        for process in ranks:  # the first run on a machine compiles a communication op, about a minute
-            assert process.wait(timeout=500) == 0, "\n".join(path.read_text()[-3000:] for path in outputs)
+        for process in ranks:  # the first run on a machine compiles two operations, some minutes
+            assert process.wait(timeout=1500) == 0, "\n".join(path.read_text()[-3000:] for path in outputs)
     finally:
         for process in ranks:
             process.kill()
-    assert [(work / f"{rank}.out").read_text() for rank in range(2)] == ["", ""]
-    return torch.load(work / "results.pt", weights_only=False)
+    assert [(work / f"{rank}.out").read_text() for rank in range(count)] == [""] * count
+    return torch.load(work / f"results-{count}.pt", weights_only=False)
+
+
+@pytest.fixture(scope="module")
+def results(work):
+    return run_ranks(work, 2)
+
+
+@pytest.fixture(scope="module")
+def resized(work, results):
+    """What one rank and three make of the checkpoints of two."""
+    for name, saved in (
+        ("stage2", "checkpoint2"),
+        ("stage3", "checkpoint3"),
+        ("adapters3", "adapters3"),
+    ):
+        to_universal(work / saved, work / f"universal-{name}", 300)
+    return {count: run_ranks(work, count) for count in (1, 3)}
 
 
 @pytest.fixture(scope="module")
 def plain(work):
-    """Losses, gradient norms and final weights of plain torch, one batch a step."""
-    model, groups = load_model(work / "model", "float32"), random_groups(GROUPS)
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
+    return train_plainly(load_model(work / "model", "float32"))
+
+
+@pytest.fixture(scope="module")
+def plain_adapters(work):
+    return train_plainly(with_adapters(work, work / "adapter"))
+
+
+def train_plainly(model):
+    """Losses, gradient norms and final trained weights of plain torch, one batch a step."""
+    groups = random_groups(GROUPS)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), weight_decay=0.01)
     losses, norms = [], []
     planned = [s for epoch in plan(groups, OBJECTIVE, ranks=1, groups_per_step=PER_STEP, epochs=2) for s in epoch]
     for number, step in enumerate(planned):
@@ -63,12 +113,12 @@ def plain(work):
         batch = collate([groups[index] for index in indexes], OBJECTIVE, PAD)
         loss, _ = micro_loss(model, batch, OBJECTIVE, WEIGHT, step.totals)
         loss.backward()
-        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5).item())
+        norms.append(torch.nn.utils.clip_grad_norm_(trained.values(), 0.5).item())
         losses.append(loss.item())
         optimizer.param_groups[0]["lr"] = RATE / (number + 1)
         optimizer.step()
         optimizer.zero_grad()
-    return losses, norms, {name: p.detach() for name, p in model.named_parameters()}
+    return losses, norms, {name: p.detach() for name, p in trained.items()}
 
 
 def assert_equal_weights(left, right, tolerance):
@@ -110,6 +160,78 @@ def test_a_loss_that_is_not_finite_stops_every_rank_before_the_weights_change(re
     assert [fault["ids"] for fault in faults] == [["poisoned"], ["poisoned"]]
     assert all(fault["unchanged"] for fault in faults)
     assert "the loss is not finite on the questions poisoned" in faults[0]["message"]
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_offloaded_states_change_no_step(results, plain, stage):
+    losses, norms, weights = plain
+    stats = results[f"offloaded{stage}"]["stats"]
+    assert [s.loss for s in stats] == pytest.approx(losses, abs=1e-5)
+    assert [s.grad_norm for s in stats] == pytest.approx(norms, rel=1e-4)
+    assert_equal_weights(results[f"offloaded{stage}"]["weights"], weights, 1e-5)
+    assert [s.loss for s in results[f"moved{stage}"]["stats"]] == pytest.approx(losses[3:], abs=1e-5)
+    assert_equal_weights(results[f"moved{stage}"]["weights"], weights, 1e-5)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_bfloat16_with_offloading_and_activation_checkpointing_stays_near(results, plain, stage):
+    losses, _, weights = plain
+    assert [s.loss for s in results[f"bfloat16_offloaded{stage}"]["stats"]] == pytest.approx(losses, rel=0.02)
+    assert_equal_weights(results[f"bfloat16_offloaded{stage}"]["weights"], weights, 0.02)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("count", [1, 3])
+def test_another_number_of_ranks_goes_on_with_the_same_steps(results, resized, plain, work, count, stage):
+    losses, _, weights = plain
+    assert (saved_by(work / f"checkpoint{stage}"), saved_by(work / "checkpoint0")) == (2, None)
+    went_on = resized[count][f"stage{stage}"]
+    assert went_on["state"]["round"] == 7
+    assert [s.loss for s in went_on["stats"]] == pytest.approx(losses[3:], abs=1e-5)
+    assert_equal_weights(went_on["weights"], weights, 1e-5)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_adapters_train_as_in_plain_torch_and_nothing_else_changes(results, plain_adapters, stage):
+    losses, norms, weights = plain_adapters
+    trained = results[f"adapters{stage}"]
+    assert [s.loss for s in trained["stats"]] == pytest.approx(losses, abs=1e-5)
+    assert [s.grad_norm for s in trained["stats"]] == pytest.approx(norms, rel=1e-4)
+    assert_equal_weights(trained["weights"], weights, 1e-5)
+    assert trained["kept"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_adapters_resume_from_a_checkpoint_without_the_weights_beside_them(results, work, stage):
+    trained = results[f"adapters{stage}"]
+    assert [s.loss for s in trained["again"]] == [s.loss for s in trained["stats"][3:]]
+    with_weights, without = (
+        sum(path.stat().st_size for path in (work / name).rglob("*.pt"))
+        for name in (f"checkpoint{stage}", f"adapters{stage}")
+    )
+    assert without < with_weights / 3
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_adapters_go_on_on_another_number_of_ranks(resized, plain_adapters, count):
+    losses, _, weights = plain_adapters
+    went_on = resized[count]["adapters3"]
+    assert [s.loss for s in went_on["stats"]] == pytest.approx(losses[3:], abs=1e-5)
+    assert_equal_weights({name: went_on["weights"][name] for name in weights}, weights, 1e-5)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_merged_model_is_the_base_with_its_adapter(results, work, stage):
+    exported = work / f"exported{stage}"
+    merged = AutoModelForCausalLM.from_pretrained(exported / "model", use_safetensors=True)
+    base = AutoModelForCausalLM.from_pretrained(work / "model")
+    assert merged.state_dict().keys() == base.state_dict().keys()
+    tokens = torch.arange(1, 40).reshape(3, 13)
+    with torch.no_grad():
+        plain_logits = base(tokens).logits
+        logits = PeftModel.from_pretrained(base, exported / "adapter").eval()(tokens).logits
+        assert torch.allclose(merged(tokens).logits, logits, atol=1e-4)
+        assert (logits - plain_logits).abs().max() > 0.1
 
 
 def test_statistics_are_the_same_on_every_rank(results):

@@ -9,7 +9,7 @@ from aft_ray.objectives import OBJECTIVES, build_objective
 from aft_ray.records import Verdict
 from aft_ray.training.batching import StepTotals, trained_candidates
 from aft_ray.training.collate import DUMMY, REFERENCE, collate
-from aft_ray.training.deepspeed import load_model
+from aft_ray.training.loading import load_model
 from aft_ray.training.step import learning_rate, micro_loss, response_logprobs
 
 
