@@ -56,6 +56,9 @@ def ask_models(
 
 
 def _config_for(config: RunConfig, target: Target) -> RunConfig:
-    """The common config with the target's model: a run says itself how its model is loaded and asked."""
+    """The common config with the target's model: a run says itself how its model is loaded and asked.
+
+    Without adapters: a model that is evaluated is whole.
+    """
     model = (target.model or config.model).model_copy(update={"name": target.source})
-    return config.model_copy(update={"model": model})
+    return config.model_copy(update={"model": model, "lora": None})

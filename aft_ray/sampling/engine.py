@@ -13,9 +13,11 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+from aft_ray.config import LoraConfig
 from aft_ray.records import Candidate
+from aft_ray.weights.adapter import adapter_request
 from aft_ray.weights.delivery import GLOO, HARMLESS, NCCL, Call, Phase
 
 # Seconds between two looks at whether the processes of an idle engine still live.
@@ -40,7 +42,8 @@ class EngineSpec:
 
     eos_token_id: the token that ends a response; the engine has no tokenizer to ask. threads: of each of its processes,
     which are tensor_parallel_size x pipeline_parallel_size. shared_gpus: ids of GPUs that are train workers' when the
-    engine sleeps; none: it has its own. meets: it takes new weights from the trainer's stream.
+    engine sleeps; none: it has its own. meets: it takes new weights from the trainer's stream. lora: the adapters that
+    it takes in place of new weights; None: it takes none.
     """
 
     model: str
@@ -58,6 +61,7 @@ class EngineSpec:
     pipeline_parallel_size: int = 1
     shared_gpus: tuple[str, ...] = ()
     meets: bool = False
+    lora: LoraConfig | None = None
 
     @property
     def executor(self) -> Literal["uni", "mp", "ray"]:
@@ -123,6 +127,7 @@ class Engine:
         self._failure: BaseException | None = None
         self._ending = threading.Lock()
         self._next_id = 0
+        self._adapter: Any = None  # what vLLM calls a LoRARequest; all requests carry it
         started: Future[None] = Future()
         self._thread = threading.Thread(target=self._work, args=(started,), name="vllm-engine", daemon=True)
         self._thread.start()
@@ -142,9 +147,10 @@ class Engine:
         sequence = [*prompt_token_ids, *response_token_ids]
         return self._request(sequence, scoring_parameters(), lambda output: score_of(output, len(prompt_token_ids)))
 
-    def update_weights(self, calls: Iterator[Call], enter: Callable[[Phase], None]) -> Future[None]:
+    def update_weights(self, calls: Iterator[Call], enter: Callable[[Phase], None], adapter: int = 0) -> Future[None]:
         """Makes the calls of a delivery, once no request is running; says which phase it enters.
 
+        adapter: the number of the adapter that they bring, which all requests then carry; 0: none.
         The prefix cache, computed with the old weights, is dropped. Raises WeightsMissed when the weights did not come;
         what fails later kills the engine.
         """
@@ -162,6 +168,7 @@ class Engine:
                 return WeightsMissed(str(error) or repr(error))
             if not llm.reset_prefix_cache():
                 raise RuntimeError("the prefix cache could not be reset after new weights were loaded")
+            self._adapter = adapter_request(adapter) if adapter else None
             return None
 
         return self._exclusive(update)
@@ -199,7 +206,7 @@ class Engine:
         def add(llm: Any) -> None:
             request_id = str(self._next_id)
             self._next_id += 1
-            llm.add_request(request_id, {"prompt_token_ids": list(token_ids)}, params)
+            llm.add_request(request_id, {"prompt_token_ids": list(token_ids)}, params, lora_request=self._adapter)
             self._running[request_id] = answer, convert
 
         return self._put(_Task(add, answer, exclusive=False))
@@ -373,6 +380,14 @@ def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
     }
     if spec.meets:
         arguments |= {"weight_transfer_config": {"backend": NCCL if spec.gpu else GLOO}}
+    if spec.lora is not None:
+        arguments |= {
+            "enable_lora": True,
+            "max_loras": 1,
+            "max_lora_rank": _rank_of_engines(spec.lora.rank),
+            # An output layer that could take an adapter cannot score a prompt: its logits are computed for one token.
+            "lora_target_modules": list(spec.lora.targets),
+        }
     if spec.gpu:
         arguments |= {
             "gpu_memory_utilization": spec.gpu_memory_utilization,
@@ -386,3 +401,13 @@ def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
             "max_num_batched_tokens": max(4096, spec.max_length),
         }
     return arguments
+
+
+def _rank_of_engines(rank: int) -> int:
+    """The least rank that vLLM has room for adapters of. Raises ValueError above its highest."""
+    from vllm.config.lora import MaxLoRARanks
+
+    known: list[int] = sorted(get_args(MaxLoRARanks))
+    if rank > known[-1]:
+        raise ValueError(f"vLLM takes adapters up to rank {known[-1]}, not lora.rank={rank}; use another transport")
+    return next(one for one in known if one >= rank)

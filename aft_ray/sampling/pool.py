@@ -49,6 +49,7 @@ def engine_spec(config: RunConfig, model: str, eos_token_id: int, seat: EngineSe
         seed=config.seed,
         shared_gpus=seat.gpus if seat else (),
         meets=config.weights.transport == "nccl",
+        lora=config.lora if config.weights.transport == "lora" else None,
     )
 
 

@@ -147,7 +147,8 @@ class Sampler:
         phases.enter("fetch")
         # The weights first: there may be no room for the KV cache beside what loading needs.
         await phases.watch(self._engine.wake("weights"), timeout_s)
-        await phases.watch(self._engine.update_weights(publication.calls(timeout_s), phases.enter), timeout_s)
+        update = self._engine.update_weights(publication.calls(timeout_s), phases.enter, publication.adapter)
+        await phases.watch(update, timeout_s)
         await phases.watch(self._engine.wake("kv_cache"), timeout_s)
         phases.enter("prove")
         scores = [self._engine.score(p.prompt_token_ids, p.response_token_ids) for p in publication.probes]
