@@ -43,8 +43,22 @@ from aft_ray.sampling.turns import Turns
 from aft_ray.schedule import AwaitVersion, SampleRound, order_of_rounds
 from aft_ray.seats import EngineSeat
 from aft_ray.training.worker import WorkerConfig, first_round, fit
-from aft_ray.weights.publication import Publication, read_publication
+from aft_ray.weights.adapter import given_publication, stored_publication
+from aft_ray.weights.publication import Publication
 
+# What a resumed run may change: it moves the same steps to other hardware.
+_HARDWARE = frozenset(
+    f"training.{key}"
+    for key in (
+        "workers",
+        "cpus_per_worker",
+        "gpus_per_worker",
+        "tokens_per_microbatch",
+        "offload_optimizer",
+        "offload_parameters",
+        "activation_checkpointing",
+    )
+)
 # Seconds that the train workers get to end after the run has failed elsewhere.
 _PATIENCE_S = 15.0
 
@@ -255,8 +269,8 @@ class Conductor:
 
     def _on_disk(self, version: int) -> Publication:
         if version == 0 and not self.config.vft.epochs:
-            return read_publication(0, self.config.model.name)
-        return read_publication(version, self.run_dir.uri(self.run_dir.model(version)))
+            return given_publication(self.config)
+        return stored_publication(self.config, self.run_dir, version)
 
 
 def evaluation_due(config: RunConfig, run_dir: RunDir, version: int) -> bool:
@@ -274,7 +288,8 @@ def run(config: RunConfig, reporter: Reporter) -> bool:
     """
     run_dir = RunDir(config.run_dir)
     with run_dir.lock(reporter.say) as hold:
-        adopt_config(config, run_dir)
+        if changed := adopt_config(config, run_dir):
+            reporter.say(f"goes on with {'; '.join(changed)}: the same steps, up to rounding")
         ledger = Ledger(run_dir)
         last = config.rounds.count
         if first_round(config, ledger) > last and not evaluation_due(config, run_dir, last):
@@ -436,15 +451,20 @@ def _stats(total: Any, seconds: float, waited: float, tokens_per_s: float) -> di
     }
 
 
-def adopt_config(config: RunConfig, run_dir: RunDir) -> None:
-    """Writes the resolved config down; on an existing run, refuses one that differs. Where it runs may change."""
+def adopt_config(config: RunConfig, run_dir: RunDir) -> list[str]:
+    """Writes the resolved config down; on an existing run, refuses one that differs in more than rounding.
+
+    Where and on how much hardware a run goes on may change. Returns the lines `key: old -> new` of such changes.
+    """
     if not run_dir.exists(CONFIG):
         run_dir.write_bytes(CONFIG, dump_config(config).encode())
-        return
-    before = read_config(run_dir)
-    difference = [line for line in config_difference(before, config) if not line.startswith(("cluster.", "run_dir:"))]
-    if difference:
+        return []
+    difference = config_difference(read_config(run_dir), config)
+    difference = [line for line in difference if not line.startswith(("cluster.", "run_dir:"))]
+    changed = [line for line in difference if line.partition(":")[0] in _HARDWARE]
+    if refused := [line for line in difference if line not in changed]:
         raise ConfigError(
-            f"{run_dir.uri()} was started with another config ({'; '.join(difference)}); give the run the config it "
+            f"{run_dir.uri()} was started with another config ({'; '.join(refused)}); give the run the config it "
             f"was started with, or another run_dir"
         )
+    return changed

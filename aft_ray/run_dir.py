@@ -93,6 +93,9 @@ class RunDir:
     def model(self, round: int) -> str:
         return f"{self.round(round)}/model"
 
+    def adapter(self, round: int) -> str:
+        return f"{self.round(round)}/adapter"
+
     def evaluation(self, name: str) -> str:
         return f"{EVALUATIONS}/{name}.json"
 
@@ -310,6 +313,12 @@ class RunDir:
             self.delete(path)
             os.rename(staged, target_dir)
             _fsync(target_dir.parent)
+
+    def add_files(self, local_dir: str | os.PathLike[str], path: str) -> None:
+        """Copies what is below a local directory into `path`, beside what other processes add; without a manifest."""
+        with _in_words(self.uri(path)):
+            self._filesystem.create_dir(self._at(path), recursive=True)
+            pafs.copy_files(os.fspath(local_dir), self._at(path), pafs.LocalFileSystem(), self._filesystem)
 
     def fetch_directory(self, path: str) -> Path:
         """A local directory with the contents of a complete one: itself where it is mounted, else a download.

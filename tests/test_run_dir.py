@@ -108,6 +108,17 @@ def test_a_stored_directory_comes_back_whole(run_dir, tmp_path):
     assert {name: entry["size"] for name, entry in files.items()} == {"config.json": 2, "shards/1.safetensors": 3}
 
 
+def test_several_writers_add_to_one_directory_that_a_manifest_then_completes(run_dir, tmp_path):
+    for rank in range(2):
+        (tmp_path / f"rank{rank}" / "state").mkdir(parents=True)
+        (tmp_path / f"rank{rank}" / "state" / f"{rank}.pt").write_bytes(bytes([rank]) * 100)
+        run_dir.add_files(tmp_path / f"rank{rank}", "checkpoint")
+    assert not run_dir.is_complete("checkpoint")
+    run_dir.write_manifest("checkpoint")
+    assert run_dir.verify_manifest("checkpoint") == []
+    assert sorted(run_dir.read_json(f"checkpoint/{MANIFEST}")["files"]) == ["state/0.pt", "state/1.pt"]
+
+
 def test_a_damaged_directory_names_its_files(run_dir, tmp_path):
     run_dir.store_directory(model(tmp_path), "model")
     run_dir.write_bytes("model/shards/1.safetensors", b"w" * 999 + b"v")

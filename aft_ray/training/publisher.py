@@ -1,6 +1,7 @@
 """The trainer's side of a publication: probes scored, the model directory made whole, the weights handed over.
 
-Invariant: the probes are scored by the weights that are written and streamed, before anything changes them.
+Invariants: the probes are scored by the weights that are written and streamed, before anything changes them; a version
+whose model directory is complete stays what it is, since groups may have been sampled with it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import ray
 import torch
+import torch.distributed as dist
 
 from aft_ray.board import call
 from aft_ray.cluster import needs_samplers
@@ -23,6 +25,7 @@ from aft_ray.records import Group
 from aft_ray.run_dir import RunDir
 from aft_ray.training import step
 from aft_ray.training.collate import collate
+from aft_ray.weights.adapter import stored_publication, with_adapter, write_adapter
 from aft_ray.weights.broadcast import Streamed
 from aft_ray.weights.meeting import Invitation, MeetingFailed, Table
 from aft_ray.weights.publication import Probe, Publication, write_probes
@@ -71,6 +74,7 @@ def build_transport(config: RunConfig, board: Any, rank: int) -> Transport:
         "checkpoint": Checkpoint,
         "object_store": ObjectStore,
         "nccl": broadcast,
+        "lora": Checkpoint,  # what engines take is the adapter; see `Publisher.write`
     }
     return transports[config.weights.transport]()
 
@@ -92,6 +96,8 @@ class Publisher:
     def write(self, engine: Any, round_number: int, groups: Sequence[Group]) -> Publication | None:
         """Makes the round's model directory. All ranks call it together; rank 0 gets what it may offer on the board."""
         probes = self._probes(engine, self._probe_texts(groups))
+        if self.config.lora is not None:
+            self._write_adapter(engine, round_number)
         model_dir = self.run_dir.model(round_number)
         with tempfile.TemporaryDirectory(prefix="aft-ray-model-", dir=self.run_dir.staging()) as scratch:
             directory = Path(scratch) / "model"
@@ -115,7 +121,28 @@ class Publisher:
             probes=tuple(probes),
             bytes=written.bytes,
         )
+        if self.config.weights.transport == "lora":
+            adapter = self.run_dir.uri(self.run_dir.adapter(round_number))
+            return with_adapter(publication, adapter, offered=needs_samplers(self.config))
         return self.transport.describe(publication, written.handles, engine.module)
+
+    def is_stored(self, round_number: int) -> bool:
+        """Whether the round was published already, and is trained again because its checkpoint was lost."""
+        stored = [self.run_dir.is_complete(self.run_dir.model(round_number))]
+        dist.broadcast_object_list(stored, src=0)
+        return stored[0]
+
+    def read(self, version: int) -> Publication:
+        """The publication of a version that is on disk."""
+        return stored_publication(self.config, self.run_dir, version)
+
+    def _write_adapter(self, engine: Any, round_number: int) -> None:
+        """Before the model directory, which is thus never there without it."""
+        with tempfile.TemporaryDirectory(prefix="aft-ray-adapter-", dir=self.run_dir.staging()) as scratch:
+            directory = Path(scratch) / "adapter"
+            write_adapter(engine.module, directory, self.rank)
+            if self.rank == 0:
+                self.run_dir.store_directory(directory, self.run_dir.adapter(round_number))
 
     def _probe_texts(self, groups: Sequence[Group]) -> list[Group]:
         """Sequences of this round to prove its publication by, each as a group whose reference is the response."""

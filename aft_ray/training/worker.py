@@ -1,24 +1,26 @@
 """What every Ray Train worker runs: all rounds in order, each a pass of optimiser steps and a publication.
 
-Invariants: the training of a round is durable (checkpoint, model directory) before the ledger says so, and the ledger
-says so before the version is published; every rank takes the same steps; a worker that starts again continues after
-the last round that the ledger calls trained.
+Invariants: a version is published once its model directory is durable, and that directory is never made again; the
+ledger calls a round trained once its checkpoint is durable too, which may be while the next round trains; every rank
+takes the same steps; a worker that starts again continues after the last round that the ledger calls trained.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import ray.train
 import torch
 
 from aft_ray.board import BoardFailed, call
-from aft_ray.config import RunConfig
+from aft_ray.config import ConfigError, RunConfig
 from aft_ray.ledger import Ledger, Trained
 from aft_ray.objectives import Objective, build_objective
 from aft_ray.questions import load_tokenizer, round_size
@@ -26,9 +28,13 @@ from aft_ray.records import Group
 from aft_ray.run_dir import LOGS, RunDir, RunDirError
 from aft_ray.sampling.sampler import redirect_output
 from aft_ray.training import batching, checkpoint, deepspeed, step, turns
+from aft_ray.training.checkpoint import CheckpointFailed, Saver
 from aft_ray.training.collate import collate
+from aft_ray.training.loading import LoadingError
 from aft_ray.training.publisher import Publisher, build_transport
-from aft_ray.weights.publication import read_publication
+
+# Failures that starting again cannot mend; each is one sentence.
+_FINAL = (step.NonFiniteLoss, batching.BatchingError, RunDirError, ConfigError, LoadingError, CheckpointFailed)
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,7 @@ def worker_main(given: dict[str, Any]) -> None:
         _Trainer(worker, rank).run()
     except BoardFailed:
         return  # the other side failed and says why
-    except (step.NonFiniteLoss, batching.BatchingError, RunDirError) as error:
+    except _FINAL as error:
         call(worker.board.fail, str(error))
 
 
@@ -72,6 +78,9 @@ class _Trainer:
         self.pad_token_id = self.tokenizer.pad_token_id or 0
         transport = build_transport(self.config, self.board, self.rank)
         self.publisher = Publisher(self.config, self.run_dir, self.tokenizer, self.rank, transport)
+        # Written to by the thread that ends a save, which must not meet the main thread in one ledger.
+        self.records = Ledger(worker.run_dir)
+        self.saver = Saver(self.run_dir, self.rank, self.config.training.timeout_s, self.board)
         if self.config.training.gpus_per_worker == 0:
             torch.set_num_threads(max(1, int(self.config.training.cpus_per_worker)))
 
@@ -79,7 +88,7 @@ class _Trainer:
         last = self.ledger.last_checkpoint()
         if last and self.rank == 0:
             # A worker that died between the ledger and the board has left its version unpublished.
-            call(self.board.publish, read_publication(last.round, self.run_dir.uri(self.run_dir.model(last.round))))
+            call(self.board.publish, self.publisher.read(last.round))
         engine = None
         last_round = self.config.rounds.count
         for round_number in range(first_round(self.config, self.ledger), last_round + 1):
@@ -93,6 +102,7 @@ class _Trainer:
             self._round(engine, round_number, waited)
         if self.config.sampling.colocate:
             self._give_way(engine, last_round + 1)
+        self.saver.wait()
 
     def _let_samplers_work(self, engine: Any, round_number: int) -> float:
         """Leaves the GPUs to the samplers until they have sampled a round; the seconds that took."""
@@ -108,37 +118,63 @@ class _Trainer:
         call(self.board.give_way, round_number, turns.seat(self.rank, self.world))
 
     def _engine(self, round_number: int, resumed: Trained | None) -> Any:
-        torch.manual_seed(self.config.seed)
-        name = self.config.model.name
-        if round_number > 0 and self.config.vft.epochs:
-            name = str(self.run_dir.fetch_directory(self.run_dir.model(0)))
-        engine = deepspeed.build_engine(name, self.config.model, self.config.training)
-        if resumed:
-            deepspeed.load(engine, self.run_dir.fetch_directory(resumed.checkpoint))
+        config = self.config
+        torch.manual_seed(config.seed)
+        name, adapter = config.model.name, None
+        if round_number > 0 and config.vft.epochs:
+            if config.lora is not None:
+                adapter = self.run_dir.fetch_directory(self.run_dir.adapter(0))
+            else:
+                name = str(self.run_dir.fetch_directory(self.run_dir.model(0)))
+        build = partial(deepspeed.build_engine, name, config.model, config.training, lora=config.lora, adapter=adapter)
+        if resumed is None:
+            return build()
+        state = self.run_dir.fetch_directory(resumed.checkpoint)
+        if deepspeed.saved_by(state) in (None, self.world):
+            engine = build()
+            deepspeed.load(engine, state)
+            return engine
+        with checkpoint.for_any_number(state, self.run_dir, config.training.timeout_s) as converted:
+            engine = build(universal=True)
+            deepspeed.load(engine, converted)
         return engine
 
     def _round(self, engine: Any, round_number: int, waited: float) -> None:
         waited += call(self.board.wait_ready, round_number, self.config.rounds.timeout_s)
         self.ledger.refresh()
         groups = self.ledger.read_groups(round_number)
+        # Dropout draws from it: a round is the same whether or not the rounds before it ran in this process.
+        torch.manual_seed(_round_seed(self.config.seed, round_number, self.rank))
         metrics = self._train(engine, round_number, groups) | {"waited_s": waited}
-        self._finish(engine, round_number, groups, metrics)
-        self.publisher.deliver(engine, round_number)
+        stored = self.publisher.is_stored(round_number)
+        self._finish(engine, round_number, groups, metrics, stored)
+        if not stored:
+            self.publisher.deliver(engine, round_number)
 
-    def _finish(self, engine: Any, round_number: int, groups: list[Group], metrics: dict[str, Any]) -> None:
-        """Makes the round durable and offers its weights, in this order: model directory, checkpoint, ledger, board."""
+    def _finish(
+        self, engine: Any, round_number: int, groups: list[Group], metrics: dict[str, Any], stored: bool
+    ) -> None:
+        """Makes the round durable: model directory, then board, then checkpoint and ledger while training goes on.
+
+        stored: the model directory is there already, and is kept.
+        """
         started = time.monotonic()
-        publication = self.publisher.write(engine, round_number, groups)
-        checkpoint.save(engine, self.run_dir, round_number, self.rank)
-        if self.rank != 0:
-            return
-        assert publication is not None
-        metrics |= {"publish_s": time.monotonic() - started, "published_bytes": publication.bytes}
-        self.ledger.record_checkpoint(
-            Trained(round_number, metrics["steps"], self.run_dir.checkpoint(round_number), True, metrics)
-        )
-        call(self.board.publish, publication)
-        call(self.board.post, {"event": "trained", **metrics})
+        if stored:
+            publication = self.publisher.read(round_number) if self.rank == 0 else None
+        else:
+            publication = self.publisher.write(engine, round_number, groups)
+        if publication is not None:
+            metrics |= {"publish_s": time.monotonic() - started, "published_bytes": publication.bytes}
+            call(self.board.publish, publication)
+        saving = time.monotonic()
+
+        def durable() -> None:
+            measured = metrics | {"checkpoint_s": time.monotonic() - saving}
+            path = self.run_dir.checkpoint(round_number)
+            self.records.record_checkpoint(Trained(round_number, metrics["steps"], path, True, measured))
+            call(self.board.post, {"event": "trained", **measured})
+
+        self.saver.begin(engine, round_number, durable)
 
     def _train(self, engine: Any, round_number: int, groups: list[Group]) -> dict[str, Any]:
         """The optimiser steps of a round, and what they amounted to."""
@@ -217,6 +253,11 @@ def _schedule(config: RunConfig, questions: Mapping[str, int], round_number: int
         (round_number - 1) * steps,
         config.rounds.count * steps,
     )
+
+
+def _round_seed(seed: int, round_number: int, rank: int) -> int:
+    digest = hashlib.sha256(f"{seed}/round {round_number}/rank {rank}".encode()).digest()
+    return int.from_bytes(digest[:6], "big")
 
 
 def _mean(values: list[float]) -> float:

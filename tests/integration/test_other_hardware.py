@@ -1,0 +1,69 @@
+"""A run that goes on with another number of workers takes the steps that it would have taken."""
+
+import shutil
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from tiny import tiny_config
+
+from aft_ray import rounds
+from aft_ray.config import ConfigError
+from aft_ray.ledger import Ledger
+from aft_ray.observe.reporter import Reporter
+from aft_ray.observe.summary import read_events
+from aft_ray.rounds import adopt_config
+from aft_ray.run_dir import RunDir
+
+pytestmark = pytest.mark.timeout(900)
+
+
+def config_of(run_dir, model, **training):
+    return tiny_config(
+        run_dir,
+        model,
+        objective={"name": "vft"},
+        rounds={"count": 2},
+        data={"train_limit": 24},
+        training={"zero_stage": 2, "groups_per_step": 8, **training},
+    )
+
+
+def run(config) -> str:
+    said = StringIO()
+    with Reporter(RunDir(config.run_dir), Console(file=said, width=1000)) as reporter:
+        assert rounds.run(config, reporter)
+    return said.getvalue()
+
+
+def steps(run_dir: Path) -> list[tuple]:
+    """The steps of round 2 as they were last taken."""
+    events = [e for e in read_events(RunDir(run_dir)) if e["event"] == "step" and e["round"] == 2]
+    return [(e["step"], e["loss"], e["grad_norm"]) for e in events[-3:]]
+
+
+def test_one_worker_goes_on_where_two_were(ray_here, tiny_model, tmp_path):
+    run(config_of(tmp_path / "two", tiny_model, workers=2))
+    shutil.copytree(tmp_path / "two", tmp_path / "one")
+    # As if it had been killed before round 2 was trained.
+    (*_, last) = sorted((tmp_path / "one" / "ledger").glob("training-*"))
+    last.unlink()
+    for name in ("checkpoint", "model"):
+        shutil.rmtree(tmp_path / "one" / "rounds" / "0002" / name)
+    said = run(config_of(tmp_path / "one", tiny_model, tokens_per_microbatch=512))
+    assert "goes on with training.workers: 2 -> 1; training.tokens_per_microbatch: 16384 -> 512: the same steps" in said
+    assert Ledger(RunDir(tmp_path / "one")).trained_rounds() == [0, 1, 2]
+    taken, expected = steps(tmp_path / "one"), steps(tmp_path / "two")
+    assert [step for step, _, _ in taken] == [1, 2, 3]
+    for (_, *values), (_, *wanted) in zip(taken, expected, strict=True):
+        assert values == pytest.approx(wanted, rel=1e-4)
+    assert not list((tmp_path / "one" / "tmp").iterdir())
+
+
+def test_what_changes_the_result_is_still_refused(tiny_model, tmp_path):
+    run_dir = RunDir(tmp_path / "run")
+    assert adopt_config(config_of(tmp_path / "run", tiny_model), run_dir) == []
+    changed = config_of(tmp_path / "run", tiny_model, workers=4, offload_optimizer=True, learning_rate=1.0)
+    with pytest.raises(ConfigError, match=r"another config \(training.learning_rate: 0.0005 -> 1.0\)"):
+        adopt_config(changed, run_dir)
