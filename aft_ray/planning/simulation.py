@@ -25,6 +25,7 @@ from aft_ray.planning.simulated_trainer import SimulatedTrainer, group_sizes
 from aft_ray.planning.simulation_assumptions import Assumptions, Work, draw_work
 from aft_ray.planning.simulation_result import SampledRound, Simulated
 from aft_ray.planning.virtual_time import run_virtually
+from aft_ray.planning.workload import KNOWN
 from aft_ray.questions import questions_of_round
 from aft_ray.records import Group, Question, groups_to_table, table_to_groups
 from aft_ray.sampling.engine import SamplingSpec
@@ -328,8 +329,9 @@ def _questions(config: RunConfig, assumed: Assumptions) -> list[Group]:
     counts: dict[str, int | None] = dict.fromkeys(config.task_configs, assumed.questions)
     for name, entry in config.task_configs.items():
         if assumed.questions is None:
-            known = entry.arithmetic.train_size if entry.task == "arithmetic" else config.rounds.questions_per_round
-            counts[name] = entry.train_limit or known
+            facts = KNOWN.get(entry.task)
+            known = entry.arithmetic.train_size if entry.task == "arithmetic" else facts.train if facts else 0
+            counts[name] = entry.train_limit or known or config.rounds.questions_per_round
     prepared: list[Group] = []
     for name, count in counts.items():
         if count is None:
@@ -346,11 +348,12 @@ def _validation(config: RunConfig, assumed: Assumptions) -> int:
     """Validation questions that the config knows of."""
     if assumed.validation is not None:
         return assumed.validation
-    sizes = [
-        entry.validation_limit or (entry.arithmetic.validation_size if entry.task == "arithmetic" else 0)
-        for entry in config.task_configs.values()
-    ]
-    return sum(sizes)
+    total = 0
+    for entry in config.task_configs.values():
+        facts = KNOWN.get(entry.task)
+        known = entry.arithmetic.validation_size if entry.task == "arithmetic" else facts.validation if facts else 0
+        total += entry.validation_limit or known
+    return total
 
 
 def _group(stage: int, number: int, task: str) -> Group:

@@ -225,7 +225,7 @@ def test_answers_are_read_off_groups_as_they_were_drawn():
 def test_what_cannot_be_simulated_is_refused_in_a_sentence():
     with pytest.raises(ConfigError, match="nothing to schedule"):
         simulate(config(objective={"name": "vft"}), Assumptions())
-    gsm8k = parse_config({"run_dir": "x", "model": {"name": "x"}, "data": {"task": "gsm8k"}})
+    mmlu = parse_config({"run_dir": "x", "model": {"name": "x"}, "data": {"task": "mmlu"}})
     with pytest.raises(ConfigError, match="--assume questions=NUMBER"):
-        simulate(gsm8k, Assumptions())
-    assert math.isfinite(simulate(gsm8k, Assumptions(questions=50)).steady_s)
+        simulate(mmlu, Assumptions())
+    assert math.isfinite(simulate(mmlu, Assumptions(questions=50)).steady_s)
