@@ -1,8 +1,8 @@
 """How long new weights take from the trainer to the engines, by transport, and a training state to shared storage.
 
-Invariant: what the train workers do alone (gathering, the model directory, the checkpoint) belongs to training; what
-the engines wait for (the transport, loading) stands between two rounds of sampling. Bytes over bandwidths alone:
-nothing is assumed to overlap.
+Invariant: what the train workers do alone (gathering, the model directory) belongs to training; what the engines wait
+for (the transport, loading) stands between two rounds of sampling. The training state is saved while the next round
+trains, and belongs to neither. Bytes over bandwidths alone: nothing else is assumed to overlap.
 """
 
 from __future__ import annotations
@@ -21,10 +21,14 @@ TRANSPORTS: tuple[str, ...] = get_args(WeightsConfig.model_fields["transport"].a
 
 @dataclass(frozen=True, slots=True)
 class PublicationTime:
-    """Seconds. trainer: until the version is offered. engines: from then until the last engine has loaded it."""
+    """Seconds. trainer: until the version is offered. engines: from then until the last engine has loaded it.
+
+    saving: of the training state, beside the next round.
+    """
 
     trainer: float
     engines: float
+    saving: Figure
     trainer_lines: tuple[Figure, ...]
     engine_lines: tuple[Figure, ...]
 
@@ -72,16 +76,15 @@ def publication_time(
     lines.append(Figure("writing the model directory", writing, "s", how))
     storage = min(worker_nodes * node.storage, assumed.shared_storage)
     how = f"{gigabytes(size.checkpoint)} / storage {storage:g} GB/s of {counted(worker_nodes, 'node')}"
-    lines.append(Figure("saving the training state", size.checkpoint / (storage * GB), "s", how))
+    saving = Figure("saving the training state", size.checkpoint / (storage * GB), "s", f"{how}, beside the next round")
     moved, bandwidth, how = _transport(size, assumed, node, transport, max(1, sampler_nodes))
     arriving = [Figure(f"to the engines by {transport}", moved / bandwidth, "s", how)]
     if gpu and transport in {"object_store", "checkpoint"}:
         share = size.weights / engine_processes
         how = f"{gigabytes(share)} a process / (PCIe {node.pcie:g} GB/s x {efficiency:g})"
         arriving.append(Figure("loading", share / (node.pcie * GB * efficiency), "s", how))
-    return PublicationTime(
-        sum(line.value for line in lines), sum(line.value for line in arriving), tuple(lines), tuple(arriving)
-    )
+    trainer, engines = (sum(line.value for line in part) for part in (lines, arriving))
+    return PublicationTime(trainer, engines, saving, tuple(lines), tuple(arriving))
 
 
 def _transport(size: Sizes, assumed: Assumptions, node: Node, transport: str, nodes: int) -> tuple[float, float, str]:

@@ -70,7 +70,7 @@ def _trainer(plan: Plan) -> Part:
 def _publication(plan: Plan) -> Part:
     config = plan.planner.config
     chosen = plan.publications[config.weights.transport]
-    figures = [*chosen.trainer_lines, *chosen.engine_lines]
+    figures = [*chosen.trainer_lines, chosen.saving, *chosen.engine_lines]
     figures += [
         Figure(f"by {name} instead", time.engines, "s", "; ".join(line.how for line in time.engine_lines))
         for name, time in plan.publications.items()
@@ -92,9 +92,7 @@ def _round(plan: Plan) -> Part:
         steps += f" + {duration(turns)} to hand the GPUs over"
     figures = [
         Figure("G, sampling side", time.sampling, "s", answering or "nothing is sampled"),
-        Figure(
-            "T, training side", time.training, "s", f"{steps} + {duration(published)} model directory and checkpoint"
-        ),
+        Figure("T, training side", time.training, "s", f"{steps} + {duration(published)} model directory"),
         Figure("a round", time.round, "s", f"{joined}, rounds.max_staleness={staleness}; {slow}", total=True),
     ]
     if config.vft.epochs:

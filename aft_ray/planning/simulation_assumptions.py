@@ -30,7 +30,7 @@ class Assumptions(Section):
     train_tokens_per_s: float = Field(600, gt=0, description="padded tokens of a train worker, forward and backward")
     pass_s: float = Field(1.0, ge=0, description="of each forward and backward pass beside its tokens: ZeRO's gathers")
     optimizer_s: float = Field(0.5, ge=0, description="of the optimiser in a step")
-    publish_s: float = Field(90, ge=0, description="trainer: model directory, checkpoint and offer of a version")
+    publish_s: float = Field(90, ge=0, description="trainer: model directory and offer of a version")
     load_s: float = Field(20, ge=0, description="engine: fetch, load and prove a version")
     overhead_s: float = Field(
         3, ge=0, description="of a round's sampling: start of the pipeline, last labels and files"
