@@ -171,14 +171,14 @@ def test_a_node_is_lost_in_a_round_which_is_whole_and_another_comes_for_the_next
         tiny_model,
         vft={"epochs": 0},
         rounds={"count": 2},
-        data={"train_limit": 160},
+        data={"train_limit": 64},
         sampling={
             "samplers": 2,
             "cpus_per_sampler": SAMPLER_CPUS,
             "batch_size": 4,
-            "in_flight": 2,
-            "groups_per_file": 16,
-            "max_tokens": 60,
+            "in_flight": 1,
+            "groups_per_file": 8,
+            "max_tokens": 40,
         },
     )
     nodes = {node.node_id: node for node in (add_node(cluster), add_node(cluster))}
