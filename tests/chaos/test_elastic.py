@@ -34,6 +34,7 @@ HEAD_CPUS, NODE_CPUS, SAMPLER_CPUS = 2, 3, 2.5
 @pytest.fixture(scope="module")
 def cluster():
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # on a busy machine a node takes its time
     cluster = Cluster(
         initialize_head=True,
         head_node_args={"num_cpus": HEAD_CPUS, "object_store_memory": STORE, "include_dashboard": False},
