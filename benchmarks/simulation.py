@@ -1,4 +1,4 @@
-"""Claim: a simulation calibrated on a run's first round says how long its other rounds take, as well as that round foretells them.
+"""Claim: a simulation calibrated on a run's first round foretells the others, where speeds hold still.
 
 For each finished run directory: engines, workers and answers are read off its first sampled round alone
 (`aft-ray simulate --like`), the whole run is simulated, and the time from the end of round 1's training to the end of
