@@ -165,7 +165,8 @@ class Engine:
             except Exception as error:
                 if phase not in HARMLESS:
                     raise
-                return WeightsMissed(str(error) or repr(error))
+                # The first line: torch writes its stack frames after it.
+                return WeightsMissed((str(error).strip() or repr(error)).splitlines()[0])
             if not llm.reset_prefix_cache():
                 raise RuntimeError("the prefix cache could not be reset after new weights were loaded")
             self._adapter = adapter_request(adapter) if adapter else None
