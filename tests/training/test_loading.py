@@ -33,7 +33,7 @@ def write_large_llama(directory: Path) -> None:
             tie_word_embeddings=False,
         )
     )
-    model.save_pretrained(directory, max_shard_size=model.num_parameters() * 4 // SHARDS + (4 << 20))
+    model.save_pretrained(directory, max_shard_size=model.num_parameters() * 4 // SHARDS)
 
 
 def changed(source: Path, directory: Path, change) -> None:
