@@ -200,9 +200,9 @@ def run_with_refused(config, refused) -> None:
     groups = prepare(config, "train", tokenizer).groups
     groups += [too_long(groups[0], number) for number in range(refused)]
     run_dir = RunDir(config.run_dir)
-    with quiet_reporter(config) as reporter:
+    with quiet_reporter(config) as reporter, run_dir.lock(reporter.say) as hold:
         ledger = Ledger(run_dir)
-        rounds._run_on_cluster(config, run_dir, ledger, reporter, groups, [], tokenizer.eos_token_id)
+        rounds._run_on_cluster(config, run_dir, hold, ledger, reporter, groups, [], tokenizer.eos_token_id)
 
 
 def too_long(group, number):
