@@ -90,14 +90,9 @@ def test_two_processes_sample_and_take_weights_as_one_does_though_one_of_them_is
 def test_in_turn_with_the_train_workers_nobody_works_out_of_turn(tiny_model, plain, tmp_path):
     shared = run(tmp_path / "run", tiny_model, colocate=True)
     assert_same_run(shared, plain, 0)
-    order = [
-        (event["event"], event.get("version", event.get("round")))
-        for event in events(shared, "published", "evaluated", "sampled", "trained")
-    ]
-    assert order == [
-        ("trained", 0), ("published", 0), ("evaluated", 0), ("sampled", 0),
-        ("trained", 1), ("published", 1), ("evaluated", 1),
-    ]  # fmt: skip
+    order = [(event["event"], event["version"]) for event in events(shared, "published", "evaluated", "sampled")]
+    assert order == [("published", 0), ("evaluated", 0), ("sampled", 0), ("published", 1), ("evaluated", 1)]
+    assert [event["round"] for event in events(shared, "trained")] == [0, 1]
     # What vLLM says on the CPU, where it has nothing to do: it slept while round 1 was trained, then its parts woke.
     said = shared.read_bytes("logs/sampler-0.log").decode()
     assert said.count("sleep mode is not supported on CPU") == 1 + 2
