@@ -63,9 +63,13 @@ def test_activations_are_what_autograd_saves(family, dtype):
 
 
 def live_storages():
-    """Of all tensors of this process, by address; while they are held, no address is used again."""
+    """Of all tensors of this process, by address; while they are held, no address is used again.
+
+    What a compiler traced in the same process left behind has no storage, and is of a class of its own.
+    """
     gc.collect()
-    tensors = [one for one in gc.get_objects() if isinstance(one, torch.Tensor) and one.device.type == "cpu"]
+    tensors = [one for one in gc.get_objects() if type(one) in (torch.Tensor, torch.nn.Parameter)]
+    tensors = [one for one in tensors if one.device.type == "cpu"]
     tensors += [one.grad for one in tensors if one.is_leaf and one.grad is not None]
     return {storage.data_ptr(): storage for storage in (one.untyped_storage() for one in tensors)}
 
