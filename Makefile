@@ -28,7 +28,7 @@ demo: $(STAMP)  ## train a tiny reasoner in minutes
 	@$(BIN)/python jobs/demo.py $(ARGS)
 
 test: lint  ## lint, types and the whole test suite
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(STAMP)  ## style and types
 	$(BIN)/ruff check .

@@ -17,7 +17,7 @@ def tiny_tree(run_dir: Path, model: Path, /, **sections: Any) -> dict:
         "data": {"train_limit": 40, "validation_limit": 8, "test_limit": 8, "arithmetic": {"max_steps": 2}},
         "vft": {"epochs": 1, "learning_rate": 1e-3, "questions_per_step": 16},
         "rounds": {"count": 1, "max_staleness": 0, "evaluate_every": 0, "timeout_s": 300},
-        "sampling": {"max_tokens": 24, "k": 3, "groups_per_file": 8, "batch_size": 8, "kv_cache_gib": 0.25},
+        "sampling": {"max_tokens": 24, "k": 3, "groups_per_file": 20, "batch_size": 8, "kv_cache_gib": 0.25},
         "training": {"learning_rate": 5e-4, "groups_per_step": 16, "timeout_s": 300},
     }
     for name, section in sections.items():

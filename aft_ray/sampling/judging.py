@@ -5,20 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from aft_ray.config import ConfigError, FeedbackConfig, JudgeConfig
 from aft_ray.run_dir import RunDir
-from aft_ray.verify.judge import Judge, JudgeCounts, JudgeItem, Rating
+
+if TYPE_CHECKING:
+    from aft_ray.verify.judge import JudgeCounts, JudgeItem, Rating
 
 
 class JudgeActor:
     """Rates for every task that labels, one batch after the other."""
 
     def __init__(self, config: JudgeConfig, cache: Path) -> None:
+        from aft_ray.verify.judge import Judge
+
         self._judge = Judge(config, cache)
 
     def rate(self, items: Sequence[JudgeItem]) -> list[Rating]:
@@ -56,6 +60,8 @@ def start_judge(feedback: FeedbackConfig, run_dir: RunDir) -> RemoteJudge | None
 def check_judge(feedback: FeedbackConfig, run_dir: RunDir) -> None:
     """Raises ConfigError or JudgeFailed when the judge cannot be asked, before anything is sampled for it."""
     if feedback.kind == "judge":
+        from aft_ray.verify.judge import Judge
+
         Judge(feedback.judge, judge_cache(feedback.judge, run_dir)).check()
 
 

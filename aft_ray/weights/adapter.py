@@ -11,15 +11,17 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from aft_ray.config import RunConfig
 from aft_ray.run_dir import RunDir, local_model
 from aft_ray.weights.delivery import Call
 from aft_ray.weights.publication import Publication, read_publication
+
+if TYPE_CHECKING:  # whoever only hands publications on goes without
+    import torch
 
 ADAPTER_FILE = "adapter_model.safetensors"
 _FILES = (ADAPTER_FILE, "adapter_config.json")

@@ -95,6 +95,7 @@ def runs(tmp_path_factory, tiny_model) -> tuple[RunDir, RunDir]:
         data={"train_limit": 48, "arithmetic": {**SUMS, "train_size": 200}},
         vft={"questions_per_step": 1, "epochs": 6},
         training={"groups_per_step": 1, "epochs": 4},
+        sampling={"groups_per_file": 8},
     )
     file = place / "run.yaml"
     file.write_text(yaml.safe_dump(tree))

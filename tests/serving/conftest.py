@@ -19,7 +19,7 @@ from served import LENGTH, ROOT, SMALL, Reasoner, train
 START_S, STOP_S = 300, 90
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def reasoner(tmp_path_factory) -> Iterator[Reasoner]:
     from aft_ray.config import ArithmeticConfig
     from aft_ray.tasks.arithmetic import generate

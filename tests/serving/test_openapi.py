@@ -16,7 +16,7 @@ ASKING = ("/v1/reason", "/v1/chat/completions", "/v1/completions")
 READING = ("/health", "/ready", "/v1/models", "/v1/models/{name}")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def api(reasoner: Reasoner):
     return schemathesis.openapi.from_url(f"{reasoner.url}/openapi.json")
 
