@@ -1,16 +1,15 @@
 """Checkpoints that take their time: training goes on meanwhile, and what was published before a crash stays."""
 
-import contextlib
 import os
 import signal
 import threading
 import time
 from io import StringIO
 
-import psutil
 import pytest
 import ray
 import slow_storage
+from processes import descendants
 from rich.console import Console
 from tiny import tiny_config
 
@@ -21,15 +20,6 @@ from aft_ray.observe.summary import read_events
 from aft_ray.run_dir import MANIFEST, RunDir
 
 pytestmark = [pytest.mark.usefixtures("ray_here"), pytest.mark.timeout(900)]
-
-
-def train_workers() -> list[int]:
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):  # it has ended meanwhile
-            if "RayTrainWorker" in "".join(process.cmdline()):
-                found.append(process.pid)
-    return found
 
 
 def test_a_worker_that_is_killed_while_its_checkpoint_is_saved(tiny_model, tmp_path, monkeypatch):
@@ -47,7 +37,7 @@ def test_a_worker_that_is_killed_while_its_checkpoint_is_saved(tiny_model, tmp_p
         published["there"] = run_dir.read_json(f"{run_dir.model(1)}/{MANIFEST}")
         published["made"] = run_dir.local_path(run_dir.model(1)).stat().st_ino
         published["durable"] = run_dir.is_complete(run_dir.checkpoint(1))
-        for process in train_workers():
+        for process in descendants("RayTrainWorker"):
             os.kill(process, signal.SIGKILL)
 
     killer = threading.Thread(target=kill)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from urllib.request import Request, urlopen
 
 import pyarrow.parquet as pq
@@ -19,6 +20,7 @@ from aft_ray import lease
 from aft_ray.ledger import Ledger
 from aft_ray.observe.summary import read_events
 from aft_ray.run_dir import METRICS, RunDir, RunDirError, local_model
+from aft_ray.weights.adapter import ADAPTER_FILE, FromAdapter
 
 pytestmark = pytest.mark.timeout(1500)
 
@@ -91,6 +93,18 @@ def test_a_model_is_fetched_wherever_its_uri_is_named(options, tmp_path, monkeyp
     assert local_model("org/name") == "org/name"
 
 
+def test_an_adapter_is_fetched_for_the_engine_that_loads_it(options, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "node"))
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / ADAPTER_FILE).write_bytes(b"a" * 1000)
+    run_dir = bucket(options, "adapter")
+    run_dir.store_directory(tmp_path / "adapter", run_dir.adapter(1))
+    (call,) = FromAdapter(run_dir.uri(run_dir.adapter(1)), 2).calls(10)
+    (request,) = call.args
+    assert request.lora_path.startswith(str(tmp_path / "node"))
+    assert Path(request.lora_path, ADAPTER_FILE).read_bytes() == b"a" * 1000
+
+
 def test_a_second_driver_is_refused_and_the_first_keeps_its_lease(options, quick, monkeypatch):
     monkeypatch.setattr(lease, "BEAT_S", 2.0)  # on a busy machine a beat takes a while
     run_dir = bucket(options, "lease")
@@ -137,7 +151,7 @@ def run(options, tiny_model, tmp_path_factory) -> tuple[RunDir, str]:
     """A run that was killed in the middle of sampling and started again, and what the second driver said."""
     place = tmp_path_factory.mktemp("run")
     run_dir = bucket(options, "runs/whole")
-    tree = tiny_tree(place, tiny_model, data={"train_limit": 40, "test_limit": 4}, sampling={"groups_per_file": 2})
+    tree = tiny_tree(place, tiny_model, data={"train_limit": 40, "test_limit": 4}, sampling={"groups_per_file": 8})
     tree["run_dir"] = run_dir.uri()
     (place / "run.yaml").write_text(yaml.safe_dump(tree))
     command = aft_ray("train", "run.yaml")
