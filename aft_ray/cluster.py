@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import traceback
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,8 @@ DATA_CPUS = 2
 _LAUNCHER_CONFIG = Path("~/ray_bootstrap_config.yaml")
 # The label in which a node that an autoscaler started carries the name of its group.
 _GROUP_LABEL = "ray.io/node-group"
+# How often a Ray is started here before it is given up, and what Ray says when it was too slow.
+_STARTS, _TOO_SLOW = 4, "timed out during startup"
 
 
 def training_placement(config: RunConfig) -> Placement:
@@ -132,13 +135,8 @@ def connected(cluster: ClusterConfig, placement: Placement) -> Iterator[list[Pla
         if address:
             ray.init(address=address, **quiet)
         else:
-            ray.init(
-                address="local",
-                num_cpus=max(cluster.logical_cpus or placement.cpus, placement.cpus),
-                object_store_memory=cluster.object_store_mib << 20,
-                include_dashboard=False,
-                **quiet,
-            )
+            cpus = max(cluster.logical_cpus or placement.cpus, placement.cpus)
+            start_ray(num_cpus=cpus, object_store_memory=cluster.object_store_mib << 20, **quiet)
     except ConnectionError as error:
         raise ConfigError(
             f"no Ray cluster answers at {address}; start one with `ray start --head`, or leave cluster.address and "
@@ -148,6 +146,30 @@ def connected(cluster: ClusterConfig, placement: Placement) -> Iterator[list[Pla
         yield _check(cluster, placement)
     finally:
         ray.shutdown()
+
+
+def start_ray(**options: Any) -> None:
+    """A Ray on this machine for this process alone, by `ray.init`'s options; again when it is too slow.
+
+    Ray gives its processes half a minute, which a busy machine may need for their imports. Raises ConfigError.
+    """
+    import ray
+    from ray._private.node import Node
+
+    for _ in range(_STARTS):
+        try:
+            ray.init(address="local", include_dashboard=False, **options)
+            return
+        except Exception as error:
+            if _TOO_SLOW not in str(error):
+                raise
+            for frame, _ in traceback.walk_tb(error.__traceback__):
+                if isinstance(node := frame.f_locals.get("self"), Node):
+                    node.kill_all_processes(check_alive=False, allow_graceful=False)
+    raise ConfigError(
+        f"Ray did not come up on this machine within half a minute, {_STARTS} times: too much else runs here, or its "
+        "memory is full; wait for it or free it, or name a cluster with cluster.address"
+    )
 
 
 def _check(cluster: ClusterConfig, placement: Placement) -> list[Place]:

@@ -152,10 +152,11 @@ def _measure(spec: EngineSpec, scratch: Path, repeats: int, starts: int, bucket_
     import ray
 
     from aft_ray.board import start_board
+    from aft_ray.cluster import start_ray
     from aft_ray.sampling.pool import SamplerPool, Samplers
     from aft_ray.sampling.sampler import Sampler
 
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=4 << 30)
+    start_ray(num_cpus=4, log_to_driver=False, object_store_memory=4 << 30)
     board = start_board()
     gpus = 1 if spec.gpu else 0
     trainer = ray.remote(Trainer).options(num_gpus=gpus).remote(spec.model, spec.dtype, bucket_mib, spec.gpu, board)

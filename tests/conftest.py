@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from tiny import LENGTH
 
+from aft_ray.cluster import start_ray
 from aft_ray.tasks.arithmetic_model import build_tiny_model
 
 # A Ray that one test starts must not ask another's for a token.
@@ -32,6 +33,6 @@ def ray_here():
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
-    ray.init(address="local", num_cpus=8, object_store_memory=256 << 20, include_dashboard=False, log_to_driver=False)
+    start_ray(num_cpus=8, object_store_memory=256 << 20, log_to_driver=False)
     yield
     ray.shutdown()

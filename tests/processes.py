@@ -65,10 +65,10 @@ def carriers(mark: str) -> list[int]:
 
 
 def descendants(name: str) -> list[int]:
-    """The live processes of this process's own Ray that carry a name; Ray and vLLM write it into the command line."""
+    """The live processes of this process's own Ray that carry a name, as Ray and vLLM give them one."""
     found = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):  # it has ended meanwhile
-            if name in "".join(process.cmdline()):
+            if name in process.name() or name in "".join(process.cmdline()):
                 found.append(process.pid)
     return found

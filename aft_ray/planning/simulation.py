@@ -1,10 +1,10 @@
 """A run in virtual time: the scheduling code of real runs, driven by simulated engines and train workers.
 
 What is real: `sampling.stream.Ask` and `sampling.members.Members` (whom a question is sent to, what happens when that
-fails), `board.Board` (who
-waits for whom), `schedule.order_of_rounds` (which version samples which round), `questions.questions_of_round` and
-`training.batching.plan_pass`. What is simulated: the time that engines, train workers, loads and publications take, and
-what fails. Invariant: every question of a round is answered or parked once, or the simulation says so and fails.
+fails), `board.Board` (who waits for whom), `schedule.order_of_rounds` (which version samples which round),
+`questions.questions_of_round` and `training.batching.plan_pass`. What is simulated: the time that engines, train
+workers, loads and publications take, and what fails. Invariant: every question of a round is answered or parked once,
+or the simulation says so and fails.
 """
 
 from __future__ import annotations

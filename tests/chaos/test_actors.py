@@ -1,22 +1,14 @@
-"""Processes killed in the middle of a round: Ray starts them again, and the round has every question exactly once."""
+"""Samplers killed in the middle of a round: Ray starts them again, and the round has every question exactly once."""
 
-import os
-import signal
 import threading
 import time
-from io import StringIO
 
 import pytest
 import ray
-from processes import descendants
-from rich.console import Console
 from tiny import tiny_config
 
-from aft_ray import rounds
 from aft_ray.evaluation.evaluator import unanswered
 from aft_ray.ledger import Ledger
-from aft_ray.observe.reporter import Reporter
-from aft_ray.observe.summary import read_events
 from aft_ray.questions import load_tokenizer, prepare, questions_of_round
 from aft_ray.run_dir import RunDir
 from aft_ray.sampling.pool import SamplerPool
@@ -65,45 +57,3 @@ def test_a_sampler_that_is_killed_catches_up_and_the_round_is_whole(tiny_model, 
     assert [group.question.id for group in groups] == [group.question.id for group in questions]
     assert {group.policy_version for group in groups} == {1}
     assert {len(group.candidates) for group in groups} == {config.sampling.k}
-
-
-def test_a_train_worker_that_is_killed_starts_again_and_every_round_is_trained(tiny_model, tmp_path):
-    config = tiny_config(
-        tmp_path / "run",
-        tiny_model,
-        objective={"name": "vft"},
-        rounds={"count": 2},
-        training={"epochs": 6, "groups_per_step": 8},
-    )
-    run_dir = RunDir(config.run_dir)
-    killed = []
-
-    def kill() -> None:
-        """Kills the worker once it is some steps into round 1."""
-        deadline = time.monotonic() + 240
-        while not killed and time.monotonic() < deadline:
-            steps = [e for e in read_events(run_dir) if e["event"] == "step" and e["round"] == 1]
-            if len(steps) > 2:
-                killed.extend(descendants("RayTrainWorker"))
-                for process in killed:
-                    os.kill(process, signal.SIGKILL)
-            time.sleep(0.05)
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    with Reporter(run_dir, Console(file=StringIO())) as reporter:
-        assert rounds.run(config, reporter)
-    killer.join()
-    assert len(killed) == 1
-    ledger = Ledger(run_dir)
-    assert ledger.trained_rounds() == [0, 1, 2]
-    trained = [event for event in read_events(run_dir) if event["event"] == "trained"]
-    assert [(event["round"], event["steps"], event["groups"]) for event in trained] == [
-        (0, 3, 40),
-        (1, 30, 40),
-        (2, 30, 40),
-    ]
-    steps = [e["step"] for e in read_events(run_dir) if e["event"] == "step" and e["round"] == 1]
-    assert steps.count(1) == 2  # begun twice, from the checkpoint of round 0
-    assert steps[-30:] == list(range(1, 31))
-    assert [len(ledger.read_groups(number)) for number in (0, 1, 2)] == [40, 40, 40]

@@ -68,7 +68,7 @@ class Service:
         command = aft_ray("serve", str(run_dir), "--follow", "--port", str(port), *options)
         with log.open("w") as file:
             self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
-        self.wait(lambda: "Ctrl-C" in log.read_text(), 400, "the start")
+        self.wait(lambda: "Ctrl-C" in log.read_text(), 600, "the start")
 
     def wait(self, condition: Callable[[], bool], seconds: float, what: str) -> None:
         wait_for(condition, seconds, what, self.process, self.log)

@@ -45,9 +45,8 @@ def candidates(config):
     return [(group, candidate) for group in groups for candidate in group.candidates]
 
 
-@pytest.mark.parametrize("objective", ["pro", "grpo"])
-def test_steps_grade_what_a_round_trains_on(objective, tiny_model, tmp_path):
-    config = tiny_run(tmp_path / "run", tiny_model, feedback={"kind": "steps"}, objective={"name": objective})
+def test_steps_grade_what_a_round_trains_on(tiny_model, tmp_path):
+    config = tiny_run(tmp_path / "run", tiny_model, feedback={"kind": "steps"}, objective={"name": "pro"})
     run(config)
     rewards = set()
     for group, candidate in candidates(config):
@@ -66,15 +65,28 @@ def by_content(number: int, request: dict) -> Answer:
     return rated(1 + int(hashlib.sha256(text.encode()).hexdigest(), 16) % 10)
 
 
-def test_a_judge_rates_a_round_and_is_paid_once(tiny_model, tmp_path):
+def test_a_judge_that_refuses_ends_the_run_and_one_that_rates_is_paid_once(tiny_model, tmp_path):
     with judge_server() as server:
-        server.answer = by_content
         judge = {"url": server.url, "ratings": 2, "concurrency": 4}
         first = tiny_run(tmp_path / "first", tiny_model, feedback={"kind": "judge", "judge": judge})
+        server.models_answer = refusal(401)
+        with pytest.raises(JudgeFailed, match="401"):
+            run(first)
+        assert not Ledger(RunDir(first.run_dir)).trained_rounds()
+
+        server.models_answer = None
+        server.answer = lambda number, request: refusal(401)
+        with pytest.raises(RunFailed, match=r"sampling of round 1 failed.*401.*start the same command again"):
+            run(first)
+        assert 1 not in Ledger(RunDir(first.run_dir)).trained_rounds()
+
+        refused = len(server.requests)
+        server.answer = by_content
         run(first)
-        asked = len(server.requests)
-        judged = [event for event in read_events(RunDir(first.run_dir)) if event["event"] == "judged"]
-        assert [event["calls"] - event["retries"] for event in judged] == [asked]
+        asked = len(server.requests) - refused
+        assert Ledger(RunDir(first.run_dir)).trained_rounds() == [0, 1]
+        (*_, judged) = [event for event in read_events(RunDir(first.run_dir)) if event["event"] == "judged"]
+        assert judged["calls"] - judged["retries"] == asked
         decided = [c for _, c in candidates(first) if c.verdict is not Verdict.UNDECIDED]
         assert 0 < asked <= 2 * len(decided)
         assert {c.reward % 0.5 for c in decided} == {0}
@@ -83,21 +95,5 @@ def test_a_judge_rates_a_round_and_is_paid_once(tiny_model, tmp_path):
         judge["cache"] = str(tmp_path / "first" / "judge.sqlite")
         again = tiny_run(tmp_path / "again", tiny_model, feedback={"kind": "judge", "judge": judge})
         run(again)
-        assert len(server.requests) == asked
+        assert len(server.requests) == refused + asked
         assert [c.reward for _, c in candidates(again)] == [c.reward for _, c in candidates(first)]
-
-
-def test_a_judge_that_refuses_ends_the_run_with_a_sentence(tiny_model, tmp_path):
-    with judge_server() as server:
-        config = tiny_run(tmp_path / "run", tiny_model, feedback={"kind": "judge", "judge": {"url": server.url}})
-        server.models_answer = refusal(401)
-        with pytest.raises(JudgeFailed, match="401"):
-            run(config)
-        assert not Ledger(RunDir(config.run_dir)).trained_rounds()
-        server.models_answer = None
-        server.answer = lambda number, request: refusal(401)
-        with pytest.raises(RunFailed, match=r"sampling of round 1 failed.*401.*start the same command again"):
-            run(config)
-        server.answer = by_content
-        run(config)
-        assert Ledger(RunDir(config.run_dir)).trained_rounds() == [0, 1]

@@ -15,6 +15,7 @@ from aft_ray.observe.reporter import Reporter
 from aft_ray.observe.summary import read_events
 from aft_ray.rounds import adopt_config
 from aft_ray.run_dir import RunDir
+from aft_ray.sampling.pool import SamplerPool
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -43,7 +44,9 @@ def steps(run_dir: Path) -> list[tuple]:
     return [(e["step"], e["loss"], e["grad_norm"]) for e in events[-3:]]
 
 
-def test_one_worker_goes_on_where_two_were(ray_here, tiny_model, tmp_path):
+def test_one_worker_goes_on_where_two_were(ray_here, tiny_model, tmp_path, monkeypatch):
+    """Fine-tuning alone: it starts no samplers."""
+    monkeypatch.setattr(SamplerPool, "start", lambda *_: pytest.fail("a sampler was started"))
     run(config_of(tmp_path / "two", tiny_model, workers=2))
     shutil.copytree(tmp_path / "two", tmp_path / "one")
     # As if it had been killed before round 2 was trained: Ray Train did not know of its checkpoint either.
@@ -54,7 +57,9 @@ def test_one_worker_goes_on_where_two_were(ray_here, tiny_model, tmp_path):
         shutil.rmtree(tmp_path / "one" / "rounds" / "0002" / name)
     said = run(config_of(tmp_path / "one", tiny_model, tokens_per_microbatch=512))
     assert "goes on with training.workers: 2 -> 1; training.tokens_per_microbatch: 16384 -> 512: the same steps" in said
-    assert Ledger(RunDir(tmp_path / "one")).trained_rounds() == [0, 1, 2]
+    ledger = Ledger(RunDir(tmp_path / "one"))
+    assert ledger.trained_rounds() == [0, 1, 2]
+    assert [len(ledger.read_groups(number)) for number in (0, 1, 2)] == [24, 24, 24]
     taken, expected = steps(tmp_path / "one"), steps(tmp_path / "two")
     assert [step for step, _, _ in taken] == [1, 2, 3]
     for (_, *values), (_, *wanted) in zip(taken, expected, strict=True):

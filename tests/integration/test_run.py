@@ -210,15 +210,6 @@ def too_long(group, number):
     return replace(group, prompt_token_ids=prompt, question=replace(group.question, id=f"too-long-{number}"))
 
 
-def test_vft_alone_starts_no_samplers(tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(SamplerPool, "start", lambda *_: pytest.fail("a sampler was started"))
-    config = tiny_config(tmp_path / "run", tiny_model, objective={"name": "vft"}, rounds={"count": 2})
-    assert run(config)
-    assert [event["round"] for event in events(config, "trained")] == [0, 1, 2]
-    assert [len(groups_of(config, number)) for number in (0, 1, 2)] == [40, 40, 40]
-    assert_model_scores_its_probes(config, 2)
-
-
 @pytest.mark.timeout(900)
 def test_two_tasks_share_every_round_by_weight_and_are_both_validated(tiny_model, tmp_path):
     tree = tiny_tree(tmp_path / "run", tiny_model, rounds={"questions_per_round": 12, "evaluate_every": 1})

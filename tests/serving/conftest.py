@@ -16,7 +16,7 @@ import pytest
 from processes import carriers, free_ports, wait_for
 from served import LENGTH, ROOT, SMALL, Reasoner, train
 
-START_S, STOP_S = 300, 90
+START_S, STOP_S = 600, 90
 
 
 @pytest.fixture(scope="package")
