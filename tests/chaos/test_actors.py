@@ -18,12 +18,11 @@ from aft_ray.weights.publication import read_publication
 pytestmark = [pytest.mark.usefixtures("ray_here"), pytest.mark.timeout(1200)]
 
 
-def kill_at_work(actors: list) -> None:
-    """Kills each sampler as soon as it has answered something, so that for a while none may be left."""
-    for actor in actors:
-        while not ray.get(actor.status.remote())["tokens"]:
-            time.sleep(0.02)
-        ray.kill(actor, no_restart=False)
+def kill_at_work(actor) -> None:
+    """Kills the only sampler as soon as it has answered something."""
+    while not ray.get(actor.status.remote())["tokens"]:
+        time.sleep(0.02)
+    ray.kill(actor, no_restart=False)
 
 
 def test_a_sampler_that_is_killed_catches_up_and_the_round_is_whole(tiny_model, tmp_path):
@@ -32,16 +31,16 @@ def test_a_sampler_that_is_killed_catches_up_and_the_round_is_whole(tiny_model, 
         tiny_model,
         vft={"epochs": 0},
         data={"train_limit": 160},
-        sampling={"samplers": 2, "batch_size": 4, "in_flight": 1, "groups_per_file": 16, "max_tokens": 60},
+        sampling={"batch_size": 4, "in_flight": 1, "groups_per_file": 16, "max_tokens": 60},
     )
     run_dir, tokenizer = RunDir(config.run_dir), load_tokenizer(config)
     questions = questions_of_round(config, prepare(config, "train", tokenizer).groups, 1)
     ledger, publication = Ledger(run_dir), read_publication(1, tiny_model)
     pool = SamplerPool.start(config, str(tiny_model), tokenizer.eos_token_id, None, None)
-    pool.wait_ready(2)
+    pool.wait_ready()
     try:
         pool.load(publication)
-        killer = threading.Thread(target=kill_at_work, args=(pool.actors,))
+        killer = threading.Thread(target=kill_at_work, args=pool.actors)
         killer.start()
         for written in sample_round(config, pool, publication, unanswered(questions, 1), run_dir):
             assert written.parked == ()

@@ -13,16 +13,10 @@ from tiny import tiny_config
 from aft_ray.cluster import connected
 from aft_ray.config import ClusterConfig as ClusterKeys
 from aft_ray.config import ConfigError
-from aft_ray.evaluation.evaluator import unanswered
-from aft_ray.ledger import Ledger
 from aft_ray.placement import Bundle, Part, Placement
-from aft_ray.questions import load_tokenizer, prepare, questions_of_round
-from aft_ray.run_dir import RunDir
 from aft_ray.sampling.groups import actor_options, close_groups, open_group, wait_for_group
 from aft_ray.sampling.members import SamplersFailed
 from aft_ray.sampling.pool import SamplerPool, Samplers
-from aft_ray.sampling.stream import sample_round
-from aft_ray.weights.publication import read_publication
 
 pytestmark = pytest.mark.timeout(1200)
 STORE = 100 << 20
@@ -162,59 +156,6 @@ def test_an_engine_has_its_gpus_and_vllm_opens_no_group_inside_its_group(cluster
         close_groups([group])
         for node in nodes:
             cluster.remove_node(node)
-
-
-def test_a_node_is_lost_in_a_round_which_is_whole_and_another_comes_for_the_next(
-    cluster, tiny_model, untied_model, tmp_path
-):
-    config = tiny_config(
-        tmp_path / "run",
-        tiny_model,
-        vft={"epochs": 0},
-        rounds={"count": 2},
-        data={"train_limit": 64},
-        sampling={
-            "samplers": 2,
-            "cpus_per_sampler": SAMPLER_CPUS,
-            "batch_size": 4,
-            "in_flight": 1,
-            "groups_per_file": 8,
-            "max_tokens": 40,
-        },
-    )
-    nodes = {node.node_id: node for node in (add_node(cluster), add_node(cluster))}
-    run_dir, tokenizer = RunDir(config.run_dir), load_tokenizer(config)
-    groups = prepare(config, "train", tokenizer).groups
-    ledger, changes = Ledger(run_dir), []
-    pool = SamplerPool.start(config, str(tiny_model), tokenizer.eos_token_id, None, None, changes.append)
-
-    def sample(number: int, lose: bool) -> None:
-        publication = read_publication(number, tiny_model)
-        assert len(pool.load(publication)) == 2
-        questions = questions_of_round(config, groups, number)
-        for written in sample_round(config, pool, publication, unanswered(questions, number), run_dir):
-            assert written.parked == ()
-            assert ledger.commit(written.file)
-            if lose:
-                lose = False
-                (node,) = placement_group_table(pool.handles().groups[0])["bundles_to_node_id"].values()
-                cluster.remove_node(nodes.pop(node), allow_graceful=False)
-        answered = ledger.read_groups(number)
-        assert [group.question.id for group in answered] == [group.question.id for group in questions]
-        assert {(group.policy_version, len(group.candidates)) for group in answered} == {(number, config.sampling.k)}
-
-    try:
-        pool.wait_ready(2)
-        sample(1, lose=True)
-        assert [(c.sampler, c.ready) for c in changes if c.reason is not None] == [(0, 1)]
-        assert pool.wait_ready() == [1]
-        new = add_node(cluster)
-        assert pool.wait_ready(2) == [0, 1]
-        assert placement_group_table(pool.handles().groups[0])["bundles_to_node_id"] == {0: new.node_id}
-        sample(2, lose=False)
-        assert [(s["version"], s["tokens"] > 0) for s in pool.statuses()] == [(2, True), (2, True)]
-    finally:
-        pool.close()
 
 
 def test_what_an_autoscaler_may_add_counts(cluster):

@@ -65,35 +65,32 @@ def by_content(number: int, request: dict) -> Answer:
     return rated(1 + int(hashlib.sha256(text.encode()).hexdigest(), 16) % 10)
 
 
-def test_a_judge_that_refuses_ends_the_run_and_one_that_rates_is_paid_once(tiny_model, tmp_path):
+def test_a_run_that_a_judge_ends_goes_on_with_the_next_and_pays_for_nothing_twice(tiny_model, tmp_path):
     with judge_server() as server:
         judge = {"url": server.url, "ratings": 2, "concurrency": 4}
-        first = tiny_run(tmp_path / "first", tiny_model, feedback={"kind": "judge", "judge": judge})
+        config = tiny_run(tmp_path / "run", tiny_model, feedback={"kind": "judge", "judge": judge})
         server.models_answer = refusal(401)
         with pytest.raises(JudgeFailed, match="401"):
-            run(first)
-        assert not Ledger(RunDir(first.run_dir)).trained_rounds()
+            run(config)
+        assert not Ledger(RunDir(config.run_dir)).trained_rounds()
 
+        paid = 10
         server.models_answer = None
-        server.answer = lambda number, request: refusal(401)
+        server.answer = lambda number, request: by_content(number, request) if number <= paid else refusal(401)
         with pytest.raises(RunFailed, match=r"sampling of round 1 failed.*401.*start the same command again"):
-            run(first)
-        assert 1 not in Ledger(RunDir(first.run_dir)).trained_rounds()
+            run(config)
+        assert 1 not in Ledger(RunDir(config.run_dir)).trained_rounds()
+        rated = server.requests[:paid]
+        server.requests.clear()
 
-        refused = len(server.requests)
         server.answer = by_content
-        run(first)
-        asked = len(server.requests) - refused
-        assert Ledger(RunDir(first.run_dir)).trained_rounds() == [0, 1]
-        (*_, judged) = [event for event in read_events(RunDir(first.run_dir)) if event["event"] == "judged"]
-        assert judged["calls"] - judged["retries"] == asked
-        decided = [c for _, c in candidates(first) if c.verdict is not Verdict.UNDECIDED]
-        assert 0 < asked <= 2 * len(decided)
+        run(config)
+        rated += server.requests
+        assert Ledger(RunDir(config.run_dir)).trained_rounds() == [0, 1]
+        (*_, judged) = [event for event in read_events(RunDir(config.run_dir)) if event["event"] == "judged"]
+        assert judged["calls"] - judged["retries"] == len(server.requests)
+        assert len({(request["messages"][0]["content"], request["seed"]) for request in rated}) == len(rated)
+        decided = [c for _, c in candidates(config) if c.verdict is not Verdict.UNDECIDED]
+        assert paid < len(rated) <= 2 * len(decided)
         assert {c.reward % 0.5 for c in decided} == {0}
         assert len({c.reward for c in decided}) > 4
-
-        judge["cache"] = str(tmp_path / "first" / "judge.sqlite")
-        again = tiny_run(tmp_path / "again", tiny_model, feedback={"kind": "judge", "judge": judge})
-        run(again)
-        assert len(server.requests) == refused + asked
-        assert [c.reward for _, c in candidates(again)] == [c.reward for _, c in candidates(first)]

@@ -160,27 +160,15 @@ def test_a_finished_run_has_nothing_to_do(overlapped):
     assert line.startswith("finished: 2 rounds")
 
 
-def test_two_sharded_workers_alternate_with_a_sampler_that_reads_from_disk(untied_model, tmp_path):
+def test_two_sharded_workers_train_rft_around_a_question_that_the_engine_refuses(untied_model, tmp_path):
+    """From the model as it was given, with a sampler that reads from disk."""
     config = tiny_config(
         tmp_path / "run",
         untied_model,
-        training={"workers": 2, "zero_stage": 3},
-        weights={"transport": "checkpoint", "shard_mib": 1},
-        data={"train_limit": 24},
-    )
-    assert run(config)
-    assert {group.policy_version for group in assert_each_question_once(config, 1, 3)} == {0}
-    assert [event["steps"] for event in events(config, "trained")] == [2, 2]
-    for number in (0, 1):
-        assert_model_scores_its_probes(config, number)
-
-
-def test_rft_goes_on_around_a_question_that_the_engine_refuses(tiny_model, tmp_path):
-    config = tiny_config(
-        tmp_path / "run",
-        tiny_model,
         objective={"name": "rft"},
         vft={"epochs": 0},
+        training={"workers": 2, "zero_stage": 3},
+        weights={"transport": "checkpoint", "shard_mib": 1},
         data={"train_limit": 24},
     )
     run_with_refused(config, 1)
@@ -188,9 +176,11 @@ def test_rft_goes_on_around_a_question_that_the_engine_refuses(tiny_model, tmp_p
     assert parked.question_id == "too-long-0"
     assert "leaves no room" in parked.reason
     assert parked.attempts == 1
-    assert len(groups_of(config, 1)) == 24
     (sampled,) = events(config, "sampled")
     assert (sampled["groups"], sampled["parked"]) == (24, 1)
+    assert {group.policy_version for group in assert_each_question_once(config, 1, 3)} == {0}
+    assert [(event["round"], event["steps"]) for event in events(config, "trained")] == [(1, 2)]
+    assert [event["version"] for event in events(config, "published")] == [0, 1]
     assert_model_scores_its_probes(config, 1)
 
 
