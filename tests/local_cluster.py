@@ -35,11 +35,12 @@ class LocalCluster:
 
     def add_node(self, *prefix: str, **environment: str) -> subprocess.Popen:
         """A worker node, started through the command `prefix`, with variables of its own."""
-        agent, metrics, runtime = free_ports(3)
+        agent, metrics, runtime, grpc = free_ports(4)
         start = [
             "start", "--block", f"--address={self.gcs}", "--node-ip-address=127.0.0.1", "--num-cpus=1",
             f"--dashboard-agent-listen-port={agent}", f"--metrics-export-port={metrics}",
-            f"--runtime-env-agent-port={runtime}", f"--object-store-memory={80 << 20}", "--disable-usage-stats",
+            f"--runtime-env-agent-port={runtime}", f"--dashboard-agent-grpc-port={grpc}",
+            f"--object-store-memory={80 << 20}", "--disable-usage-stats",
         ]  # fmt: skip
         log = Path(self.temporary, f"node-{len(self.nodes)}.log")
         with open(log, "w") as output:
@@ -66,13 +67,13 @@ def local_cluster(num_cpus: int) -> Iterator[LocalCluster]:
         "RAY_AUTH_MODE": "disabled",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
-    gcs, dashboard, agent, client, metrics, runtime = free_ports(6)
+    gcs, dashboard, agent, client, metrics, runtime, grpc = free_ports(7)
     start = [
         "start", "--head", "--block", f"--port={gcs}", f"--dashboard-port={dashboard}",
         f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}",
         f"--metrics-export-port={metrics}", f"--runtime-env-agent-port={runtime}", "--node-ip-address=127.0.0.1",
-        f"--num-cpus={num_cpus}", f"--object-store-memory={256 << 20}", "--disable-usage-stats",
-        f"--temp-dir={temporary}",
+        f"--dashboard-agent-grpc-port={grpc}", f"--num-cpus={num_cpus}", f"--object-store-memory={256 << 20}",
+        "--disable-usage-stats", f"--temp-dir={temporary}",
     ]  # fmt: skip
     log = Path(temporary, "start.log")
     with open(log, "w") as output:

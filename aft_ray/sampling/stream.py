@@ -144,10 +144,13 @@ def _answered(
     how: SamplingSpec,
     purpose: str,
 ) -> ray.data.Dataset:
+    from ray.data.read_api import from_blocks
+
     quiet_ray_data()
     size, in_flight = data_flow(config.sampling, len(pool.actors))
     batches = [groups_to_table(unanswered[start : start + size]) for start in range(0, len(unanswered), size)]
-    return ray.data.from_arrow(batches).map_batches(
+    # `ray.data.from_arrow` would run a task of one whole CPU for each batch, only to count its rows.
+    return from_blocks(batches).map_batches(
         Ask,
         fn_kwargs={"job": Job(pool.handles(), publication, how, config.sampling, config.seed, purpose)},
         # One block is one batch; many of them are in flight through one forwarding actor.

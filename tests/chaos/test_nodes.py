@@ -33,6 +33,11 @@ pytestmark = [
 CPUS = (2, 4, 4)
 SAMPLER, WORKER = 2.2, 1.4
 QUESTIONS = 64
+# Named, since a raylet that must find out which ports its agents took gives them 15 s, and ends when they take longer.
+PORTS = (
+    "--dashboard-agent-grpc-port=7001", "--dashboard-agent-listen-port=7002", "--runtime-env-agent-port=7003",
+    "--metrics-export-port=7004",
+)  # fmt: skip
 
 
 @dataclass
@@ -44,15 +49,20 @@ class Cluster:
     started: dict[str, subprocess.Popen] = field(default_factory=dict)
 
     def start(self, index: int) -> None:
+        """Ray comes up on the host, if need be at the second try: it gives a busy machine half a minute."""
         host, head = self.hosts[index], self.hosts[0].address
         place = ["--head", "--port=6379", "--include-dashboard=false"] if index == 0 else [f"--address={head}:6379"]
         command = [
             *RAY, "start", "--block", f"--node-ip-address={host.address}", f"--num-cpus={CPUS[index]}",
-            f"--object-store-memory={128 << 20}", "--disable-usage-stats", *place,
+            f"--object-store-memory={128 << 20}", "--disable-usage-stats", *PORTS, *place,
         ]  # fmt: skip
         with open(self.logs / f"{host.name}.log", "a") as log:
             self.started[host.name] = subprocess.Popen(
-                host.command(*command), env=self.environment(), stdout=log, stderr=log, start_new_session=True
+                host.command("sh", "-c", 'until "$@"; do sleep 1; done', "ray", *command),
+                env=self.environment(),
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
 
     def lose(self, host: Host) -> None:
@@ -135,7 +145,7 @@ def survived(cluster, tiny_model, tmp_path_factory):
         "data": {"train_limit": QUESTIONS},
         "rounds": {"count": 2, "max_staleness": 0, "timeout_s": 600},
         "sampling": {
-            "samplers": 2, "cpus_per_sampler": SAMPLER, "batch_size": 2, "in_flight": 2, "groups_per_file": 4,
+            "samplers": 2, "cpus_per_sampler": SAMPLER, "batch_size": 2, "in_flight": 2, "groups_per_file": 8,
             "max_tokens": 60, "start_timeout_s": 600,
         },
         "training": {
