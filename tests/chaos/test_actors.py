@@ -1,4 +1,4 @@
-"""Samplers killed in the middle of a round: Ray starts them again, and the round has every question exactly once."""
+"""The only sampler killed in the middle of a round: Ray starts it again, and every question is answered once."""
 
 import threading
 import time
@@ -46,10 +46,8 @@ def test_a_sampler_that_is_killed_catches_up_and_the_round_is_whole(tiny_model, 
             assert written.parked == ()
             assert ledger.commit(written.file)
         killer.join()
-        deadline = time.monotonic() + 120
-        while [status["version"] for status in pool.statuses()].count(1) < 1:
-            assert time.monotonic() < deadline
-            time.sleep(0.5)
+        (status,) = pool.statuses()
+        assert status["version"] == 1  # which it was brought to after its start
     finally:
         pool.close()
     groups = ledger.read_groups(1)
