@@ -14,9 +14,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from aft_ray.config import ConfigError, RunConfig, load_config
-from aft_ray.config_file import describe_keys, dump_config
-from aft_ray.config_section import Section
+from aft_ray.config.run import ConfigError, RunConfig, load_config
+from aft_ray.config.loader import describe_keys, dump_config
+from aft_ray.config.section import Section
 
 app = typer.Typer(
     help="Alignment Fine-Tuning of language models into better reasoners, on a Ray cluster.",
@@ -52,7 +52,7 @@ def train(
     """
     parsed = load_config(config, overrides or [])
     if dry_run:
-        from aft_ray.cluster import plan_lines, training_placement
+        from aft_ray.cluster.connect import plan_lines, training_placement
 
         print_plan(parsed, plan_lines(parsed.cluster, training_placement(parsed)))
         return
@@ -68,12 +68,12 @@ def train_run(config: RunConfig) -> None:
     """Runs to the end and prints the table of rounds. Other libraries' output goes to logs/driver.log."""
     from aft_ray.observe.reporter import Reporter, chatter_to
     from aft_ray.observe.summary import read_events, rounds_table
-    from aft_ray.run_dir import RunDir
+    from aft_ray.storage.run_dir import RunDir
 
     run_dir = RunDir(config.run_dir)
     log = driver_log(run_dir)
     with kept_log(run_dir, log), chatter_to(log) as console, Reporter(run_dir, console) as reporter:
-        from aft_ray.rounds import run
+        from aft_ray.run.orchestrator import run
 
         if not run(config, reporter):
             reporter.say(f"{run_dir.uri()} is finished: all {config.rounds.count} rounds are trained. Nothing to do.")
@@ -113,7 +113,7 @@ def plan_run(
 
         aft-ray plan jobs/configs/llama2_70b_gsm8k.yaml --nodes 8 --node h100-80gb --price-per-gpu-hour 2.5
     """
-    from aft_ray.planning.command import plan_run as print_plan_of
+    from aft_ray.planning.plan.command import plan_run as print_plan_of
 
     console = Console() if sys.stdout.isatty() else Console(width=160)
     print_plan_of(load_config(config, overrides or []), nodes, node, assume or [], price_per_gpu_hour, output, console)
@@ -161,7 +161,7 @@ def evaluate(
         aft-ray evaluate ours.jsonl theirs.jsonl --baseline theirs --config jobs/configs/gsm8k_smoke.yaml
     """
     from aft_ray.evaluation.command import evaluate_targets
-    from aft_ray.evaluation.table import results_table
+    from aft_ray.evaluation.report.table import results_table
     from aft_ray.evaluation.targets import plan
 
     planned = plan(targets, config)
@@ -204,11 +204,11 @@ def serve(
 
         aft-ray serve /path/to/model task.task=gsm8k --host 0.0.0.0 access.keys_file=keys.txt
     """
-    from aft_ray.serve_config import load_serve_config
+    from aft_ray.config.serve import load_serve_config
 
     parsed = load_serve_config(model, config, [*(["follow=true"] if follow else []), *(overrides or [])])
     if dry_run:
-        from aft_ray.cluster import serving_placement
+        from aft_ray.cluster.connect import serving_placement
 
         print_plan(parsed, serving_placement(parsed).lines())
         return
@@ -226,8 +226,8 @@ def status(run_dir: Annotated[str, typer.Argument(help="run directory")]) -> Non
         aft-ray status runs/gsm8k
     """
     from aft_ray.observe.summary import read_events, rounds_table, state_lines
-    from aft_ray.published import read_config
-    from aft_ray.run_dir import RunDir
+    from aft_ray.storage.versions import read_config
+    from aft_ray.storage.run_dir import RunDir
 
     directory = RunDir(run_dir)
     config = read_config(directory)
@@ -268,7 +268,7 @@ def simulate(
 
         aft-ray simulate my_70b.yaml --compare sampling.batch_size=4,16,64 --assume response_tokens=400
     """
-    from aft_ray.planning.simulation_command import Request, simulate_all
+    from aft_ray.planning.simulation.command import Request, simulate_all
 
     simulate_all(
         Request(
@@ -352,7 +352,7 @@ def doctor(
 @app.command()
 def keys(serve: Annotated[bool, typer.Option("--serve", help="the keys of `aft-ray serve` instead")] = False) -> None:
     """List every config key with its default and its meaning."""
-    from aft_ray.serve_config import ServeConfig
+    from aft_ray.config.serve import ServeConfig
 
     for line in describe_keys(ServeConfig if serve else RunConfig):
         print(line)
@@ -360,14 +360,14 @@ def keys(serve: Annotated[bool, typer.Option("--serve", help="the keys of `aft-r
 
 def user_errors() -> tuple[type[BaseException], ...]:
     """The errors whose message is one sentence for the user; everything else is ours and keeps its traceback."""
-    from aft_ray.board import BoardFailed
+    from aft_ray.coordination.coordinator import BoardFailed
     from aft_ray.operations.submit import SubmissionFailed
-    from aft_ray.rounds import RunFailed
-    from aft_ray.run_dir import RunDirError
-    from aft_ray.sampling.members import SamplersFailed
+    from aft_ray.run.orchestrator import RunFailed
+    from aft_ray.storage.run_dir import RunDirError
+    from aft_ray.sampling.sampler_health import SamplersFailed
     from aft_ray.serving.command import ServingFailed
-    from aft_ray.verify.judge import JudgeFailed
-    from aft_ray.weights.publication import PublicationFailed
+    from aft_ray.verify.judge.judge import JudgeFailed
+    from aft_ray.weights.version_manifest import PublicationFailed
 
     return (
         RunFailed,
@@ -401,7 +401,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def driver_log(run_dir: Any) -> Path:
     """Where this process's libraries print: into the run directory, when that is on a mounted filesystem."""
-    from aft_ray.run_dir import LOGS
+    from aft_ray.storage.run_dir import LOGS
 
     if run_dir is not None and run_dir.is_local:
         return Path(run_dir.local_path(f"{LOGS}/driver.log"))
@@ -411,7 +411,7 @@ def driver_log(run_dir: Any) -> Path:
 @contextlib.contextmanager
 def kept_log(run_dir: Any, log: Path) -> Iterator[None]:
     """Puts the log of a driver whose run directory is an object store there at the end, if it can."""
-    from aft_ray.run_dir import LOGS, RunDirError
+    from aft_ray.storage.run_dir import LOGS, RunDirError
 
     try:
         yield

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import random
 
-from aft_ray.verify.compare import Kind, compare
-from aft_ray.verify.numbers import extract_after_marker
-from aft_ray.verify.options import extract_option
-from aft_ray.verify.outcome import Outcome
-from aft_ray.verify.pool import Item
+from aft_ray.verify.answers.compare import Kind, compare
+from aft_ray.verify.answers.numbers import extract_after_marker
+from aft_ray.verify.answers.options import extract_option
+from aft_ray.verify.result import Outcome
+from aft_ray.verify.process_pool import Item
 
 KINDS: dict[Kind, float] = {"number": 0.6, "option": 0.25, "yes_no": 0.05, "math": 0.1}
 REASONING = "There are {a} of them at first and {b} come later, so there are {a} + {b} = {c} in all. "

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import typer
 from laboratory import QUICK, Experiment, Settings, run_all
 
-from aft_ray.config import ObjectiveName
+from aft_ray.config.run import ObjectiveName
 
 # Objective without a constraint, its constrained twins, and their name in the paper.
 FAMILIES = (

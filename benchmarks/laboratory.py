@@ -22,7 +22,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from aft_ray.config import (
+from aft_ray.config.run import (
     ArithmeticConfig,
     DataConfig,
     FeedbackConfig,
@@ -31,8 +31,8 @@ from aft_ray.config import (
     TrainingConfig,
     parse_config,
 )
-from aft_ray.records import Group, Verdict
-from aft_ray.run_dir import write_atomically
+from aft_ray.storage.records import Group, Verdict
+from aft_ray.storage.run_dir import write_atomically
 
 # Tokens: the model's context, and the longest response.
 LENGTH, MAX_TOKENS = 160, 56
@@ -106,19 +106,19 @@ class Laboratory:
         """The seed's VFT model and its sampled, labelled groups, made once."""
         model, groups = self._vft_model(seed), self._groups_file(seed)
         if not model.exists():
-            from aft_ray.tasks.arithmetic_model import build_tiny_model
+            from tiny_model import build_tiny_model
 
             with tempfile.TemporaryDirectory() as scratch:
                 untrained = build_tiny_model(Path(scratch) / "untrained", seed, layers=2)
                 config = self._config(seed, untrained)
-                from aft_ray.questions import load_tokenizer, prepare
+                from aft_ray.tasks.dataset import load_tokenizer, prepare
 
                 references = prepare(config, "train", load_tokenizer(config)).groups
                 self._train(untrained, references, "vft", {}, seed, model)
         if not groups.exists():
             import pyarrow.parquet as pq
 
-            from aft_ray.records import groups_to_table
+            from aft_ray.storage.records import groups_to_table
 
             buffer = io.BytesIO()
             pq.write_table(groups_to_table(self._sample_groups(seed)), buffer)
@@ -166,7 +166,7 @@ class Laboratory:
     def _read_groups(self, seed: int) -> list[Group]:
         import pyarrow.parquet as pq
 
-        from aft_ray.records import table_to_groups
+        from aft_ray.storage.records import table_to_groups
 
         return table_to_groups(pq.read_table(self._groups_file(seed)))
 
@@ -195,7 +195,7 @@ class Laboratory:
         from aft_ray.objectives import build_objective
         from aft_ray.training import batching, deepspeed, step
         from aft_ray.training.collate import collate
-        from aft_ray.weights.source import write_model
+        from aft_ray.weights.export import write_model
 
         settings, objective = self.settings, build_objective(name, **options)
         references_only = not any(group.candidates for group in groups)
@@ -236,7 +236,7 @@ class Laboratory:
 
     @cached_property
     def _engine(self) -> Any:
-        from aft_ray.sampling.engine import Engine, EngineSpec
+        from aft_ray.inference.engine import Engine, EngineSpec
 
         (model,) = list(self.directory.glob("seed*/vft-model"))[:1]
         return Engine(
@@ -244,7 +244,7 @@ class Laboratory:
         )
 
     def _sample_groups(self, seed: int) -> list[Group]:
-        from aft_ray.questions import prepare, questions_of_round
+        from aft_ray.tasks.dataset import prepare, questions_of_round
 
         config = self._config(seed, self._vft_model(seed))
         config = config.model_copy(
@@ -255,17 +255,17 @@ class Laboratory:
         return self._answer(wanted, self.settings.k, 1.0, f"{seed}/round 1")
 
     def _load(self, model: Path) -> None:
-        from aft_ray.weights.publication import read_publication
+        from aft_ray.weights.version_manifest import read_publication
 
         calls = read_publication(0, model).calls(60)
         self._engine.update_weights(calls, lambda phase: None).result()
 
     def _answer(self, questions: Sequence[Group], k: int, temperature: float, purpose: str) -> list[Group]:
-        from aft_ray.sampling.engine import Prompt, SamplingSpec
+        from aft_ray.inference.engine import Prompt, SamplingSpec
         from aft_ray.sampling.stream import question_seed
         from aft_ray.tasks import build_tasks
         from aft_ray.verify.label import label_groups
-        from aft_ray.verify.pool import shared_verifier
+        from aft_ray.verify.process_pool import shared_verifier
 
         how = SamplingSpec(k, temperature, 1.0, MAX_TOKENS)
         futures = [
@@ -282,14 +282,14 @@ class Laboratory:
     @cached_property
     def _test_questions(self) -> list[Group]:
         """They depend on the settings alone."""
-        from aft_ray.questions import prepare
+        from aft_ray.tasks.dataset import prepare
 
         return prepare(self._config(0, Path()), "test", _tokenizer()).groups
 
     def _measure(self) -> dict[str, Any]:
         """The metrics on unseen questions, the same for every experiment; which questions were right, one by one."""
         from aft_ray.evaluation.answers import Answered, from_candidate
-        from aft_ray.evaluation.metrics import measure
+        from aft_ray.evaluation.statistics.metrics import measure
 
         questions = self._test_questions
         greedy = self._answer(questions, 1, 0.0, "greedy")
@@ -365,7 +365,7 @@ def _run(experiment: Experiment) -> dict[str, Any]:
 
 
 def _tokenizer() -> Any:
-    from aft_ray.tasks.arithmetic_model import build_tokenizer
+    from tiny_model import build_tokenizer
 
     return build_tokenizer()
 

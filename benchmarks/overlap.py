@@ -1,6 +1,6 @@
 """Claim: sampling round r+1 while round r trains gives at least 0.85 of the speed-up that it can give at best.
 
-Whole runs (`aft_ray.rounds.run`) with max_staleness 0 and 1 take turns, sampler and train worker pinned to one core
+Whole runs (`aft_ray.run.orchestrator.run`) with max_staleness 0 and 1 take turns, sampler and train worker pinned to one core
 each. G is a round's sampling and T its training and publication, means over the window's rounds with staleness 0, by
 the runs' own metrics. In a steady state a round takes G + T with staleness 0 and max(G, T) with 1, so the ideal is
 (G + T) / max(G, T); it is what counts, measured from the end of round 1's training to the end of the last round's. The
@@ -32,8 +32,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import typer
 
-from aft_ray.config import RunConfig, parse_config
-from aft_ray.config_file import apply_override
+from aft_ray.config.run import RunConfig, parse_config
+from aft_ray.config.loader import apply_override
 
 TARGET = 0.85
 
@@ -68,7 +68,7 @@ def main(
     timings = []
     with tempfile.TemporaryDirectory(prefix="aft-ray-benchmark-") as scratch:
         if model is None:
-            from aft_ray.tasks.arithmetic_model import build_tiny_model
+            from tiny_model import build_tiny_model
 
             model = str(build_tiny_model(f"{scratch}/model", 0))
         for number in range(repeats):
@@ -95,8 +95,8 @@ def main(
 def _run(config: RunConfig) -> Timing:
     from aft_ray.observe.reporter import Reporter, chatter_to
     from aft_ray.observe.summary import read_events
-    from aft_ray.rounds import run
-    from aft_ray.run_dir import RunDir
+    from aft_ray.run.orchestrator import run
+    from aft_ray.storage.run_dir import RunDir
 
     run_dir = RunDir(config.run_dir)
     with (

@@ -1,6 +1,6 @@
 """Claim: after it is calibrated on one run, `aft-ray plan` foretells the others of a machine within a factor of 1.5.
 
-Small real runs (`aft_ray.rounds.run`, one sampler and one train worker on the CPU, in turns) that differ in k, in the
+Small real runs (`aft_ray.run.orchestrator.run`, one sampler and one train worker on the CPU, in turns) that differ in k, in the
 length of responses, in the steps they take and in the size of the model; or run directories that are there already.
 The last round of the first calibrates the machine's two constants: the training FLOP/s that its CPU reaches, and the
 seconds that its engine needs for a token beside the model's own arithmetic. Every round of every run is then planned
@@ -25,11 +25,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import typer
 
-from aft_ray.config import RunConfig, parse_config
+from aft_ray.config.run import RunConfig, parse_config
 from aft_ray.planning import Plan, plan
-from aft_ray.planning.assumptions import Assumptions
-from aft_ray.planning.hardware import NODES, Cluster
-from aft_ray.run_dir import RunDir
+from aft_ray.planning.plan.assumptions import Assumptions
+from aft_ray.planning.plan.hardware import NODES, Cluster
+from aft_ray.storage.run_dir import RunDir
 
 TARGET = 1.5
 # Name, and what it changes: of the config, and of the model (hidden size, layers, heads).
@@ -65,8 +65,8 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="write the figures to this file")] = None,
 ) -> None:
     """Planned beside measured seconds of sampling and training."""
-    from aft_ray.published import read_config
-    from aft_ray.tasks.arithmetic_model import build_tiny_model
+    from aft_ray.storage.versions import read_config
+    from tiny_model import build_tiny_model
 
     made: list[tuple[Round, RunConfig]] = []
     with tempfile.TemporaryDirectory(prefix="aft-ray-benchmark-") as scratch:
@@ -102,7 +102,7 @@ def _config(run_dir: str, model: str, questions: int, epochs: int, sections: dic
 
 def _run(config: RunConfig) -> None:
     from aft_ray.observe.reporter import Reporter, chatter_to
-    from aft_ray.rounds import run
+    from aft_ray.run.orchestrator import run
 
     run_dir = RunDir(config.run_dir)
     with chatter_to(run_dir.local_path("logs/driver.log")) as console, Reporter(run_dir, console) as reporter:

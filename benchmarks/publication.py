@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import typer
 
-from aft_ray.sampling.engine import EngineSpec
+from aft_ray.inference.engine import EngineSpec
 
 LENGTH, LAYERS, HEAD = 256, 8, 64
 PROMPT, RESPONSES = [7, 8, 9, 10, 11], ([12, 13, 1], [9, 9, 1], [20, 21, 22, 1], [5, 1])
@@ -57,8 +57,8 @@ class Trainer:
         import torch
         from transformers import AutoModelForCausalLM
 
-        from aft_ray.training.publisher import BoardMeetings
-        from aft_ray.weights.transport import Broadcast, Checkpoint, ObjectStore
+        from aft_ray.training.weight_publisher import BoardMeetings
+        from aft_ray.weights.publish import Broadcast, Checkpoint, ObjectStore
 
         self._dtype = getattr(torch, dtype)
         self._model = AutoModelForCausalLM.from_pretrained(model, dtype=self._dtype).to("cuda" if gpu else "cpu")
@@ -79,8 +79,8 @@ class Trainer:
 
     def publish(self, version: int, directory: str, transport: str) -> tuple[Any, float]:
         """Writes and offers a version; the seconds that it took."""
-        from aft_ray.weights.publication import Publication
-        from aft_ray.weights.source import write_model
+        from aft_ray.weights.version_manifest import Publication
+        from aft_ray.weights.export import write_model
 
         end = self._transports[transport]
         started = time.monotonic()
@@ -108,7 +108,7 @@ class Trainer:
     def _probes(self) -> tuple[Any, ...]:
         import torch
 
-        from aft_ray.weights.publication import Probe
+        from aft_ray.weights.version_manifest import Probe
 
         probes = []
         for response in RESPONSES:
@@ -130,7 +130,7 @@ def main(
     output: Annotated[Path | None, typer.Option(help="write the figures to this file")] = None,
 ) -> None:
     """Seconds and GB/s of every transport, beside a copy in memory and a start from a checkpoint."""
-    from aft_ray.tasks.arithmetic_model import build_tiny_model
+    from tiny_model import build_tiny_model
 
     hidden = _hidden_size(parameters * 1_000_000)
     with tempfile.TemporaryDirectory(prefix="aft-ray-benchmark-") as scratch:
@@ -151,9 +151,9 @@ def _hidden_size(parameters: int) -> int:
 def _measure(spec: EngineSpec, scratch: Path, repeats: int, starts: int, bucket_mib: int) -> dict[str, Any]:
     import ray
 
-    from aft_ray.board import start_board
-    from aft_ray.cluster import start_ray
-    from aft_ray.sampling.pool import SamplerPool, Samplers
+    from aft_ray.coordination.coordinator import start_board
+    from aft_ray.cluster.connect import start_ray
+    from aft_ray.sampling.sampler_pool import SamplerPool, Samplers
     from aft_ray.sampling.sampler import Sampler
 
     start_ray(num_cpus=4, log_to_driver=False, object_store_memory=4 << 30)
@@ -194,7 +194,7 @@ def _measure(spec: EngineSpec, scratch: Path, repeats: int, starts: int, bucket_
 def _hand_over(board: Any, pool: Any, trainer: Any, publication: Any, name: str) -> HandOver:
     import ray
 
-    from aft_ray.sampling.meeting import meet
+    from aft_ray.sampling.broadcast import meet
 
     delivered = trainer.deliver.remote(publication.version, name)
     started = time.monotonic()

@@ -25,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import typer
 
-from aft_ray.config import RunConfig, parse_config
-from aft_ray.config_file import apply_override
-from aft_ray.sampling.engine import EngineSpec, SamplingSpec, engine_arguments, prepare_environment, request_parameters
+from aft_ray.config.run import RunConfig, parse_config
+from aft_ray.config.loader import apply_override
+from aft_ray.inference.engine import EngineSpec, SamplingSpec, engine_arguments, prepare_environment, request_parameters
 
 TARGET = 0.9
 WARM_UP_QUESTIONS = 64
@@ -82,7 +82,7 @@ def main(
     """Tokens/s of the sampling stage beside vLLM alone."""
     with tempfile.TemporaryDirectory(prefix="aft-ray-benchmark-") as scratch:
         if model is None:
-            from aft_ray.tasks.arithmetic_model import build_tiny_model
+            from tiny_model import build_tiny_model
 
             heads = max(1, hidden_size // 32)
             model = str(build_tiny_model(f"{scratch}/model", 0, hidden_size, layers, heads))
@@ -111,12 +111,12 @@ def _measure(config: RunConfig, repeats: int) -> dict[str, list[Turn]]:
     """The turns of both, after one of each that is not counted."""
     import ray
 
-    from aft_ray.cluster import connected, evaluation_placement
-    from aft_ray.ledger import Ledger
-    from aft_ray.questions import load_tokenizer, prepare
-    from aft_ray.run_dir import RunDir
-    from aft_ray.sampling.engine import Prompt
-    from aft_ray.sampling.pool import SamplerPool, engine_spec
+    from aft_ray.cluster.connect import connected, evaluation_placement
+    from aft_ray.storage.ledger import Ledger
+    from aft_ray.tasks.dataset import load_tokenizer, prepare
+    from aft_ray.storage.run_dir import RunDir
+    from aft_ray.inference.engine import Prompt
+    from aft_ray.sampling.sampler_pool import SamplerPool, engine_spec
     from aft_ray.sampling.stream import Tally, question_seed, sample_round, sampling_spec
 
     tokenizer = load_tokenizer(config)

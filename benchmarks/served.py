@@ -10,12 +10,12 @@ from pathlib import Path
 
 import typer
 
-from aft_ray.cluster import connected, serving_placement
-from aft_ray.config import RunConfig
+from aft_ray.cluster.connect import connected, serving_placement
+from aft_ray.config.run import RunConfig
 from aft_ray.observe.reporter import Reporter, chatter_to
-from aft_ray.published import find_run, read_config
-from aft_ray.serve_config import ServeConfig, load_serve_config
-from aft_ray.serving.served import ServedModel, resolve
+from aft_ray.storage.versions import find_run, read_config
+from aft_ray.config.serve import ServeConfig, load_serve_config
+from aft_ray.serving.model import ServedModel, resolve
 
 HOST = "127.0.0.1"
 

@@ -27,9 +27,9 @@ import numpy as np
 import typer
 from served import Service, service_of
 
-from aft_ray.records import Verdict
-from aft_ray.sampling.engine import SamplingSpec
-from aft_ray.serve_config import STRATEGIES
+from aft_ray.storage.records import Verdict
+from aft_ray.inference.engine import SamplingSpec
+from aft_ray.config.serve import STRATEGIES
 
 TARGET = 0.9
 CONFIDENCES = (1.0, 0.99, 0.95, 0.9, 0.8)
@@ -107,7 +107,7 @@ class Bench:
         return int(answer["usage"]["completion_tokens"])
 
     async def of_engine(self, position: int) -> int:
-        from aft_ray.serving.policy import Draw
+        from aft_ray.serving.engine.server import Draw
         from aft_ray.serving.reasoning import UNWATCHED_S
 
         how = SamplingSpec(1, self.options.temperature, 1.0, self.max_tokens)
@@ -228,7 +228,7 @@ def engines() -> Any:
 
 
 async def measure(service: Service, options: Options) -> dict[str, Any]:
-    from aft_ray.questions import load_tokenizer
+    from aft_ray.tasks.dataset import load_tokenizer
     from aft_ray.tasks import build_tasks, load_split
     from aft_ray.tasks.rendering import render_prompt
 

@@ -18,11 +18,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import typer
 
 from aft_ray.observe.summary import read_events
-from aft_ray.planning.simulation import simulate
-from aft_ray.planning.simulation_assumptions import Assumptions
-from aft_ray.planning.simulation_likeness import assumptions_like
-from aft_ray.published import read_config
-from aft_ray.run_dir import RunDir
+from aft_ray.planning.simulation.simulate import simulate
+from aft_ray.planning.simulation.assumptions import Assumptions
+from aft_ray.planning.simulation.calibration import assumptions_like
+from aft_ray.storage.versions import read_config
+from aft_ray.storage.run_dir import RunDir
 
 
 def main(runs: Annotated[list[str], typer.Argument(help="run directories of at least two rounds")]) -> None:

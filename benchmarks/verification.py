@@ -1,7 +1,7 @@
 """Claim: 10,000 ordinary answers are verified in less than 10 s on two cores, with a hard deadline for each.
 
 The answers are generated: numbers, options, yes or no, and mathematics, with reasoning before them, as models write
-them, about half of them right. The pool is `aft_ray.verify.pool.Verifier` with two worker processes; the peer is the
+them, about half of them right. The pool is `aft_ray.verify.process_pool.Verifier` with two worker processes; the peer is the
 same extraction and comparison called in this process, without deadline, memory bound or protection. They take turns
 on the same answers, new ones in every turn, and must agree on every verdict. What starting the pool costs, once per
 process, is shown beside them.
@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import typer
 from answers import Marked, ordinary_items
 
-from aft_ray.verify.outcome import Outcome
-from aft_ray.verify.pool import Item, Verifier
+from aft_ray.verify.result import Outcome
+from aft_ray.verify.process_pool import Item, Verifier
 
 TARGET_S = 10.0
 

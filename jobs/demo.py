@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import typer
 
 from aft_ray.cli import driver_log, fail, quiet, user_errors
-from aft_ray.config import ConfigError, RunConfig, load_config
+from aft_ray.config.run import ConfigError, RunConfig, load_config
 
 CONFIG = Path(__file__).parent / "configs" / "arithmetic_demo.yaml"
 # Fine-tuning on the same questions for as many steps more.
@@ -31,14 +31,14 @@ def demo(
     seed: Annotated[int, typer.Option(help="of data order, sampling and training")] = 0,
 ) -> None:
     """Train and compare; about ten minutes on two cores."""
-    from aft_ray.cluster import connected, training_placement
-    from aft_ray.evaluation.metrics import Result
-    from aft_ray.evaluation.outcome import work_out, write
+    from aft_ray.cluster.connect import connected, training_placement
+    from aft_ray.evaluation.statistics.metrics import Result
+    from aft_ray.evaluation.report.summary import work_out, write
     from aft_ray.evaluation.standalone import ask_models
-    from aft_ray.evaluation.table import comparison_table
+    from aft_ray.evaluation.report.table import comparison_table
     from aft_ray.evaluation.targets import Target
     from aft_ray.observe.reporter import Reporter, chatter_to
-    from aft_ray.run_dir import RunDir
+    from aft_ray.storage.run_dir import RunDir
 
     started = time.monotonic()
     place = directory.absolute() / f"seed{seed}"
@@ -89,8 +89,8 @@ def _train(config: RunConfig, console: object) -> None:
     from rich.console import Console
 
     from aft_ray.observe.reporter import Reporter
-    from aft_ray.rounds import run
-    from aft_ray.run_dir import RunDir
+    from aft_ray.run.orchestrator import run
+    from aft_ray.storage.run_dir import RunDir
 
     assert isinstance(console, Console)
     with Reporter(RunDir(config.run_dir), console) as reporter:
@@ -99,7 +99,7 @@ def _train(config: RunConfig, console: object) -> None:
 
 
 def _build(directory: Path, seed: int) -> None:
-    from aft_ray.tasks.arithmetic_model import build_tiny_model
+    from tiny_model import build_tiny_model
 
     if not (directory / "config.json").exists():
         build_tiny_model(directory, seed, layers=2)

@@ -2,7 +2,7 @@
 
 import time
 
-from aft_ray.run_dir import RunDir, RunDirError
+from aft_ray.storage.run_dir import RunDir, RunDirError
 
 SECONDS = 5.0
 

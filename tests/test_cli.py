@@ -7,12 +7,12 @@ import pytest
 import yaml
 from tiny import tiny_config, tiny_tree
 
-from aft_ray.config import load_config, parse_config
-from aft_ray.config_file import config_difference
-from aft_ray.ledger import Ledger, Parked, Trained, write_group_file
-from aft_ray.questions import load_tokenizer, prepare, questions_of_round
-from aft_ray.rounds import adopt_config
-from aft_ray.run_dir import RunDir
+from aft_ray.config.run import load_config, parse_config
+from aft_ray.config.loader import config_difference
+from aft_ray.storage.ledger import Ledger, Parked, Trained, write_group_file
+from aft_ray.tasks.dataset import load_tokenizer, prepare, questions_of_round
+from aft_ray.run.orchestrator import adopt_config
+from aft_ray.storage.run_dir import RunDir
 
 
 def command(*arguments, status=0, timeout=120):

@@ -5,9 +5,9 @@ import pytest
 import ray
 from processes import descendants
 
-from aft_ray import cluster
-from aft_ray.cluster import start_ray
-from aft_ray.config import ConfigError
+from aft_ray.cluster import connect as cluster
+from aft_ray.cluster.connect import start_ray
+from aft_ray.config.run import ConfigError
 
 LATE = "The current node timed out during startup. This could happen because some of the raylet failed to startup."
 

@@ -11,8 +11,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aft_ray.config import ConfigError, RunConfig, load_config, parse_config
-from aft_ray.config_file import config_difference, describe_keys, dump_config
+from aft_ray.config.run import ConfigError, RunConfig, load_config, parse_config
+from aft_ray.config.loader import config_difference, describe_keys, dump_config
 
 HEAVY = {"torch", "ray", "vllm", "pyarrow", "transformers", "deepspeed", "datasets", "numpy"}
 CONFIGS = Path(__file__).parents[1] / "jobs/configs"
@@ -41,7 +41,7 @@ def refusal(*overrides: str, file) -> str:
 
 def test_importing_the_config_and_the_command_brings_in_nothing_heavy():
     code = (
-        "import sys, time; start = time.process_time(); import aft_ray.config; spent = time.process_time() - start;"
+        "import sys, time; start = time.process_time(); import aft_ray.config.run; spent = time.process_time() - start;"
         "import aft_ray.cli, json; print(json.dumps([spent, sorted(sys.modules)]))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from aft_ray.ledger import GroupFile, Ledger, Parked, Sampled, Trained, write_group_file
-from aft_ray.records import Candidate, Group, Question, Verdict
-from aft_ray.run_dir import RunDir, RunDirError
+from aft_ray.storage.ledger import GroupFile, Ledger, Parked, Sampled, Trained, write_group_file
+from aft_ray.storage.records import Candidate, Group, Question, Verdict
+from aft_ray.storage.run_dir import RunDir, RunDirError
 
 QUESTIONS = [f"q{i}" for i in range(8)]
 
@@ -391,8 +391,8 @@ TestAnyOrder.settings = settings(
 
 SAMPLE_THE_ROUND = """
 import sys
-from aft_ray.ledger import Ledger, Parked, write_group_file
-from aft_ray.run_dir import RunDir
+from aft_ray.storage.ledger import Ledger, Parked, write_group_file
+from aft_ray.storage.run_dir import RunDir
 from tests.test_ledger import group
 run_dir = RunDir(sys.argv[1])
 with run_dir.lock():

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny_config
 
-from aft_ray.cluster import evaluation_placement, launcher_groups, serving_placement, training_placement
-from aft_ray.config import ConfigError
-from aft_ray.placement import Bundle, Node, NodeGroup, Part, Placement, place
-from aft_ray.serve_config import ServeConfig
+from aft_ray.cluster.connect import evaluation_placement, launcher_groups, serving_placement, training_placement
+from aft_ray.config.run import ConfigError
+from aft_ray.cluster.placement import Bundle, Node, NodeGroup, Part, Placement, place
+from aft_ray.config.serve import ServeConfig
 
 FOR_DATA = Part("Ray Data task", 2, (Bundle(1),))
 

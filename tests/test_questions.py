@@ -9,8 +9,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tiny import tiny_config, tiny_tree
 
-from aft_ray.config import ConfigError, parse_config
-from aft_ray.questions import (
+from aft_ray.config.run import ConfigError, parse_config
+from aft_ray.tasks.dataset import (
     count_by_task,
     load_tokenizer,
     prepare,
@@ -18,7 +18,7 @@ from aft_ray.questions import (
     round_shares,
     round_size,
 )
-from aft_ray.records import Group, Question
+from aft_ray.storage.records import Group, Question
 
 
 def config_of(tiny_model, tmp_path, /, limit=40, **sections):

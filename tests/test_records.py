@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aft_ray.records import (
+from aft_ray.storage.records import (
     GROUP_SCHEMA,
     Candidate,
     Group,

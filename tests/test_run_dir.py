@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aft_ray.run_dir import MANIFEST, METRICS, RunDir, RunDirError
+from aft_ray.storage.run_dir import MANIFEST, METRICS, RunDir, RunDirError
 
 
 @pytest.fixture(params=["path", "file uri", "object store"])
@@ -156,7 +156,7 @@ def test_any_flipped_bit_of_a_directory_is_found(tmp_path_factory, data, positio
 
 WRITE_FOR_EVER = """
 import sys
-from aft_ray.run_dir import RunDir
+from aft_ray.storage.run_dir import RunDir
 run_dir, i = RunDir(sys.argv[1]), 0
 while True:
     run_dir.write_bytes("file", bytes([i % 251]) * 300_000)
@@ -214,7 +214,7 @@ def test_other_errors_keep_their_own_words(tmp_path):
 
 HOLD_THE_LOCK = """
 import sys, time
-from aft_ray.run_dir import RunDir
+from aft_ray.storage.run_dir import RunDir
 with RunDir(sys.argv[1]).lock():
     print("held", flush=True)
     time.sleep(60)

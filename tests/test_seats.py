@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aft_ray.seats import EngineSeat, Seat, engine_seats
+from aft_ray.cluster.colocated_placement import EngineSeat, Seat, engine_seats
 
 
 def seats_of(gpus_on_nodes: list[int]) -> list[Seat]:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from aft_ray.config import RunConfig, parse_config
+from aft_ray.config.run import RunConfig, parse_config
 
 # The context of the tiny models, tokens.
 LENGTH = 160

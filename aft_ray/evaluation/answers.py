@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from aft_ray.records import Candidate, Verdict
+from aft_ray.storage.records import Candidate, Verdict
 
 
 @dataclass(frozen=True, slots=True)

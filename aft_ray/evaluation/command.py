@@ -11,12 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from aft_ray.config import ConfigError, EvaluationConfig, RunConfig
+from aft_ray.config.run import ConfigError, EvaluationConfig, RunConfig
 from aft_ray.evaluation.generations import read_answered
-from aft_ray.evaluation.outcome import Evaluated, Outcome, work_out, write
+from aft_ray.evaluation.report.summary import Evaluated, Outcome, work_out, write
 from aft_ray.evaluation.targets import Plan, Target
 from aft_ray.observe.reporter import Reporter, chatter_to
-from aft_ray.run_dir import EVALUATIONS
+from aft_ray.storage.run_dir import EVALUATIONS
 
 
 def evaluate_targets(

@@ -11,14 +11,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from aft_ray.config import RunConfig
+from aft_ray.config.run import RunConfig
 from aft_ray.evaluation.answers import Answered, Response, from_candidate, no_response
-from aft_ray.records import Group
-from aft_ray.sampling.engine import SamplingSpec
-from aft_ray.sampling.members import SamplersFailed
-from aft_ray.sampling.pool import SamplerPool
+from aft_ray.storage.records import Group
+from aft_ray.inference.engine import SamplingSpec
+from aft_ray.sampling.sampler_health import SamplersFailed
+from aft_ray.sampling.sampler_pool import SamplerPool
 from aft_ray.sampling.stream import answer_all
-from aft_ray.weights.publication import Publication
+from aft_ray.weights.version_manifest import Publication
 
 Progress = Callable[[int, int], None]
 

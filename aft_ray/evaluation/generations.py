@@ -14,14 +14,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aft_ray.config import ConfigError, RunConfig
+from aft_ray.config.run import ConfigError, RunConfig
 from aft_ray.evaluation.answers import Answered, Response, from_candidate
-from aft_ray.evaluation.bootstrap import finite
-from aft_ray.records import Verdict, table_to_groups
+from aft_ray.evaluation.statistics.bootstrap import finite
+from aft_ray.storage.records import Verdict, table_to_groups
 
 if TYPE_CHECKING:
     from aft_ray.tasks import Task
-    from aft_ray.verify.outcome import Outcome
+    from aft_ray.verify.result import Outcome
 
 _QUESTIONS_AT_ONCE = 500  # between two signs of progress of verification
 # A field of a response that a line may give for all of its responses at once.
@@ -81,7 +81,7 @@ def _verified(
 ) -> list[Answered]:
     """The same responses with answers and verdicts of the config's tasks."""
     from aft_ray.tasks import build_tasks
-    from aft_ray.verify.pool import Item, shared_verifier
+    from aft_ray.verify.process_pool import Item, shared_verifier
 
     tasks = build_tasks(config)
 

@@ -8,22 +8,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from aft_ray.cluster import connected, evaluation_placement
-from aft_ray.config import RunConfig
+from aft_ray.cluster.connect import connected, evaluation_placement
+from aft_ray.config.run import RunConfig
 from aft_ray.evaluation.evaluator import ask, unanswered
-from aft_ray.evaluation.outcome import Evaluated
+from aft_ray.evaluation.report.summary import Evaluated
 from aft_ray.evaluation.targets import Target
 from aft_ray.observe.reporter import Reporter
-from aft_ray.preflight import check_model
-from aft_ray.questions import load_tokenizer, prepare
-from aft_ray.run_dir import LOGS, RunDir
+from aft_ray.run.preflight import check_model
+from aft_ray.tasks.dataset import load_tokenizer, prepare
+from aft_ray.storage.run_dir import LOGS, RunDir
 
 
 def ask_models(
     config: RunConfig, targets: Sequence[Target], reporter: Reporter, log_dir: RunDir | None
 ) -> list[Evaluated]:
     """The answers of each target to `evaluation.split`; one engine start a target."""
-    from aft_ray.sampling.pool import SamplerPool
+    from aft_ray.sampling.sampler_pool import SamplerPool
 
     split = config.evaluation.split
     configs = [_config_for(config, target) for target in targets]

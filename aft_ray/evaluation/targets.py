@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from aft_ray.config import ConfigError, ModelConfig, RunConfig, load_config
-from aft_ray.published import find_published, find_run, read_config
-from aft_ray.run_dir import RunDir
+from aft_ray.config.run import ConfigError, ModelConfig, RunConfig, load_config
+from aft_ray.storage.versions import find_published, find_run, read_config
+from aft_ray.storage.run_dir import RunDir
 
 _OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)*=")
 

@@ -20,7 +20,7 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from aft_ray.run_dir import METRICS, TENSORBOARD, RunDir
+from aft_ray.storage.run_dir import METRICS, TENSORBOARD, RunDir
 
 # Where there is no terminal, a line of progress at most this often.
 _PLAIN_SECONDS = 10.0

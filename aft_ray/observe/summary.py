@@ -7,9 +7,9 @@ from typing import Any
 
 from rich.table import Table
 
-from aft_ray.config import RunConfig
-from aft_ray.ledger import Ledger
-from aft_ray.run_dir import METRICS, RunDir
+from aft_ray.config.run import RunConfig
+from aft_ray.storage.ledger import Ledger
+from aft_ray.storage.run_dir import METRICS, RunDir
 
 
 def read_events(run_dir: RunDir) -> list[dict[str, Any]]:

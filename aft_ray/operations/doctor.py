@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aft_ray.config import ConfigError, RunConfig
+from aft_ray.config.run import ConfigError, RunConfig
 from aft_ray.operations import probe as probe_module
 from aft_ray.operations.findings import (
     ClusterFacts,
@@ -27,7 +27,7 @@ from aft_ray.operations.findings import (
     PingFacts,
     StorageFacts,
 )
-from aft_ray.operations.judge import judge
+from aft_ray.operations.checks import judge
 from aft_ray.operations.upload import measure_upload, upload_limit
 
 # Seconds: for a process to start on a node and answer; for any later question; for a sum over all nodes.

@@ -18,9 +18,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from aft_ray.config import ConfigError, RunConfig, load_config
+from aft_ray.config.run import ConfigError, RunConfig, load_config
 from aft_ray.operations.upload import EXCLUDES, checkout, measure_upload, upload_limit
-from aft_ray.run_dir import RunDir
+from aft_ray.storage.run_dir import RunDir
 
 # What every process of the job needs, as `cluster.connected` sets it for a Ray that is started here.
 JOB_ENVIRONMENT = {"RAY_TRAIN_V2_ENABLED": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "PYTHONUNBUFFERED": "1"}

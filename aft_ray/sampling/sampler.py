@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from aft_ray.records import Candidate
-from aft_ray.run_dir import local_model
-from aft_ray.sampling.engine import (
+from aft_ray.storage.records import Candidate
+from aft_ray.storage.run_dir import local_model
+from aft_ray.inference.engine import (
     Engine,
     EngineDead,
     EngineSpec,
@@ -26,9 +26,9 @@ from aft_ray.sampling.engine import (
     WeightsMissed,
     prepare_environment,
 )
-from aft_ray.sampling.groups import wait_for_group
-from aft_ray.sampling.phases import Overdue, Phases
-from aft_ray.weights.publication import Publication, PublicationFailed
+from aft_ray.sampling.placement_groups import wait_for_group
+from aft_ray.inference.update_phases import Overdue, Phases
+from aft_ray.weights.version_manifest import Publication, PublicationFailed
 
 
 class WrongVersion(RuntimeError):

@@ -20,20 +20,20 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from aft_ray.config import RunConfig, SamplingConfig
-from aft_ray.ledger import GroupFile, Parked, write_group_file
-from aft_ray.records import GROUP_SCHEMA, Candidate, Group, Verdict, groups_to_table, table_to_groups
-from aft_ray.run_dir import RunDir
-from aft_ray.sampling.engine import Prompt, SamplingSpec
-from aft_ray.sampling.judging import RemoteJudge
-from aft_ray.sampling.members import Members, SamplersFailed, last_line, reason_of
-from aft_ray.sampling.pool import SamplerPool, Samplers
+from aft_ray.config.run import RunConfig, SamplingConfig
+from aft_ray.storage.ledger import GroupFile, Parked, write_group_file
+from aft_ray.storage.records import GROUP_SCHEMA, Candidate, Group, Verdict, groups_to_table, table_to_groups
+from aft_ray.storage.run_dir import RunDir
+from aft_ray.inference.engine import Prompt, SamplingSpec
+from aft_ray.sampling.judge_actor import RemoteJudge
+from aft_ray.sampling.sampler_health import Members, SamplersFailed, last_line, reason_of
+from aft_ray.sampling.sampler_pool import SamplerPool, Samplers
 from aft_ray.sampling.sampler import Refused, WrongVersion
 from aft_ray.tasks import build_tasks
 from aft_ray.verify.feedback import reward_groups
 from aft_ray.verify.label import label_groups
-from aft_ray.verify.pool import shared_verifier
-from aft_ray.weights.publication import Publication, PublicationFailed
+from aft_ray.verify.process_pool import shared_verifier
+from aft_ray.weights.version_manifest import Publication, PublicationFailed
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,12 +18,12 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from aft_ray.cluster import connected, serving_placement
-from aft_ray.config import ConfigError
+from aft_ray.cluster.connect import connected, serving_placement
+from aft_ray.config.run import ConfigError
 from aft_ray.observe.reporter import Reporter, chatter_to
-from aft_ray.serve_config import ServeConfig
-from aft_ray.serving.proxy import CALLBACK
-from aft_ray.serving.served import Resolved, resolve
+from aft_ray.config.serve import ServeConfig
+from aft_ray.serving.api.proxy import CALLBACK
+from aft_ray.serving.model import Resolved, resolve
 
 APPLICATION = "aft_ray"
 _SAY_S = 15.0
@@ -152,7 +152,7 @@ def running(
 
 def _reason(status: object) -> str:
     """The sentence in what Serve says of a deployment that does not start."""
-    from aft_ray.sampling.members import last_line
+    from aft_ray.sampling.sampler_health import last_line
 
     messages = [one.message for one in status.deployments.values() if one.message]  # type: ignore[attr-defined]
     return last_line("\n".join(messages or [status.message]))  # type: ignore[attr-defined]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from aft_ray.config import ConfigError, RunConfig
+from aft_ray.config.run import ConfigError, RunConfig
 from aft_ray.tasks import build_task, load_split
 
 _EXAMPLES = 5

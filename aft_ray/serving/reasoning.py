@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
-from aft_ray.evaluation.metrics import normalise
-from aft_ray.records import Candidate
-from aft_ray.sampling.engine import SamplingSpec
-from aft_ray.serve_config import Strategy
-from aft_ray.serving.policy import BadRequest, Draw, Drawn, Standing, WrongVersion
+from aft_ray.evaluation.statistics.metrics import normalise
+from aft_ray.storage.records import Candidate
+from aft_ray.inference.engine import SamplingSpec
+from aft_ray.config.serve import Strategy
+from aft_ray.serving.engine.server import BadRequest, Draw, Drawn, Standing, WrongVersion
 from aft_ray.serving.strategies import Ranking, Vote, certainty, next_wave, rank
 from aft_ray.tasks import Task
 

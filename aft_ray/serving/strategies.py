@@ -1,7 +1,7 @@
 """Which candidate answers, and when further candidates cannot matter.
 
 Invariant: over the same candidates a strategy elects what the rule of the same name elects in an evaluation
-(`aft_ray.evaluation.voting`): equal answers count as one, ties go to the larger sum of scores, then to the first.
+(`aft_ray.evaluation.statistics.voting`): equal answers count as one, ties go to the larger sum of scores, then to the first.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from aft_ray.serve_config import Strategy
+from aft_ray.config.serve import Strategy
 
 
 @dataclass(frozen=True, slots=True)

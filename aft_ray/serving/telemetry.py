@@ -15,8 +15,8 @@ from typing import Any
 
 from ray.serve import metrics
 
-from aft_ray.serving.requests import Refusal
-from aft_ray.serving.responses import Answer
+from aft_ray.serving.api.requests import Refusal
+from aft_ray.serving.api.responses import Answer
 
 _SECONDS = [0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60]
 _SHARES = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 
-from aft_ray.config import ConfigError, DataConfig, RunConfig
-from aft_ray.records import Question, unique_ids
+from aft_ray.config.run import ConfigError, DataConfig, RunConfig
+from aft_ray.storage.records import Question, unique_ids
 from aft_ray.tasks.base import SPLITS, Split, Task, questions
 
 __all__ = ["SPLITS", "Split", "Task", "build_task", "build_tasks", "load_split", "questions"]

@@ -14,7 +14,7 @@ import random
 import re
 from typing import TYPE_CHECKING
 
-from aft_ray.config import ConfigError, DataConfig
+from aft_ray.config.run import ConfigError, DataConfig
 from aft_ray.tasks.base import Split, dataset
 from aft_ray.tasks.choices import ChoiceTask, Problem, held_apart
 from aft_ray.tasks.sources import Row, column, read_first, read_hub, texts

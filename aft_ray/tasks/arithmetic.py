@@ -13,8 +13,8 @@ import random
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from aft_ray.config import ArithmeticConfig, ConfigError, DataConfig
-from aft_ray.records import Question
+from aft_ray.config.run import ArithmeticConfig, ConfigError, DataConfig
+from aft_ray.storage.records import Question
 from aft_ray.tasks.base import MarkedTask, Split, dataset
 
 if TYPE_CHECKING:

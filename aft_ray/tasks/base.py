@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
-from aft_ray.config import ConfigError
-from aft_ray.records import Question
-from aft_ray.verify.compare import Kind, compare
-from aft_ray.verify.numbers import extract_after_marker
-from aft_ray.verify.outcome import Outcome
+from aft_ray.config.run import ConfigError
+from aft_ray.storage.records import Question
+from aft_ray.verify.answers.compare import Kind, compare
+from aft_ray.verify.answers.numbers import extract_after_marker
+from aft_ray.verify.result import Outcome
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from aft_ray.config import ConfigError, DataConfig
-from aft_ray.records import Question
+from aft_ray.config.run import ConfigError, DataConfig
+from aft_ray.storage.records import Question
 from aft_ray.tasks.base import MarkedTask
-from aft_ray.verify.markup import shown
-from aft_ray.verify.numbers import extract_after_marker
-from aft_ray.verify.options import extract_option
-from aft_ray.verify.outcome import Outcome, decided, undecided
+from aft_ray.verify.answers.markup import shown
+from aft_ray.verify.answers.numbers import extract_after_marker
+from aft_ray.verify.answers.options import extract_option
+from aft_ray.verify.result import Outcome, decided, undecided
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,11 +11,11 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aft_ray.config import ConfigError, DataConfig
-from aft_ray.records import Question
+from aft_ray.config.run import ConfigError, DataConfig
+from aft_ray.storage.records import Question
 from aft_ray.tasks.base import MarkedTask, Split, dataset
 from aft_ray.tasks.sources import Row, column, read_file, read_hub
-from aft_ray.verify.numbers import extract_after_marker
+from aft_ray.verify.answers.numbers import extract_after_marker
 
 if TYPE_CHECKING:
     from datasets import Dataset

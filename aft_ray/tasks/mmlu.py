@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 from typing import TYPE_CHECKING
 
-from aft_ray.config import ConfigError, DataConfig
+from aft_ray.config.run import ConfigError, DataConfig
 from aft_ray.tasks.base import Split, dataset
 from aft_ray.tasks.choices import ChoiceTask, Problem
 from aft_ray.tasks.sources import Row, column, read_first, read_hub, texts

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
-from aft_ray.config import ConfigError
-from aft_ray.records import Question
+from aft_ray.config.run import ConfigError
+from aft_ray.storage.records import Question
 from aft_ray.tasks.base import Task
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from aft_ray.config import ConfigError
+from aft_ray.config.run import ConfigError
 
 Row = dict[str, Any]
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from aft_ray.objectives import Objective
-from aft_ray.records import Group, Verdict
+from aft_ray.storage.records import Group, Verdict
 
 MicroBatch = tuple[int, ...]  # indexes into the sequence of sizes that was planned; empty: a dummy pass
 

@@ -21,8 +21,8 @@ from typing import Any
 import ray.train
 import torch.distributed as dist
 
-from aft_ray.board import call
-from aft_ray.run_dir import RunDir
+from aft_ray.coordination.coordinator import call
+from aft_ray.storage.run_dir import RunDir
 from aft_ray.training import deepspeed
 from aft_ray.training.loading import LoadingError
 

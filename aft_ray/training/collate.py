@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from aft_ray.objectives import Objective
-from aft_ray.records import Group, Verdict
+from aft_ray.storage.records import Group, Verdict
 from aft_ray.training.batching import trained_candidates
 
 REFERENCE, DUMMY = -1, -2  # slots of rows that are no candidate

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from aft_ray.config import LoraConfig, ModelConfig, TrainingConfig
+from aft_ray.config.run import LoraConfig, ModelConfig, TrainingConfig
 from aft_ray.training.loading import LoadingError, load_model
 from aft_ray.training.lora import add_adapters, load_adapter
 

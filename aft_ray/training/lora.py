@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from aft_ray.config import ConfigError, LoraConfig
+from aft_ray.config.run import ConfigError, LoraConfig
 from aft_ray.weights.adapter import ADAPTER_FILE, is_adapter, stored_name
 
 

@@ -19,19 +19,20 @@ from typing import Any
 import ray.train
 import torch
 
-from aft_ray.board import BoardFailed, call
-from aft_ray.config import ConfigError, RunConfig
-from aft_ray.ledger import Ledger, Trained
+from aft_ray.coordination.coordinator import BoardFailed, call
+from aft_ray.config.run import ConfigError, RunConfig
+from aft_ray.storage.ledger import Ledger, Trained
 from aft_ray.objectives import Objective, build_objective
-from aft_ray.questions import load_tokenizer, round_size
-from aft_ray.records import Group
-from aft_ray.run_dir import LOGS, RunDir, RunDirError
+from aft_ray.tasks.dataset import load_tokenizer, round_size
+from aft_ray.storage.records import Group
+from aft_ray.storage.run_dir import LOGS, RunDir, RunDirError
 from aft_ray.sampling.sampler import redirect_output
-from aft_ray.training import batching, checkpoint, deepspeed, step, turns
+from aft_ray.training import batching, checkpoint, deepspeed, step
+from aft_ray.training import offload as turns
 from aft_ray.training.checkpoint import CheckpointFailed, Saver
 from aft_ray.training.collate import collate
 from aft_ray.training.loading import LoadingError
-from aft_ray.training.publisher import Publisher, build_transport
+from aft_ray.training.weight_publisher import Publisher, build_transport
 
 # Failures that starting again cannot mend; each is one sentence.
 _FINAL = (step.NonFiniteLoss, batching.BatchingError, RunDirError, ConfigError, LoadingError, CheckpointFailed)

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
-from aft_ray.config import FeedbackConfig
-from aft_ray.records import Candidate, Group, Verdict
+from aft_ray.config.run import FeedbackConfig
+from aft_ray.storage.records import Candidate, Group, Verdict
 from aft_ray.tasks.arithmetic_steps import grade_steps
 
 if TYPE_CHECKING:
-    from aft_ray.verify.judge import JudgeItem, Rating
+    from aft_ray.verify.judge.judge import JudgeItem, Rating
 
 
 class Rater(Protocol):
@@ -49,7 +49,7 @@ def _graded(group: Group) -> Group:
 
 
 def _judged(groups: Sequence[Group], judge: Rater) -> list[Group]:
-    from aft_ray.verify.judge import JudgeItem  # imports the client library, which other kinds do without
+    from aft_ray.verify.judge.judge import JudgeItem  # imports the client library, which other kinds do without
 
     items = [
         JudgeItem(f"{group.question.id}, candidate {index}", group.question.text, group.question.reference, c.text)

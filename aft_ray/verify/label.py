@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from aft_ray.records import Candidate, Group, Verdict
-from aft_ray.verify.pool import Item, Verifier
+from aft_ray.storage.records import Candidate, Group, Verdict
+from aft_ray.verify.process_pool import Item, Verifier
 
 if TYPE_CHECKING:
     from aft_ray.tasks.base import Task

@@ -7,8 +7,8 @@ is used; built in a new worker, under a deadline, they would make an innocent an
 from __future__ import annotations
 
 import aft_ray.tasks.base
-import aft_ray.verify.pool  # noqa: F401
-from aft_ray.verify.compare import compare
+import aft_ray.verify.process_pool  # noqa: F401
+from aft_ray.verify.answers.compare import compare
 
 for _answer, _gold in (("\\frac{x^2}{3}+\\sqrt{2}", "\\frac{1}{2}x"), ("2^{1/2}", "\\sqrt{2}"), ("(1,2]", "[1,2]")):
     compare("math", _answer, _gold)

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from aft_ray.config import RunConfig
-from aft_ray.run_dir import RunDir, local_model
-from aft_ray.weights.delivery import Call
-from aft_ray.weights.publication import Publication, read_publication
+from aft_ray.config.run import RunConfig
+from aft_ray.storage.run_dir import RunDir, local_model
+from aft_ray.weights.receive_plan import Call
+from aft_ray.weights.version_manifest import Publication, read_publication
 
 if TYPE_CHECKING:  # whoever only hands publications on goes without
     import torch
@@ -68,7 +68,7 @@ def write_adapter(model: Any, directory: Path, rank: int) -> None:
     """Writes a model's adapters as a peft directory, on rank 0; the other ranks take part in gathering."""
     from safetensors.torch import save_file
 
-    from aft_ray.weights.source import gathered, layer_groups
+    from aft_ray.weights.export import gathered, layer_groups
 
     tensors: dict[str, torch.Tensor] = {}
     for group in layer_groups(model):

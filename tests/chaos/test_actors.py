@@ -8,12 +8,12 @@ import ray
 from tiny import tiny_config
 
 from aft_ray.evaluation.evaluator import unanswered
-from aft_ray.ledger import Ledger
-from aft_ray.questions import load_tokenizer, prepare, questions_of_round
-from aft_ray.run_dir import RunDir
-from aft_ray.sampling.pool import SamplerPool
+from aft_ray.storage.ledger import Ledger
+from aft_ray.tasks.dataset import load_tokenizer, prepare, questions_of_round
+from aft_ray.storage.run_dir import RunDir
+from aft_ray.sampling.sampler_pool import SamplerPool
 from aft_ray.sampling.stream import sample_round
-from aft_ray.weights.publication import read_publication
+from aft_ray.weights.version_manifest import read_publication
 
 pytestmark = [pytest.mark.usefixtures("ray_here"), pytest.mark.timeout(1200)]
 

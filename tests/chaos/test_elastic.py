@@ -10,13 +10,13 @@ from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group_table
 from tiny import tiny_config
 
-from aft_ray.cluster import connected
-from aft_ray.config import ClusterConfig as ClusterKeys
-from aft_ray.config import ConfigError
-from aft_ray.placement import Bundle, Part, Placement
-from aft_ray.sampling.groups import actor_options, close_groups, open_group, wait_for_group
-from aft_ray.sampling.members import SamplersFailed
-from aft_ray.sampling.pool import SamplerPool, Samplers
+from aft_ray.cluster.connect import connected
+from aft_ray.config.run import ClusterConfig as ClusterKeys
+from aft_ray.config.run import ConfigError
+from aft_ray.cluster.placement import Bundle, Part, Placement
+from aft_ray.sampling.placement_groups import actor_options, close_groups, open_group, wait_for_group
+from aft_ray.sampling.sampler_health import SamplersFailed
+from aft_ray.sampling.sampler_pool import SamplerPool, Samplers
 
 pytestmark = pytest.mark.timeout(1200)
 STORE = 100 << 20

@@ -9,12 +9,12 @@ import pytest
 import yaml
 from tiny import tiny_tree
 
-from aft_ray.config import ConfigError, EvaluationConfig
+from aft_ray.config.run import ConfigError, EvaluationConfig
 from aft_ray.evaluation.answers import Answered, Response
 from aft_ray.evaluation.generations import generations_text, read_answered
-from aft_ray.evaluation.metrics import Result, measure
+from aft_ray.evaluation.statistics.metrics import Result, measure
 from aft_ray.evaluation.targets import plan
-from aft_ray.records import Verdict
+from aft_ray.storage.records import Verdict
 
 # Runs the command, then says which of the engine's modules it imported.
 WATCHED = """

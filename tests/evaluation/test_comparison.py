@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aft_ray.config import ConfigError
+from aft_ray.config.run import ConfigError
 from aft_ray.evaluation.answers import Answered, Response
-from aft_ray.evaluation.comparison import EXACT, compare, exchange_test, mcnemar, pair
-from aft_ray.evaluation.metrics import measure
-from aft_ray.evaluation.table import results_text
-from aft_ray.records import Verdict
+from aft_ray.evaluation.statistics.comparison import EXACT, compare, exchange_test, mcnemar, pair
+from aft_ray.evaluation.statistics.metrics import measure
+from aft_ray.evaluation.report.table import results_text
+from aft_ray.storage.records import Verdict
 
 
 def response(right, score=-1.0, seed=0) -> Response:

@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aft_ray.evaluation.answers import Answered, Response
-from aft_ray.evaluation.curves import curves, path_counts
-from aft_ray.evaluation.histograms import BINS, histograms
-from aft_ray.evaluation.metrics import measure
-from aft_ray.records import Verdict
+from aft_ray.evaluation.statistics.curves import curves, path_counts
+from aft_ray.evaluation.statistics.histograms import BINS, histograms
+from aft_ray.evaluation.statistics.metrics import measure
+from aft_ray.storage.records import Verdict
 
 RIGHT, WRONG, UNDECIDED = Verdict.RIGHT, Verdict.WRONG, Verdict.UNDECIDED
 

@@ -5,13 +5,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aft_ray.config import ConfigError, parse_config
+from aft_ray.config.run import ConfigError, parse_config
 from aft_ray.evaluation.answers import Answered, Response, no_response
 from aft_ray.evaluation.generations import generations_text, read_answered
-from aft_ray.evaluation.metrics import measure
-from aft_ray.ledger import write_group_file
-from aft_ray.records import Candidate, Group, Question, Verdict
-from aft_ray.run_dir import RunDir
+from aft_ray.evaluation.statistics.metrics import measure
+from aft_ray.storage.ledger import write_group_file
+from aft_ray.storage.records import Candidate, Group, Question, Verdict
+from aft_ray.storage.run_dir import RunDir
 
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=12)
 SCORE = st.one_of(st.none(), st.floats(-20, 0))

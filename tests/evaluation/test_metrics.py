@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aft_ray.evaluation.answers import Answered, Response
-from aft_ray.evaluation.metrics import Result, assessment, measure, normalise, pass_at, right_perplexity
-from aft_ray.evaluation.table import results_table, results_text
-from aft_ray.records import Verdict
+from aft_ray.evaluation.statistics.metrics import Result, assessment, measure, normalise, pass_at, right_perplexity
+from aft_ray.evaluation.report.table import results_table, results_text
+from aft_ray.storage.records import Verdict
 
 # Few answers and coarse scores, so that ties are common; an answer always has the same verdict.
 VERDICTS = {"4": Verdict.RIGHT, "5": Verdict.WRONG, "6": Verdict.WRONG, "7": Verdict.UNDECIDED, None: Verdict.UNDECIDED}

@@ -4,9 +4,9 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from aft_ray.evaluation.bootstrap import Estimate
-from aft_ray.evaluation.histograms import Histogram
-from aft_ray.evaluation.pictures import plot_curve, plot_curves, plot_histograms
+from aft_ray.evaluation.statistics.bootstrap import Estimate
+from aft_ray.evaluation.statistics.histograms import Histogram
+from aft_ray.evaluation.report.plots import plot_curve, plot_curves, plot_histograms
 
 
 def points(values) -> list[Estimate]:

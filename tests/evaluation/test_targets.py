@@ -2,14 +2,14 @@ import pytest
 import yaml
 from tiny import tiny_config, tiny_tree
 
-from aft_ray.config import ConfigError
-from aft_ray.config_file import dump_config
+from aft_ray.config.run import ConfigError
+from aft_ray.config.loader import dump_config
 from aft_ray.evaluation.answers import Answered, Response
 from aft_ray.evaluation.generations import generations_text
 from aft_ray.evaluation.targets import plan
-from aft_ray.ledger import Ledger, Trained
-from aft_ray.records import Verdict
-from aft_ray.run_dir import CONFIG, RunDir
+from aft_ray.storage.ledger import Ledger, Trained
+from aft_ray.storage.records import Verdict
+from aft_ray.storage.run_dir import CONFIG, RunDir
 
 
 @pytest.fixture

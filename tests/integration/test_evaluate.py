@@ -8,7 +8,7 @@ from test_cli import command
 from tiny import tiny_tree
 
 from aft_ray.evaluation.generations import read_answered
-from aft_ray.evaluation.metrics import Result
+from aft_ray.evaluation.statistics.metrics import Result
 
 pytestmark = pytest.mark.timeout(900)
 MODELS = {"tied": "tiny_model", "untied": "untied_model"}

@@ -11,13 +11,13 @@ from safetensors.torch import load_file
 from tiny import tiny_config
 from transformers import AutoModelForCausalLM
 
-from aft_ray import rounds
-from aft_ray.config import ConfigError
-from aft_ray.ledger import Ledger
+from aft_ray.run import orchestrator as rounds
+from aft_ray.config.run import ConfigError
+from aft_ray.storage.ledger import Ledger
 from aft_ray.observe.reporter import Reporter
 from aft_ray.observe.summary import read_events
-from aft_ray.run_dir import RunDir
-from aft_ray.weights.publication import read_publication
+from aft_ray.storage.run_dir import RunDir
+from aft_ray.weights.version_manifest import read_publication
 
 pytestmark = [pytest.mark.usefixtures("ray_here"), pytest.mark.timeout(1200)]
 

@@ -12,21 +12,21 @@ from rich.console import Console
 from tiny import tiny_config, tiny_tree
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from aft_ray import rounds
-from aft_ray.board import start_board
-from aft_ray.config import parse_config
+from aft_ray.run import orchestrator as rounds
+from aft_ray.coordination.coordinator import start_board
+from aft_ray.config.run import parse_config
 from aft_ray.evaluation.generations import read_answered
-from aft_ray.evaluation.metrics import Result, measure
-from aft_ray.ledger import Ledger
+from aft_ray.evaluation.statistics.metrics import Result, measure
+from aft_ray.storage.ledger import Ledger
 from aft_ray.observe.reporter import Reporter
 from aft_ray.observe.summary import read_events, state_lines
-from aft_ray.questions import count_by_task, load_tokenizer, prepare, questions_of_round
-from aft_ray.records import Verdict
-from aft_ray.rounds import Conductor, RunFailed
-from aft_ray.run_dir import RunDir
-from aft_ray.sampling.pool import SamplerPool
-from aft_ray.verify.numbers import extract_after_marker
-from aft_ray.weights.publication import PublicationFailed, read_publication
+from aft_ray.tasks.dataset import count_by_task, load_tokenizer, prepare, questions_of_round
+from aft_ray.storage.records import Verdict
+from aft_ray.run.orchestrator import Conductor, RunFailed
+from aft_ray.storage.run_dir import RunDir
+from aft_ray.sampling.sampler_pool import SamplerPool
+from aft_ray.verify.answers.numbers import extract_after_marker
+from aft_ray.weights.version_manifest import PublicationFailed, read_publication
 
 pytestmark = [pytest.mark.usefixtures("ray_here"), pytest.mark.timeout(1200)]
 

@@ -16,19 +16,19 @@ from rich.console import Console
 from tiny import tiny_config
 from transformers import AutoModelForCausalLM
 
-from aft_ray import rounds
-from aft_ray.board import start_board
-from aft_ray.ledger import Ledger
+from aft_ray.run import orchestrator as rounds
+from aft_ray.coordination.coordinator import start_board
+from aft_ray.storage.ledger import Ledger
 from aft_ray.observe.reporter import Reporter
 from aft_ray.observe.summary import read_events
-from aft_ray.run_dir import RunDir
-from aft_ray.sampling.meeting import meet
-from aft_ray.sampling.pool import SamplerPool
-from aft_ray.training.publisher import BoardMeetings
-from aft_ray.weights.layout import Layout
-from aft_ray.weights.meeting import Guest, Invitation
-from aft_ray.weights.publication import read_publication
-from aft_ray.weights.transport import Broadcast
+from aft_ray.storage.run_dir import RunDir
+from aft_ray.sampling.broadcast import meet
+from aft_ray.sampling.sampler_pool import SamplerPool
+from aft_ray.training.weight_publisher import BoardMeetings
+from aft_ray.weights.broadcast.layout import Layout
+from aft_ray.coordination.broadcast_group import Guest, Invitation
+from aft_ray.weights.version_manifest import read_publication
+from aft_ray.weights.publish import Broadcast
 
 pytestmark = [pytest.mark.usefixtures("ray_here"), pytest.mark.timeout(1200)]
 ENGINE_PROCESS = "VLLM::Worker"

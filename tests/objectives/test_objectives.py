@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aft_ray.config import OBJECTIVE_OPTIONS, RANKING_OBJECTIVES, ObjectiveName
+from aft_ray.config.run import OBJECTIVE_OPTIONS, RANKING_OBJECTIVES, ObjectiveName
 from aft_ray.objectives import OBJECTIVES, ScoredGroups, build_objective, l_vft
 from aft_ray.objectives.beta import BETA_RULES
 

@@ -19,8 +19,8 @@ import yaml
 from lightkube.models import core_v1, meta_v1
 from ray.autoscaler._private import util
 
-from aft_ray.config import parse_config
-from aft_ray.serve_config import parse_serve_config
+from aft_ray.config.run import parse_config
+from aft_ray.config.serve import parse_serve_config
 
 ROOT = Path(__file__).parents[2]
 KUBERAY = ROOT / "jobs/kuberay"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from aft_ray.config import ConfigError
+from aft_ray.config.run import ConfigError
 from aft_ray.operations.submit import plan
 from aft_ray.operations.upload import measure_upload, upload_limit
 

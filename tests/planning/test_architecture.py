@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from aft_ray.config import ConfigError, parse_config
-from aft_ray.planning.architecture import PRESETS, architecture_of, from_transformers
+from aft_ray.config.run import ConfigError, parse_config
+from aft_ray.planning.plan.architecture import PRESETS, architecture_of, from_transformers
 
 
 def hugging_face_config(preset, **others):

@@ -12,21 +12,22 @@ from hypothesis import strategies as st
 from tiny import tiny_tree
 
 from aft_ray.cli import main
-from aft_ray.cluster import training_placement
-from aft_ray.config import ConfigError, load_config, parse_config
-from aft_ray.placement import Node as PlacementNode
-from aft_ray.placement import place
-from aft_ray.planning import placing, plan
-from aft_ray.planning.architecture import architecture_of
-from aft_ray.planning.assumptions import Assumptions, assume
-from aft_ray.planning.hardware import NODES, Cluster, load_node
-from aft_ray.planning.placing import Split
-from aft_ray.planning.planner import Planner
-from aft_ray.planning.plans import fewest_nodes
-from aft_ray.planning.problems import engine_fits, problems
-from aft_ray.planning.report import overrides
-from aft_ray.planning.search import TENSOR_PARALLEL, best_split
-from aft_ray.planning.workload import workload
+from aft_ray.cluster.connect import training_placement
+from aft_ray.config.run import ConfigError, load_config, parse_config
+from aft_ray.cluster.placement import Node as PlacementNode
+from aft_ray.cluster.placement import place
+from aft_ray.planning import plan
+from aft_ray.planning.plan import splits as placing
+from aft_ray.planning.plan.architecture import architecture_of
+from aft_ray.planning.plan.assumptions import Assumptions, assume
+from aft_ray.planning.plan.hardware import NODES, Cluster, load_node
+from aft_ray.planning.plan.splits import Split
+from aft_ray.planning.plan.planner import Planner
+from aft_ray.planning.plan.plan import fewest_nodes
+from aft_ray.planning.plan.problems import engine_fits, problems
+from aft_ray.planning.plan.report import overrides
+from aft_ray.planning.plan.search import TENSOR_PARALLEL, best_split
+from aft_ray.planning.plan.workload import workload
 
 CONFIGS = Path(__file__).parents[2] / "jobs/configs"
 BIG = sorted(path for path in CONFIGS.glob("*.yaml") if "aft-ray plan" in path.read_text())

@@ -8,17 +8,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from aft_ray.config import ConfigError, RunConfig, parse_config
-from aft_ray.planning import simulation
-from aft_ray.planning.simulated_sampler import SimulatedSampler
-from aft_ray.planning.simulation import simulate
-from aft_ray.planning.simulation_assumptions import Assumptions, draw_work
-from aft_ray.planning.simulation_likeness import like_answers
-from aft_ray.planning.virtual_time import Stuck, run_virtually
-from aft_ray.records import Candidate, Group, Question, Verdict, groups_to_table
-from aft_ray.sampling.pool import Samplers
+from aft_ray.config.run import ConfigError, RunConfig, parse_config
+from aft_ray.planning.simulation import simulate as simulation
+from aft_ray.planning.simulation.sampler import SimulatedSampler
+from aft_ray.planning.simulation.simulate import simulate
+from aft_ray.planning.simulation.assumptions import Assumptions, draw_work
+from aft_ray.planning.simulation.calibration import like_answers
+from aft_ray.planning.simulation.virtual_time import Stuck, run_virtually
+from aft_ray.storage.records import Candidate, Group, Question, Verdict, groups_to_table
+from aft_ray.sampling.sampler_pool import Samplers
 from aft_ray.sampling.stream import Ask, Job, sampling_spec
-from aft_ray.weights.publication import Publication
+from aft_ray.weights.version_manifest import Publication
 
 # Every answer has 100 tokens and every pass takes as long: what is left is arithmetic.
 PLAIN = Assumptions(

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from test_architecture import config_of, hugging_face_config
 
-from aft_ray.planning.architecture import Architecture, from_transformers
-from aft_ray.planning.training_memory import BUCKET, activation_bytes, states
+from aft_ray.planning.plan.architecture import Architecture, from_transformers
+from aft_ray.planning.plan.training_memory import BUCKET, activation_bytes, states
 
 SIZES = {
     "hidden": 96,

@@ -9,12 +9,12 @@ from tiny import LENGTH
 from transformers import AutoModelForCausalLM
 
 from aft_ray.objectives import build_objective
-from aft_ray.records import Candidate, Group, Question, Verdict
-from aft_ray.sampling.engine import Engine, EngineDead, EngineSpec, Prompt, SamplingSpec
-from aft_ray.tasks.arithmetic_model import build_tiny_model
+from aft_ray.storage.records import Candidate, Group, Question, Verdict
+from aft_ray.inference.engine import Engine, EngineDead, EngineSpec, Prompt, SamplingSpec
+from tiny_model import build_tiny_model
 from aft_ray.training.collate import collate
 from aft_ray.training.step import score_groups
-from aft_ray.weights.delivery import FromDirectory
+from aft_ray.weights.receive_plan import FromDirectory
 
 EOS = 1
 PROMPT = [7, 8, 9, 10, 11, 12]

@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny_config
 
-from aft_ray.cluster import sampler_bundles
-from aft_ray.sampling.engine import engine_arguments, engine_environment
-from aft_ray.sampling.groups import group_bundles, stages_are_whole
-from aft_ray.sampling.pool import engine_spec
+from aft_ray.cluster.connect import sampler_bundles
+from aft_ray.inference.engine import engine_arguments, engine_environment
+from aft_ray.sampling.placement_groups import group_bundles, stages_are_whole
+from aft_ray.sampling.sampler_pool import engine_spec
 
 
 def sampling(**keys):

@@ -21,7 +21,7 @@ START_S, STOP_S = 600, 90
 
 @pytest.fixture(scope="package")
 def reasoner(tmp_path_factory) -> Iterator[Reasoner]:
-    from aft_ray.config import ArithmeticConfig
+    from aft_ray.config.run import ArithmeticConfig
     from aft_ray.tasks.arithmetic import generate
 
     here = tmp_path_factory.mktemp("serving")

@@ -24,9 +24,9 @@ def train(directory: Path) -> Path:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from aft_ray.config import ArithmeticConfig
+    from aft_ray.config.run import ArithmeticConfig
     from aft_ray.tasks.arithmetic import generate
-    from aft_ray.tasks.arithmetic_model import build_tiny_model
+    from tiny_model import build_tiny_model
 
     steps, batch, peak = 250, 32, 4e-3
     # More than one only wait for each other, with a model so small.

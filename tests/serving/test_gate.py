@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from aft_ray.serving.gate import Gate
+from aft_ray.serving.engine.read_write_lock import Gate
 
 
 def test_who_excludes_is_alone_and_is_not_overtaken():

@@ -10,11 +10,11 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from aft_ray.config import ConfigError
-from aft_ray.serve_config import AccessConfig, LimitsConfig
-from aft_ray.serving import guard
-from aft_ray.serving.guard import Admission, BodyLimit, Keys
-from aft_ray.serving.requests import Refusal
+from aft_ray.config.run import ConfigError
+from aft_ray.config.serve import AccessConfig, LimitsConfig
+from aft_ray.serving.api import admission as guard
+from aft_ray.serving.api.admission import Admission, BodyLimit, Keys
+from aft_ray.serving.api.requests import Refusal
 
 
 def test_each_key_of_the_file_opens_and_nothing_else_does(tmp_path):

@@ -9,8 +9,8 @@ import yaml
 from tiny import tiny_tree
 
 from aft_ray.cli import main
-from aft_ray.serve_config import load_serve_config, parse_serve_config
-from aft_ray.serving.served import resolve
+from aft_ray.config.serve import load_serve_config, parse_serve_config
+from aft_ray.serving.model import resolve
 
 JOBS = Path(__file__).parents[2] / "jobs"
 

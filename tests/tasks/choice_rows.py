@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from aft_ray.config import DataConfig
-from aft_ray.records import Question, Verdict
+from aft_ray.config.run import DataConfig
+from aft_ray.storage.records import Question, Verdict
 from aft_ray.tasks import Task, build_task, load_split
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from aft_ray.tasks.arithmetic_model import build_tokenizer
+from tiny_model import build_tokenizer
 
 
 def real_data(name: str) -> Path:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from choice_rows import assert_sound, splits, stem, task_at, write_jsonl
 
-from aft_ray.config import ConfigError
+from aft_ray.config.run import ConfigError
 from aft_ray.tasks import load_split, questions
 
 

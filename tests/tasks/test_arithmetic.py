@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aft_ray.config import ArithmeticConfig, ConfigError, DataConfig
-from aft_ray.records import Question, Verdict
+from aft_ray.config.run import ArithmeticConfig, ConfigError, DataConfig
+from aft_ray.storage.records import Question, Verdict
 from aft_ray.tasks import SPLITS, build_task, load_split
 from aft_ray.tasks.arithmetic import Calculation, generate
 

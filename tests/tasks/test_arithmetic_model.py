@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from aft_ray.config import ArithmeticConfig
+from aft_ray.config.run import ArithmeticConfig
 from aft_ray.tasks.arithmetic import generate
-from aft_ray.tasks.arithmetic_model import build_tiny_model, build_tokenizer
-from aft_ray.verify.numbers import extract_after_marker
+from tiny_model import build_tiny_model, build_tokenizer
+from aft_ray.verify.answers.numbers import extract_after_marker
 
 TOKENIZER = build_tokenizer()
 

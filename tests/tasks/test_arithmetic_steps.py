@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aft_ray.config import ArithmeticConfig
+from aft_ray.config.run import ArithmeticConfig
 from aft_ray.tasks.arithmetic import Calculation, generate, pose
 from aft_ray.tasks.arithmetic_steps import grade_steps, read_calculation
 

@@ -3,7 +3,7 @@
 import pytest
 from choice_rows import task_at, write_jsonl
 
-from aft_ray.records import Verdict
+from aft_ray.storage.records import Verdict
 from aft_ray.tasks import load_split
 from aft_ray.tasks.choices import Problem, held_apart
 

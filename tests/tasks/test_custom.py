@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from aft_ray.config import ConfigError, DataConfig
-from aft_ray.records import Question
+from aft_ray.config.run import ConfigError, DataConfig
+from aft_ray.storage.records import Question
 from aft_ray.tasks import Task, build_task, load_split
 
 

@@ -3,7 +3,7 @@
 import pytest
 from choice_rows import assert_sound, splits, task_at, write_jsonl
 
-from aft_ray.config import ConfigError
+from aft_ray.config.run import ConfigError
 from aft_ray.tasks import load_split
 
 CHOICES = ["a mug", "the moon", "a shoe", "a cloud", "a key"]

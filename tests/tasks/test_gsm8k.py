@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from aft_ray.config import ConfigError, DataConfig
-from aft_ray.records import Verdict
+from aft_ray.config.run import ConfigError, DataConfig
+from aft_ray.storage.records import Verdict
 from aft_ray.tasks import build_task, load_split
 
 

@@ -3,7 +3,7 @@
 import pytest
 from choice_rows import task_at, write_jsonl
 
-from aft_ray.config import ConfigError
+from aft_ray.config.run import ConfigError
 from aft_ray.tasks import load_split
 
 CHOICES = ["north", "south", "east", "west"]

@@ -5,8 +5,8 @@ import copy
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from aft_ray.config import ConfigError, DataConfig
-from aft_ray.records import Question
+from aft_ray.config.run import ConfigError, DataConfig
+from aft_ray.storage.records import Question
 from aft_ray.tasks import build_task
 from aft_ray.tasks.rendering import render
 

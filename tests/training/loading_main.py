@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 
-from aft_ray.config import TrainingConfig
+from aft_ray.config.run import TrainingConfig
 from aft_ray.training import deepspeed as engines
 from aft_ray.training.loading import LoadingError, load_model
 

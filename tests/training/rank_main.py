@@ -11,13 +11,13 @@ import torch
 import torch.distributed as dist
 from training_helpers import PAD, plan, poisoned_group, random_groups
 
-from aft_ray.config import LoraConfig, ModelConfig, TrainingConfig
+from aft_ray.config.run import LoraConfig, ModelConfig, TrainingConfig
 from aft_ray.objectives import build_objective
 from aft_ray.training import deepspeed, step
 from aft_ray.training.collate import collate
 from aft_ray.weights.adapter import is_adapter, write_adapter
-from aft_ray.weights.source import write_model
-from aft_ray.weights.transport import Checkpoint
+from aft_ray.weights.export import write_model
+from aft_ray.weights.publish import Checkpoint
 
 OBJECTIVE, GROUPS, PER_STEP, RATE, WEIGHT = build_objective("aft_boundary"), 22, 8, 1e-3, 0.7
 LORA = LoraConfig(rank=4, alpha=6, targets=["q_proj", "v_proj", "up_proj", "lm_head"])

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from training_helpers import make_group
 
 from aft_ray.objectives import build_objective
-from aft_ray.records import Verdict
+from aft_ray.storage.records import Verdict
 from aft_ray.training.batching import (
     BatchingError,
     GroupSize,

@@ -13,7 +13,7 @@ from rank_main import GROUPS, LORA, OBJECTIVE, PER_STEP, RATE, WEIGHT
 from training_helpers import PAD, plan, random_groups, write_tiny_llama
 from transformers import AutoModelForCausalLM
 
-from aft_ray.config import TrainingConfig
+from aft_ray.config.run import TrainingConfig
 from aft_ray.training.collate import collate
 from aft_ray.training.deepspeed import ds_config, saved_by, to_universal
 from aft_ray.training.loading import load_model

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from training_helpers import PAD, plan, random_groups, write_tiny_llama
 
 from aft_ray.objectives import OBJECTIVES, build_objective
-from aft_ray.records import Verdict
+from aft_ray.storage.records import Verdict
 from aft_ray.training.batching import StepTotals, trained_candidates
 from aft_ray.training.collate import DUMMY, REFERENCE, collate
 from aft_ray.training.loading import load_model

@@ -3,7 +3,7 @@
 import random
 
 from aft_ray.objectives import Objective
-from aft_ray.records import Candidate, Group, Question, Verdict
+from aft_ray.storage.records import Candidate, Group, Question, Verdict
 from aft_ray.training.batching import group_size, plan_pass
 
 VOCABULARY, PAD = 64, 0

@@ -6,8 +6,8 @@ import sys
 import time
 from pathlib import Path
 
-from aft_ray.verify.compare import Kind, compare
-from aft_ray.verify.outcome import Outcome
+from aft_ray.verify.answers.compare import Kind, compare
+from aft_ray.verify.result import Outcome
 
 HEAVY = ("ray", "torch", "vllm", "transformers", "deepspeed")
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aft_ray.records import Verdict
-from aft_ray.verify.compare import Kind, compare
+from aft_ray.storage.records import Verdict
+from aft_ray.verify.answers.compare import Kind, compare
 
 RIGHT, WRONG, UNDECIDED = Verdict.RIGHT, Verdict.WRONG, Verdict.UNDECIDED
 

@@ -6,10 +6,10 @@ import sys
 import pytest
 from judge_server import chat, rated
 
-from aft_ray.config import FeedbackConfig, JudgeConfig
-from aft_ray.records import Candidate, Group, Question, Verdict
+from aft_ray.config.run import FeedbackConfig, JudgeConfig
+from aft_ray.storage.records import Candidate, Group, Question, Verdict
 from aft_ray.verify.feedback import reward_groups
-from aft_ray.verify.judge import Judge
+from aft_ray.verify.judge.judge import Judge
 
 TEXT = "Ana has 8 coins. Ana finds 4 more. Ana loses 2. how many coins does Ana have?"
 CHAIN = "8 + 4 = 12. 12 - 2 = 10. #### 10"

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from readers import As
 
-from aft_ray.config import DataConfig
-from aft_ray.records import Verdict
+from aft_ray.config.run import DataConfig
+from aft_ray.storage.records import Verdict
 from aft_ray.tasks import build_task
-from aft_ray.verify.options import extract_option
-from aft_ray.verify.pool import Item, Verifier
+from aft_ray.verify.answers.options import extract_option
+from aft_ray.verify.process_pool import Item, Verifier
 
 DEADLINE_S = 1.5
 HOSTILE = {
@@ -125,7 +125,7 @@ def test_in_a_ray_actor(ray_here: None) -> None:
             sys.path.insert(0, tests)
             from readers import As
 
-            from aft_ray.verify.pool import Item, Verifier
+            from aft_ray.verify.process_pool import Item, Verifier
 
             verifier = Verifier(workers=2, deadline_s=1.5)
             task = As("math")

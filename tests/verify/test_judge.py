@@ -7,8 +7,8 @@ from email.utils import formatdate
 import pytest
 from judge_server import Answer, JudgeServer, chat, judge_server, rated, refusal
 
-from aft_ray.config import ConfigError, JudgeConfig
-from aft_ray.verify.judge import Judge, JudgeCounts, JudgeFailed, JudgeItem
+from aft_ray.config.run import ConfigError, JudgeConfig
+from aft_ray.verify.judge.judge import Judge, JudgeCounts, JudgeFailed, JudgeItem
 
 
 @pytest.fixture

@@ -9,14 +9,14 @@ import threading
 
 import pytest
 
-from aft_ray.verify.judge_cache import CacheBroken, JudgeCache, Reply, request_key
+from aft_ray.verify.judge.cache import CacheBroken, JudgeCache, Reply, request_key
 
 REPLY = Reply("Evaluation Evidence: über\nRating: 3", True, 100, 20)
 
 WRITER = """
 import sys
 from pathlib import Path
-from aft_ray.verify.judge_cache import JudgeCache, Reply
+from aft_ray.verify.judge.cache import JudgeCache, Reply
 with JudgeCache(Path(sys.argv[1])) as cache:
     for index in range(int(sys.argv[2])):
         reply = cache.put(f"{sys.argv[3]}-{index}", Reply(sys.argv[3], True, 1, 1))

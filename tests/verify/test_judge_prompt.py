@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aft_ray.verify.judge_prompt import judge_prompt, read_reply, reply_pattern
+from aft_ray.verify.judge.prompt import judge_prompt, read_reply, reply_pattern
 
 E = "Evaluation Evidence: the second step is wrong."
 

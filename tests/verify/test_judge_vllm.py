@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from processes import free_ports, wait_for
 
-from aft_ray.config import JudgeConfig
-from aft_ray.verify.judge import Judge, JudgeFailed, JudgeItem
+from aft_ray.config.run import JudgeConfig
+from aft_ray.verify.judge.judge import Judge, JudgeFailed, JudgeItem
 
 pytestmark = pytest.mark.timeout(900)
 START_S = 600
@@ -158,7 +158,7 @@ def test_nothing_is_paid_twice_when_the_judging_process_is_killed(vllm, tmp_path
         "import sys; sys.path[:0] = sys.argv[3:]\n"
         "from pathlib import Path\n"
         "from test_judge_vllm import config, items\n"
-        "from aft_ray.verify.judge import Judge\n"
+        "from aft_ray.verify.judge.judge import Judge\n"
         f"Judge(config(sys.argv[1], concurrency={concurrency}), Path(sys.argv[2])).rate(items({count}))\n"
     )
     before = vllm.answered()

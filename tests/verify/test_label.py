@@ -3,11 +3,11 @@
 import pytest
 from readers import Misbehaving
 
-from aft_ray.config import DataConfig
-from aft_ray.records import Candidate, Group, Question, Verdict
+from aft_ray.config.run import DataConfig
+from aft_ray.storage.records import Candidate, Group, Question, Verdict
 from aft_ray.tasks import build_task
 from aft_ray.verify.label import label_groups
-from aft_ray.verify.pool import shared_verifier
+from aft_ray.verify.process_pool import shared_verifier
 
 
 def group(task: str, gold: str, texts: list[str]) -> Group:

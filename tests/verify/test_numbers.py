@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aft_ray.records import Verdict
-from aft_ray.verify.compare import compare
-from aft_ray.verify.numbers import extract_after_marker, read_number
+from aft_ray.storage.records import Verdict
+from aft_ray.verify.answers.compare import compare
+from aft_ray.verify.answers.numbers import extract_after_marker, read_number
 
 READ = [
     ("18", 18),

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aft_ray.verify.options import extract_option, read_option
+from aft_ray.verify.answers.options import extract_option, read_option
 
 SPELLINGS = [
     "B",

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from readers import As, Misbehaving, Process
 
-from aft_ray.records import Verdict
-from aft_ray.verify.pool import MAX_TEXT_LENGTH, Item, Verifier, shared_verifier
+from aft_ray.storage.records import Verdict
+from aft_ray.verify.process_pool import MAX_TEXT_LENGTH, Item, Verifier, shared_verifier
 
 DEADLINE_S = 1.0
 ROOT = Path(__file__).parents[2]
@@ -129,7 +129,7 @@ print("main runs")
 sys.path.insert(0, {tests!r})
 import torch
 from readers import Process
-from aft_ray.verify.pool import Item, shared_verifier
+from aft_ray.verify.process_pool import Item, shared_verifier
 text = {text!r}
 print([outcome.answer for outcome in shared_verifier().verify([Item(Process(), text, "x")])])
 """
@@ -182,7 +182,7 @@ def test_works_in_ray_actors_and_tasks(ray_here: None) -> None:
         sys.path.insert(0, tests)
         from readers import Misbehaving, Process
 
-        from aft_ray.verify.pool import Item, shared_verifier
+        from aft_ray.verify.process_pool import Item, shared_verifier
 
         task = Misbehaving()
         items = [Item(task, text, "12") for text in ("12", "13", "dies", "12")] + [Item(Process(), "modules", "x")]

@@ -5,9 +5,9 @@ import sys
 
 import torch
 
-from aft_ray.weights.buckets import receive
-from aft_ray.weights.gloo_group import GlooGroup, reach_store
-from aft_ray.weights.layout import Layout
+from aft_ray.weights.broadcast.buckets import receive
+from aft_ray.weights.broadcast.gloo_group import GlooGroup, reach_store
+from aft_ray.weights.broadcast.layout import Layout
 
 
 def main(port: int, rank: int, spec: str, fate: str) -> None:

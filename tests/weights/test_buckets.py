@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from aft_ray.weights.broadcast import GlooHub, stream
-from aft_ray.weights.buckets import receive, send
-from aft_ray.weights.layout import Layout
-from aft_ray.weights.meeting import Guest, Invitation, MeetingFailed
+from aft_ray.weights.broadcast.sender import GlooHub, stream
+from aft_ray.weights.broadcast.buckets import receive, send
+from aft_ray.weights.broadcast.layout import Layout
+from aft_ray.coordination.broadcast_group import Guest, Invitation, MeetingFailed
 
 CPU = torch.device("cpu")
 DTYPES = ("float32", "bfloat16", "float16")

@@ -9,14 +9,14 @@ import torch
 from tiny import LENGTH
 from transformers import AutoModelForCausalLM
 
-from aft_ray.sampling.engine import Engine, EngineSpec, WeightsMissed
-from aft_ray.sampling.phases import Overdue, Phases
-from aft_ray.tasks.arithmetic_model import build_tiny_model
-from aft_ray.weights.broadcast import GlooHub, stream
-from aft_ray.weights.delivery import FromDirectory, FromMeeting
-from aft_ray.weights.meeting import Guest, Invitation, MeetingFailed, Place, Table
-from aft_ray.weights.source import layout_of, live_parameters
-from aft_ray.weights.transport import Broadcast
+from aft_ray.inference.engine import Engine, EngineSpec, WeightsMissed
+from aft_ray.inference.update_phases import Overdue, Phases
+from tiny_model import build_tiny_model
+from aft_ray.weights.broadcast.sender import GlooHub, stream
+from aft_ray.weights.receive_plan import FromDirectory, FromMeeting
+from aft_ray.coordination.broadcast_group import Guest, Invitation, MeetingFailed, Place, Table
+from aft_ray.weights.export import layout_of, live_parameters
+from aft_ray.weights.publish import Broadcast
 
 DEADLINE = 120
 PROMPT, RESPONSE = [7, 8, 9, 10, 11, 12], [9, 10, 1]
@@ -170,7 +170,7 @@ def test_a_phase_that_stands_still_is_named(monkeypatch):
     import asyncio
     from concurrent.futures import Future
 
-    from aft_ray.sampling import phases as module
+    from aft_ray.inference import update_phases as module
 
     monkeypatch.setattr(module, "GRACE_S", 0.1)
     phases = Phases()

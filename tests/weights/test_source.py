@@ -12,9 +12,9 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from aft_ray.weights.publication import Probe, read_publication, write_probes
-from aft_ray.weights.source import layer_groups, named_tensors, write_model
-from aft_ray.weights.transport import Checkpoint
+from aft_ray.weights.version_manifest import Probe, read_publication, write_probes
+from aft_ray.weights.export import layer_groups, named_tensors, write_model
+from aft_ray.weights.publish import Checkpoint
 
 HERE = Path(__file__).parent
 SMALL = 40_000  # bytes a shard, less than a layer of the tiny model

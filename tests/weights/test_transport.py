@@ -7,9 +7,9 @@ import pytest
 import ray
 from transformers import AutoModelForCausalLM
 
-from aft_ray.weights.publication import Publication
-from aft_ray.weights.source import write_model
-from aft_ray.weights.transport import Checkpoint, ObjectStore
+from aft_ray.weights.version_manifest import Publication
+from aft_ray.weights.export import write_model
+from aft_ray.weights.publish import Checkpoint, ObjectStore
 
 TRANSPORTS = {"checkpoint": Checkpoint, "object_store": ObjectStore}
 

@@ -9,14 +9,14 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from aft_ray.config import ModelConfig, TrainingConfig
+from aft_ray.config.run import ModelConfig, TrainingConfig
 from aft_ray.training import deepspeed
-from aft_ray.weights.buckets import receive
-from aft_ray.weights.gloo_group import GlooGroup, reach_store
-from aft_ray.weights.layout import Layout
-from aft_ray.weights.meeting import Guest, Invitation, MeetingFailed
-from aft_ray.weights.source import layout_of, write_model
-from aft_ray.weights.transport import Broadcast, Checkpoint
+from aft_ray.weights.broadcast.buckets import receive
+from aft_ray.weights.broadcast.gloo_group import GlooGroup, reach_store
+from aft_ray.weights.broadcast.layout import Layout
+from aft_ray.coordination.broadcast_group import Guest, Invitation, MeetingFailed
+from aft_ray.weights.export import layout_of, write_model
+from aft_ray.weights.publish import Broadcast, Checkpoint
 
 
 def keep_nothing_gathered(training, dtype, made=deepspeed.ds_config):

@@ -1,0 +1,69 @@
+"""How a model scores its right and its wrong samples: what the assessment accuracy sums up, as distributions.
+
+Invariant: the models of one picture are counted in the same bins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from aft_ray.evaluation.answers import Answered
+from aft_ray.storage.records import Verdict
+
+BINS = 40
+# The lowest scores are few and far away: those below this percentile of all are counted in the first bin.
+TAIL = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """Numbers of right and of wrong samples in each bin; undecided ones are in neither.
+
+    edges: of the bins, nats per token, one more than there are bins.
+    """
+
+    edges: list[float]
+    right: list[int]
+    wrong: list[int]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def histograms(models: Mapping[str, Sequence[Answered]]) -> dict[str, Histogram]:
+    """Those of the models whose samples have scores and verdicts; empty when none has."""
+    scores = {label: _scores(answered) for label, answered in models.items()}
+    known = [values for pair in scores.values() for values in pair if len(values)]
+    if not known:
+        return {}
+    everything = np.concatenate(known)
+    low, high = float(np.percentile(everything, TAIL)), float(everything.max())
+    edges = np.linspace(low, high if high > low else low + 1e-3, BINS + 1)
+
+    def count(values: np.ndarray[Any, np.dtype[np.float64]]) -> list[int]:
+        return [int(number) for number in np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0]]
+
+    return {
+        label: Histogram([float(edge) for edge in edges], count(right), count(wrong))
+        for label, (right, wrong) in scores.items()
+        if len(right) or len(wrong)
+    }
+
+
+def _scores(answered: Sequence[Answered]) -> list[np.ndarray[Any, np.dtype[np.float64]]]:
+    return [
+        np.array(
+            [
+                sample.score
+                for question in answered
+                for sample in question.samples
+                if sample.verdict is verdict and sample.score is not None and np.isfinite(sample.score)
+            ],
+            dtype=np.float64,
+        )
+        for verdict in (Verdict.RIGHT, Verdict.WRONG)
+    ]

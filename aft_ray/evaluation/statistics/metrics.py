@@ -1,0 +1,231 @@
+"""What a model's answers to a split are worth, each figure with a 95 % bootstrap interval over the questions.
+
+An undecided answer is not counted as right, stays in the denominator of the accuracies, forms no pair in the
+assessment, and is shown as a number of its own. Invariant: no figure depends on the order of the questions.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from decimal import Decimal, InvalidOperation
+from typing import Any
+
+import numpy as np
+
+from aft_ray.evaluation.answers import Answered, Response
+from aft_ray.evaluation.statistics.bootstrap import Estimate, Floats, estimates, finite, interval, resampled
+from aft_ray.evaluation.statistics.voting import BY_SCORE, RULES, ballot
+from aft_ray.storage.records import Verdict
+
+Canonical = Callable[[str], Hashable]
+
+# METHOD: the assessment compares 3 right with 3 wrong samples.
+ASSESSED = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """The metrics of one model on one split, or on one task of it.
+
+    estimates: over the questions. "greedy"; with samples also "pass@1", "pass@k", "maj@k", "best-of-k", "vote@k",
+        "assessment" and "perplexity", with k as a number; those that need scores only when every sample has one.
+        Shares of 1, but for the perplexity.
+    seeds: sampling seeds, each of which drew its own k samples of a question.
+    k: samples used of every question and seed: as many as the question with the fewest has.
+    assessed: right and as many wrong samples that the assessment compares: 3, or k // 2 when k is less than 6 (at
+        least 1), so that a question can still qualify; figures with different `assessed` are not comparable.
+    tasks: when the questions are of several tasks, the metrics of each.
+    macro: likewise, the mean over the tasks of each figure, whatever their sizes.
+    """
+
+    questions: int
+    seeds: int
+    k: int
+    assessed: int
+    undecided_greedy: int
+    undecided_samples: int
+    estimates: dict[str, Estimate]
+    tasks: dict[str, Result] = field(default_factory=dict)
+    macro: dict[str, Estimate] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict for `json.dump`; a figure that does not exist is null."""
+        counts = {name: getattr(self, name) for name in _COUNTS}
+        figures = {name: estimate.to_json() for name, estimate in self.estimates.items()}
+        record = {**counts, "estimates": figures}
+        if self.tasks:
+            record["macro"] = {name: estimate.to_json() for name, estimate in self.macro.items()}
+            record["tasks"] = {task: result.to_json() for task, result in self.tasks.items()}
+        return record
+
+    def figures(self) -> dict[str, float | None]:
+        """All values by a flat name, for a line of metrics: "greedy", "maj_6", and "gsm8k/maj_6" of a task."""
+        flat = {name.replace("@", "_"): finite(estimate.value) for name, estimate in self.estimates.items()}
+        for task, result in self.tasks.items():
+            flat |= {f"{task}/{name}": value for name, value in result.figures().items()}
+        return flat
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Result:
+        """The inverse of `to_json`; what else a record holds is left aside."""
+        return cls(
+            **{name: value[name] for name in _COUNTS},
+            estimates={name: Estimate.from_json(e) for name, e in value["estimates"].items()},
+            tasks={task: cls.from_json(result) for task, result in value.get("tasks", {}).items()},
+            macro={name: Estimate.from_json(e) for name, e in value.get("macro", {}).items()},
+        )
+
+
+_COUNTS = ("questions", "seeds", "k", "assessed", "undecided_greedy", "undecided_samples")
+
+
+def normalise(answer: str) -> str:
+    """A simple canonical form: case, spaces, currency sign, thousands separators, final full stop, 4.0 = 4."""
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", " ".join(answer.casefold().split()))
+    text = text.strip("$ ").removesuffix(".")
+    try:
+        number = Decimal(text)
+    except InvalidOperation:
+        return text
+    if not number.is_finite() or abs(number.adjusted()) > 60:  # 1e999999999 would be written out
+        return text
+    digits = f"{number:f}"  # not normalize(): it rounds to the context's precision
+    return (digits.rstrip("0").rstrip(".") if "." in digits else digits) if number else "0"
+
+
+def measure(
+    answered: Sequence[Answered],
+    *,
+    k: int | None = None,
+    canonical: Canonical = normalise,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Result:
+    """All metrics. `canonical` maps equal answers to equal keys; `k` limits the samples that are used, so that models
+    with different numbers of them compare. Raises ValueError when there is no question."""
+    if not answered:
+        raise ValueError("there is nothing to measure: no question was answered")
+    answered = sorted(answered, key=lambda question: question.id)
+    k = smallest_k(answered) if k is None else min(k, smallest_k(answered))
+    names, columns = columns_of(answered, k, canonical)
+    whole, _ = _result(answered, names, columns, k, resamples, np.random.default_rng(seed))
+    tasks = sorted({question.task for question in answered})
+    if len(tasks) < 2:
+        return whole
+    parts: dict[str, Result] = {}
+    draws = []
+    for number, task in enumerate(tasks):
+        chosen = [i for i, question in enumerate(answered) if question.task == task]
+        # Tasks are resampled independently of each other.
+        rng = np.random.default_rng([seed, number])
+        of_task = [answered[i] for i in chosen]
+        parts[task], drawn = _result(of_task, names, columns[:, :, chosen], k, resamples, rng)
+        draws.append(drawn)
+    mean = np.mean(draws, axis=0)  # nan where any task has no figure
+    macro = {}
+    for i, name in enumerate(names):
+        value = float(np.mean([part.estimates[name].value for part in parts.values()]))
+        macro[name] = Estimate(value, *interval(mean[:, i]), whole.estimates[name].questions)
+    return replace(whole, tasks=parts, macro=macro)
+
+
+def smallest_k(answered: Sequence[Answered]) -> int:
+    """The fewest samples that any seed drew of any question; questions without any are left out. 0: none has any."""
+    seeds = seeds_of(answered)
+    counts = [len(question.drawn_by(seed)) for question in answered if question.samples for seed in seeds]
+    return min(filter(None, counts), default=0)
+
+
+def seeds_of(answered: Sequence[Answered]) -> list[int]:
+    return sorted({sample.seed for question in answered for sample in question.samples})
+
+
+def columns_of(answered: Sequence[Answered], k: int, canonical: Canonical = normalise) -> tuple[list[str], Floats]:
+    """The figures' names, and their columns (`bootstrap`); a question without samples of a seed adds nothing to it."""
+    seeds = seeds_of(answered) if k else []
+    scored = all(sample.score is not None for question in answered for sample in question.samples)
+    names = ["greedy"] if any(question.greedy is not None for question in answered) else []
+    if seeds:
+        names += [f"pass@{size}" for size in sorted({1, k})]
+        names += [rule.format(n=k) for rule in RULES if scored or rule not in BY_SCORE]
+        names += ["assessment", "perplexity"] if scored else []
+    columns = np.zeros((len(names), max(1, len(seeds)), len(answered), 2))
+    place = {name: i for i, name in enumerate(names)}
+    for q, question in enumerate(answered):
+        if question.greedy is not None:
+            columns[place["greedy"], 0, q] = question.greedy.right, 1
+        for s, seed in enumerate(seeds):
+            if samples := question.drawn_by(seed):
+                for name, value in _figures(samples, k, canonical, scored).items():
+                    columns[place[name], s, q] = value
+    return names, columns
+
+
+def _figures(samples: Sequence[Response], k: int, canonical: Canonical, scored: bool) -> dict[str, tuple[float, float]]:
+    """Numerator and denominator of every figure of one question's samples by one seed."""
+    right = sum(sample.right for sample in samples)
+    figures = {f"pass@{size}": (pass_at(len(samples), right, size), 1.0) for size in sorted({1, k})}
+    cast, everyone = ballot(samples[:k], canonical), np.arange(k)[None]
+    for name, rule in RULES.items():
+        if scored or name not in BY_SCORE:
+            figures[name.format(n=k)] = float(rule(cast, everyone)[0]), 1.0
+    if scored:
+        share = assessment(samples, assessed_of(k))
+        figures["assessment"] = (0.0, 0.0) if share is None else (share, 1.0)
+        figures["perplexity"] = right_perplexity(samples)
+    return figures
+
+
+def _result(
+    answered: Sequence[Answered],
+    names: Sequence[str],
+    columns: Floats,
+    k: int,
+    resamples: int,
+    rng: np.random.Generator,
+) -> tuple[Result, Floats]:
+    draws = resampled(columns, resamples, rng)
+    undecided = Verdict.UNDECIDED
+    result = Result(
+        questions=len(answered),
+        seeds=len(seeds_of(answered)),
+        k=k,
+        assessed=assessed_of(k),
+        undecided_greedy=sum(q.greedy is not None and q.greedy.verdict is undecided for q in answered),
+        undecided_samples=sum(sample.verdict is undecided for question in answered for sample in question.samples),
+        estimates=estimates(names, columns, draws, unseeded=("greedy",)),
+    )
+    return result, draws
+
+
+def assessed_of(k: int) -> int:
+    return max(1, min(ASSESSED, k // 2))
+
+
+def pass_at(n: int, right: int, k: int) -> float:
+    """Probability that k of n samples, drawn without replacement, hold a right one (arXiv 2107.03374, eq. 1)."""
+    if not 1 <= k <= n:
+        raise ValueError(f"pass@{k} cannot be estimated from {n} samples")
+    return 1.0 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def assessment(samples: Sequence[Response], assessed: int = ASSESSED) -> float | None:
+    """Of the pairs of the first `assessed` right and wrong samples, the share in which the right one scores higher.
+
+    Equal scores count half. None when there are fewer than `assessed` of either.
+    """
+    right = np.array([s.score for s in samples if s.verdict is Verdict.RIGHT][:assessed], dtype=np.float64)
+    wrong = np.array([s.score for s in samples if s.verdict is Verdict.WRONG][:assessed], dtype=np.float64)
+    if len(right) < assessed or len(wrong) < assessed:
+        return None
+    above, equal = right[:, None] > wrong, right[:, None] == wrong
+    return float(above.mean() + equal.mean() / 2)
+
+
+def right_perplexity(samples: Sequence[Response]) -> tuple[float, float]:
+    """Sum of exp(-score) over the right samples, and their number."""
+    scores = [sample.score for sample in samples if sample.right and sample.score is not None]
+    return math.fsum(math.exp(min(-score, 700.0)) for score in scores), float(len(scores))

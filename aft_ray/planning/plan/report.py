@@ -1,0 +1,206 @@
+"""A plan as tables for a person and as plain values for a program: every figure beside the formula that gave it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from aft_ray.planning.plan import splits as placing
+from aft_ray.planning.plan.assumptions import Assumptions
+from aft_ray.planning.plan.quantities import GB, Figure, Part, duration, gigabytes
+from aft_ray.planning.plan.splits import Split
+from aft_ray.planning.plan.planner import describe
+from aft_ray.planning.plan.plan import Plan
+from aft_ray.planning.plan.publish_time import sizes
+
+
+def parts(plan: Plan) -> list[Part]:
+    """Every figure of a plan, in the order in which it is read."""
+    found = [_model(plan), _trainer(plan)]
+    if plan.engine is not None:
+        found.append(Part("memory of an engine's process", plan.engine.lines))
+    if not plan.in_memory:
+        return found  # times of what cannot run would only mislead
+    found.append(Part("training a round", plan.training.lines))
+    if plan.sampling is not None:
+        found.append(Part("sampling a round, the busiest engine", plan.sampling.lines))
+    if plan.evaluation is not None:
+        found.append(Part("evaluating a version, the busiest engine", plan.evaluation.lines))
+    found.append(_publication(plan))
+    found.append(_round(plan))
+    return [part for part in found if part.figures]
+
+
+def _model(plan: Plan) -> Part:
+    planner = plan.planner
+    model, config, work = planner.model, planner.config, planner.work
+    figures = [Figure("parameters", model.parameters, "", model.parameters_how())]
+    if config.lora is not None:
+        trained = model.lora_parameters(config.lora.rank, config.lora.targets)
+        targets = len(set(config.lora.targets))
+        figures.append(Figure("of adapters", trained, "", f"rank {config.lora.rank} on {targets} linear layers"))
+    figures += [
+        Figure("questions a round", work.questions, "", work.counted),
+        Figure("rows of a group", work.rows, "", "1 reference + trained candidates (signal, distinct)"),
+        Figure("tokens of a row", work.row, "", f"{work.prompt:.0f} of prompt + {work.response:.0f} of response"),
+    ]
+    return Part(model.name, tuple(figures))
+
+
+def _trainer(plan: Plan) -> Part:
+    planner, memory = plan.planner, plan.trainer
+    training = planner.config.training
+    what = "GPU" if training.gpus_per_worker else "process"
+    figures = list(memory.lines)
+    have = ""
+    if training.gpus_per_worker:
+        room = planner.cluster.node.gpu_memory * GB
+        have = f" of {gigabytes(room)}: " + ("fits" if memory.device <= room else "does NOT fit")
+    figures.append(Figure(f"a train worker's {what}", memory.device, "bytes", f"the sum{have}", total=True))
+    figures += [Figure(f"in host memory: {line.label}", line.value, line.unit, line.how) for line in memory.host_lines]
+    stage = f"ZeRO-{training.zero_stage}"
+    return Part(f"memory of a train worker's {what}, {stage} over {plan.split.workers}", tuple(figures))
+
+
+def _publication(plan: Plan) -> Part:
+    config = plan.planner.config
+    chosen = plan.publications[config.weights.transport]
+    figures = [*chosen.trainer_lines, chosen.saving, *chosen.engine_lines]
+    figures += [
+        Figure(f"by {name} instead", time.engines, "s", "; ".join(line.how for line in time.engine_lines))
+        for name, time in plan.publications.items()
+        if name != config.weights.transport
+    ]
+    size = gigabytes(sizes(config, plan.planner.model).weights)
+    return Part(f"publication of a version ({size})", tuple(figures))
+
+
+def _round(plan: Plan) -> Part:
+    time, config, planner = plan.time, plan.planner.config, plan.planner
+    staleness = config.rounds.max_staleness
+    joined = "max(G, T)" if staleness and not config.sampling.colocate else "G + T"
+    slow = f"{time.bottleneck} is the longer side"
+    answering = " + ".join(f"{duration(v)} {name}" for name, v in planner.sampling_parts(plan.split).items())
+    published = plan.publications[config.weights.transport].trainer
+    steps = f"{duration(plan.training.seconds)} steps ({plan.training.tokens_per_s:,.0f} tokens/s)"
+    if turns := planner.turns(plan.split.workers):
+        steps += f" + {duration(turns)} to hand the GPUs over"
+    figures = [
+        Figure("G, sampling side", time.sampling, "s", answering or "nothing is sampled"),
+        Figure("T, training side", time.training, "s", f"{steps} + {duration(published)} model directory"),
+        Figure("a round", time.round, "s", f"{joined}, rounds.max_staleness={staleness}; {slow}", total=True),
+    ]
+    if config.vft.epochs:
+        figures.append(Figure("round 0 (VFT)", plan.vft.seconds, "s", f"{planner.work.vft_steps} steps"))
+    cluster = planner.cluster
+    figures.append(Figure("the whole run", plan.seconds, "s", f"round 0 + {config.rounds.count} rounds", total=True))
+    if cluster.gpus:
+        hours = plan.gpu_hours(plan.seconds)
+        figures.append(Figure("GPU-hours", hours, "", f"{cluster.gpus} GPUs x {duration(plan.seconds)}"))
+        if plan.price_per_gpu_hour is not None:
+            cost = hours * plan.price_per_gpu_hour
+            figures.append(Figure("cost", cost, "", f"{hours:,.1f} GPU-hours x {plan.price_per_gpu_hour:g}"))
+    return Part("a round", tuple(figures))
+
+
+def placement_lines(plan: Plan) -> list[str]:
+    """What the config uses of the cluster, what is idle, and what would be best there."""
+    planner, split = plan.planner, plan.split
+    cluster, config = planner.cluster, planner.config
+    lines = [f"cluster        {cluster}: {cluster.gpus} GPUs, {cluster.cpus:,} CPUs"]
+    idle = cluster.gpus - plan.gpus
+    state = f"{idle:g} GPUs idle" if idle > 0 else "none idle" if idle == 0 else f"{-idle:g} GPUs MISSING"
+    lines.append(f"the config     {describe(config, split)}: {plan.gpus:g} GPUs, {state}")
+    if plan.best is None:
+        lines.append(f"best split     none fits: {plan.why_none}")
+        return lines
+    best, time = plan.best
+    if best == split:
+        lines.append(f"best split     this one: a round takes {duration(time.round)}")
+        return lines
+    if not plan.problems and plan.time.round <= 1.01 * time.round:
+        lines.append(f"best split     this one, within 1 % of the fastest: a round takes {duration(plan.time.round)}")
+        return lines
+    gain = "" if plan.problems else f" instead of {duration(plan.time.round)} ({plan.time.round / time.round:.2f}x)"
+    lines.append(
+        f"best split     {describe(config, best)}: {placing.gpus(config, best):g} GPUs, a round takes "
+        f"{duration(time.round)}{gain}"
+    )
+    lines.append(f"               {' '.join(overrides(plan, best))}")
+    return lines
+
+
+def overrides(plan: Plan, split: Split) -> list[str]:
+    """The `key=value` of the command line that turn the config into a split."""
+    config = plan.planner.config
+    changed = {"sampling.samplers": (config.sampling.samplers, split.samplers or config.sampling.samplers)}
+    if split.samplers:
+        changed["sampling.tensor_parallel_size"] = (config.sampling.tensor_parallel_size, split.tensor_parallel)
+        if config.sampling.gpus_per_sampler >= 1:
+            wanted = split.tensor_parallel * config.sampling.pipeline_parallel_size
+            changed["sampling.gpus_per_sampler"] = (int(config.sampling.gpus_per_sampler), wanted)
+    changed["training.workers"] = (config.training.workers, split.workers)
+    return [f"{key}={new}" for key, (old, new) in changed.items() if old != new]
+
+
+def assumed_lines(assumed: Assumptions) -> Iterator[tuple[str, str, str]]:
+    """Name, value and meaning of every assumption; those that were given are marked."""
+    for name, field in Assumptions.model_fields.items():
+        value = getattr(assumed, name)
+        given = " (given)" if name in assumed.model_fields_set else ""
+        yield name, ("none" if value is None else f"{value:g}") + given, field.description or ""
+
+
+def rendered(plan: Plan) -> RenderableType:
+    """The tables of a plan."""
+    blocks: list[RenderableType] = [Text("\n".join(placement_lines(plan)))]
+    for part in parts(plan):
+        table = Table(title=part.title, title_justify="left", show_header=False, box=None, padding=(0, 1, 0, 1))
+        table.add_column(min_width=34, no_wrap=True)
+        table.add_column(justify="right", min_width=14, no_wrap=True)
+        table.add_column(overflow="fold")
+        for figure in part.figures:
+            table.add_row(figure.label, figure.shown(), figure.how, style="bold" if figure.total else None)
+        blocks += [Text(), table]
+    table = Table(
+        title="assumed (--assume name=value)", title_justify="left", show_header=False, box=None, padding=(0, 1)
+    )
+    for row in assumed_lines(plan.planner.assumed):
+        table.add_row(*row)
+    blocks += [Text(), table]
+    return Group(*blocks)
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """Every figure as plain values: seconds, bytes, counts."""
+    planner = plan.planner
+    best = None
+    if plan.best is not None:
+        best = {"split": asdict(plan.best[0]), "time": asdict(plan.best[1]), "overrides": overrides(plan, plan.best[0])}
+    return {
+        "config": planner.config.model_dump(mode="json"),
+        "cluster": {"nodes": planner.cluster.nodes, "node": planner.cluster.node.model_dump()},
+        "assumed": planner.assumed.model_dump(),
+        "model": {**asdict(planner.model), "parameters": planner.model.parameters},
+        "work": asdict(planner.work),
+        "split": asdict(plan.split),
+        "gpus": plan.gpus,
+        "idle_gpus": planner.cluster.gpus - plan.gpus,
+        "problems": list(plan.problems),
+        "trainer": asdict(plan.trainer),
+        "engine": asdict(plan.engine) if plan.engine else None,
+        "sampling": asdict(plan.sampling) if plan.sampling else None,
+        "evaluation": asdict(plan.evaluation) if plan.evaluation else None,
+        "training": asdict(plan.training),
+        "vft": asdict(plan.vft),
+        "publications": {name: asdict(time) for name, time in plan.publications.items()},
+        "round": {**asdict(plan.time), "bottleneck": plan.time.bottleneck},
+        "run_seconds": plan.seconds,
+        "gpu_hours": plan.gpu_hours(plan.seconds),
+        "best": best,
+    }

@@ -1,0 +1,107 @@
+"""What a simulation assumes of hardware, of answers and of failures; and the same read from a run that happened.
+
+Invariant: what a question's candidates are (lengths, right or wrong) depends on the seed, the round and the question
+alone, not on who answers it or when. So two simulations that differ in scheduling do the same work.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from aft_ray.config.section import Natural, Positive, Section
+
+
+class Assumptions(Section):
+    """Speeds of one engine and one train worker, seconds of the steps between, answers, and failures.
+
+    The defaults are round figures for a 70B model in bfloat16 with engines of 8 H100 and one H100 a train worker. They
+    are assumptions: take them from a run of your own where there is one.
+    """
+
+    step_ms: float = Field(14, gt=0, description="a decoding step of an engine, whatever it runs: weights and overhead")
+    step_us_per_sequence: float = Field(60, ge=0, description="and more for every running sequence")
+    prefill_tokens_per_s: float = Field(
+        25_000, gt=0, description="prompt tokens of an engine; decoding waits meanwhile"
+    )
+    train_tokens_per_s: float = Field(600, gt=0, description="padded tokens of a train worker, forward and backward")
+    pass_s: float = Field(1.0, ge=0, description="of each forward and backward pass beside its tokens: ZeRO's gathers")
+    optimizer_s: float = Field(0.5, ge=0, description="of the optimiser in a step")
+    publish_s: float = Field(90, ge=0, description="trainer: model directory and offer of a version")
+    load_s: float = Field(20, ge=0, description="engine: fetch, load and prove a version")
+    overhead_s: float = Field(
+        3, ge=0, description="of a round's sampling: start of the pipeline, last labels and files"
+    )
+    forward_ms: float = Field(0.5, ge=0, description="CPU of the one forwarding process for each question")
+    prompt_tokens: Positive = Field(120, description="mean of a prompt")
+    reference_tokens: Positive = Field(120, description="mean of a reference response")
+    response_tokens: Positive = Field(180, description="mean of a candidate, before sampling.max_tokens cuts it")
+    length_spread: float = Field(0.5, ge=0, le=3, description="standard deviation of log lengths; 0: all the same")
+    length_shared: float = Field(
+        0.5, ge=0, le=1, description="share of that variance that a question's candidates share"
+    )
+    pass_rate: float = Field(0.6, ge=0, le=1, description="share of right candidates")
+    pass_spread: float = Field(0.7, ge=0, lt=1, description="how unlike questions are in it; 0: all alike")
+    questions: Positive | None = Field(None, description="training questions; none: as many as the config says")
+    validation: Natural | None = Field(None, description="validation questions; none: as many as the config says")
+    gpus_per_node: Positive = Field(8, description="GPUs that are lost together with their node")
+    mtbf_hours: float | None = Field(
+        None, gt=0, description="of one GPU: mean time until the process that uses it ends; none: it never does"
+    )
+    node_mtbf_hours: float | None = Field(
+        None, gt=0, description="of one node: mean time until it is lost; none: never"
+    )
+    start_s: float = Field(180, ge=0, description="an engine's start, after a failure")
+    trainer_start_s: float = Field(300, ge=0, description="the train workers' restart from a checkpoint")
+    node_back_s: float = Field(900, ge=0, description="until a lost node is replaced")
+    notice_s: float = Field(30, ge=0, description="until calls to a lost node fail; they hang before")
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A round's answers before anyone gave them. lengths, right: [questions, k]; prompts, references: [questions]."""
+
+    prompts: NDArray[np.int64]
+    references: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    right: NDArray[np.bool_]
+
+
+def draw_work(assumed: Assumptions, seed: int, stage: int, questions: int, k: int, max_tokens: int) -> Work:
+    """The answers of a stage (a round, or an evaluation): log-normal lengths, cut at `max_tokens`; beta pass rates."""
+    prompts, references = _tokens(assumed, seed, questions)
+    rng = np.random.default_rng([seed, stage])
+    shared = np.sqrt(assumed.length_shared) * rng.standard_normal((questions, 1))
+    own = np.sqrt(1 - assumed.length_shared) * rng.standard_normal((questions, k))
+    lengths = np.minimum(_log_normal(assumed.response_tokens, assumed.length_spread, shared + own), max_tokens)
+    return Work(
+        prompts, references, lengths, rng.random((questions, k)) < _pass_rates(assumed, rng, questions)[:, None]
+    )
+
+
+def _tokens(assumed: Assumptions, seed: int, questions: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Prompts and references are the same in every round."""
+    rng = np.random.default_rng([seed])
+    normal = rng.standard_normal((2, questions))
+    spread = assumed.length_spread
+    return _log_normal(assumed.prompt_tokens, spread, normal[0]), _log_normal(
+        assumed.reference_tokens, spread, normal[1]
+    )
+
+
+def _log_normal(mean: float, spread: float, normal: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Integers whose mean is `mean`: a log-normal variable with log-variance s² has the mean exp(mu + s²/2)."""
+    tokens: NDArray[np.int64] = np.maximum(1, np.rint(mean * np.exp(spread * normal - spread**2 / 2))).astype(np.int64)
+    return tokens
+
+
+def _pass_rates(assumed: Assumptions, rng: np.random.Generator, questions: int) -> NDArray[np.float64]:
+    """Of each question: beta distributed with mean `pass_rate`; its two parameters sum to 1/spread - 1."""
+    rate, spread = assumed.pass_rate, assumed.pass_spread
+    if spread == 0 or rate in (0, 1):
+        return np.full(questions, rate)
+    concentration = 1 / spread - 1
+    return rng.beta(rate * concentration, (1 - rate) * concentration, questions)

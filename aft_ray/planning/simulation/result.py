@@ -1,0 +1,79 @@
+"""What became of a simulated run: times of every round, and the shares that follow from them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+
+from aft_ray.planning.simulation.trainer import TrainedRound
+
+
+@dataclass(frozen=True, slots=True)
+class SampledRound:
+    """Times in seconds from the run's start; waited_s: for a version; load_s: until every engine alive held it.
+
+    tail_s: from 95 % of the questions answered to the last. full: tokens as a share of what the engines generate with
+    max_num_seqs sequences each; busy: share of the engines' time with a sequence at all.
+    """
+
+    round: int
+    version: int
+    staleness: int
+    waited_s: float
+    load_s: float
+    evaluate_s: float
+    started: float
+    ended: float
+    tail_s: float
+    questions: int
+    parked: int
+    tokens: int
+    full: float
+    busy: float
+
+    @property
+    def seconds(self) -> float:
+        return self.ended - self.started
+
+
+@dataclass(frozen=True, slots=True)
+class Simulated:
+    """What became of a simulated run. stopped: why it ended short, else None.
+
+    curve: (second, share of all engines' places that run a sequence). forwarding: share of the sampling time for which
+    the one forwarding process was busy. gpus: of the engines and the train workers.
+    """
+
+    sampled: list[SampledRound]
+    trained: list[TrainedRound]
+    seconds: float
+    gpus: int
+    sampler_failures: int
+    trainer_failures: int
+    forwarding: float
+    stopped: str | None
+    curve: list[tuple[float, float]] = field(repr=False)
+
+    @property
+    def round_s(self) -> list[float]:
+        """Seconds from one publication to the next, the first from the run's start."""
+        return [after - before for before, after in pairwise([0.0, *(one.published for one in self.trained)])]
+
+    @property
+    def steady_s(self) -> float:
+        """Mean seconds of the rounds after the first; of the first when there is no other."""
+        seconds = self.round_s
+        return float(np.mean(seconds[1:] or seconds)) if seconds else math.nan
+
+    @property
+    def samplers_busy(self) -> float:
+        """Share of the whole run for which an engine has a sequence to run, mean over the engines."""
+        return sum(one.busy * one.seconds for one in self.sampled) / self.seconds if self.seconds else 0.0
+
+    @property
+    def trainers_busy(self) -> float:
+        """Share of the whole run for which a train worker computes."""
+        return sum(one.busy * one.train_s for one in self.trained) / self.seconds if self.seconds else 0.0

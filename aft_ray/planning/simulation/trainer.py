@@ -1,0 +1,168 @@
+"""The train workers in virtual time: the real plan of a pass, with seconds for each forward and backward pass.
+
+Invariant: rounds are trained in order, each once it is ready on the board, and published only when it is trained whole;
+a failure of any worker costs the round what it had done, as a restart from the last checkpoint does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from aft_ray.coordination.coordinator import Board
+from aft_ray.config.run import RANKING_OBJECTIVES, RunConfig
+from aft_ray.planning.simulation.assumptions import Assumptions, Work
+from aft_ray.training.batching import GroupSize, StepPlan, plan_pass
+from aft_ray.weights.version_manifest import Publication
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedRound:
+    """Seconds from the run's start. waited_s: for groups; busy: share of the workers' time that computes."""
+
+    round: int
+    waited_s: float
+    started: float
+    trained: float
+    published: float
+    steps: int
+    tokens: int
+    busy: float
+    failures: int
+
+    @property
+    def train_s(self) -> float:
+        """Seconds from the start to the last optimiser step, restarts included."""
+        return self.trained - self.started
+
+
+@dataclass(frozen=True, slots=True)
+class PassCost:
+    """Seconds of a training pass that nothing interrupts; compute_s: of one worker on average, without waiting."""
+
+    seconds: float
+    compute_s: float
+    steps: int
+    tokens: int
+
+
+def group_sizes(config: RunConfig, work: Work, answered: list[tuple[str, int]]) -> list[GroupSize]:
+    """Sizes of the answered questions, given as (id, number in `work`). Which candidates are trained on follows
+    `batching.trained_candidates`, but for repeated responses, which simulated ones are not."""
+    sizes = []
+    for question_id, number in answered:
+        lengths, right = work.lengths[number], work.right[number]
+        if config.objective.name == "rft":
+            lengths = lengths[right]
+        elif config.objective.name not in RANKING_OBJECTIVES or right.all() or not right.any():
+            lengths = lengths[:0]
+        reference = int(work.references[number])
+        sizes.append(
+            GroupSize(
+                question_id=question_id,
+                rows=1 + len(lengths),
+                prompt=int(work.prompts[number]),
+                response=max([reference, *map(int, lengths)]),
+                reference_tokens=reference,
+                supervised_tokens=reference + int(lengths.sum()),
+            )
+        )
+    return sizes
+
+
+def pass_cost(config: RunConfig, assumed: Assumptions, sizes: list[GroupSize], round_number: int) -> PassCost:
+    """What the plan of a pass takes. In each forward and backward pass the workers wait for the slowest of them,
+    because sharded weights and gradients are gathered by all."""
+    training = config.training
+    plan = plan_pass(
+        sizes,
+        ranks=training.workers,
+        groups_per_step=training.groups_per_step,
+        tokens_per_microbatch=training.tokens_per_microbatch,
+        epochs=training.epochs,
+        seed=config.seed,
+        round=round_number,
+    )
+    steps = [step for epoch in plan for step in epoch]
+    slowest = tokens = passes = 0
+    for step in steps:
+        of_pass = _tokens_of_passes(step, sizes)
+        slowest += sum(max(ranks) for ranks in of_pass)
+        tokens += sum(sum(ranks) for ranks in of_pass)
+        passes += len(of_pass)
+    seconds = slowest / assumed.train_tokens_per_s + passes * assumed.pass_s + len(steps) * assumed.optimizer_s
+    return PassCost(seconds, tokens / assumed.train_tokens_per_s / training.workers, len(steps), tokens)
+
+
+def _tokens_of_passes(step: StepPlan, sizes: list[GroupSize]) -> list[list[int]]:
+    """Padded tokens [passes][ranks]: a micro-batch is padded to its longest prompt and its longest response."""
+
+    def padded(micro: tuple[int, ...]) -> int:
+        if not micro:
+            return 0
+        groups = [sizes[index] for index in micro]
+        return sum(g.rows for g in groups) * (max(g.prompt for g in groups) + max(g.response for g in groups))
+
+    return [[padded(share[number]) for share in step.shares] for number in range(len(step.shares[0]))]
+
+
+class SimulatedTrainer:
+    """All train workers as one: what ends one of them restarts all."""
+
+    def __init__(
+        self, config: RunConfig, assumed: Assumptions, board: Board, sizes: Callable[[int], list[GroupSize]]
+    ) -> None:
+        self._config, self._assumed, self._board, self._sizes = config, assumed, board, sizes
+        self._loop = asyncio.get_running_loop()
+        self._failed = asyncio.Event()
+        self._back_at = 0.0
+        self.failures = 0
+        self.rounds: list[TrainedRound] = []
+
+    def fail(self, noticed_s: float, back_s: float) -> None:
+        """A worker ends; all of them have loaded the last checkpoint again after `back_s`. What ends while they are
+        away delays them, and is no failure of its own."""
+        self.failures += not self._failed.is_set()
+        self._back_at = max(self._back_at, self._loop.time() + max(noticed_s, back_s))
+        self._failed.set()
+
+    async def run(self, first: int, last: int) -> None:
+        """What every worker does, `training.worker`: wait, train, publish. Raises BoardFailed when the run failed."""
+        for number in range(first, last + 1):
+            waited = await self._board.wait_ready(number, self._config.rounds.timeout_s)
+            cost = pass_cost(self._config, self._assumed, self._sizes(number), number)
+            started, failures = self._loop.time(), self.failures
+            # Publication is part of the round: a failure in it also goes back to the last checkpoint.
+            while not (await self._undisturbed(cost.seconds) and await self._undisturbed(self._assumed.publish_s)):
+                await self._restarted()
+            published = self._loop.time()
+            trained = published - self._assumed.publish_s
+            busy = cost.compute_s / (trained - started) if trained > started else 0.0
+            self.rounds.append(
+                TrainedRound(
+                    number, waited, started, trained, published, cost.steps, cost.tokens, busy, self.failures - failures
+                )
+            )
+            await self._board.publish(Publication(number, "", (), ()))
+
+    async def _undisturbed(self, seconds: float) -> bool:
+        """Whether the workers got through so many seconds of work without a failure, from the last one on."""
+        if self._failed.is_set():
+            return False
+        try:
+            await asyncio.wait_for(self._failed.wait(), seconds)
+        except TimeoutError:
+            return True
+        return False
+
+    async def _restarted(self) -> None:
+        if self.failures > self._config.training.max_failures:
+            await self._board.fail(
+                f"training failed: its workers ended {self.failures} times, more than training.max_failures="
+                f"{self._config.training.max_failures}"
+            )
+            await self._board.check()
+        while self._loop.time() < self._back_at:
+            await asyncio.sleep(self._back_at - self._loop.time())
+        self._failed.clear()

@@ -1,0 +1,245 @@
+"""The run's samplers as one thing: start them, bring them to a version, ask how they are, end them.
+
+Samplers come and go: the run begins with as many as it needs at least, later ones join as the cluster has room, and
+one whose node is gone is waited for only while too few are left. Invariant: every wait has a deadline, and its error
+names the samplers that were waited for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayError
+
+from aft_ray.config.run import RunConfig
+from aft_ray.inference.engine import EngineSpec
+from aft_ray.sampling.placement_groups import actor_options, close_groups, open_group, seated_options, waits_for
+from aft_ray.sampling.sampler_health import Change, Members, SamplersFailed, last_line, reason_of
+from aft_ray.sampling.sampler import Loaded, Sampler
+from aft_ray.cluster.colocated_placement import EngineSeat
+from aft_ray.weights.version_manifest import Publication, PublicationFailed
+
+# Times Ray restarts a sampler whose process or node ended. What kills engines at once parks its questions long before.
+RESTARTS = 100
+
+
+def engine_spec(config: RunConfig, model: str, eos_token_id: int, seat: EngineSeat | None = None) -> EngineSpec:
+    """The engine of a run's samplers, started from `model`; with a `seat` on the train workers' GPUs."""
+    sampling = config.sampling
+    return EngineSpec(
+        model=model,
+        eos_token_id=eos_token_id,
+        dtype=config.model.dtype,
+        max_length=config.model.max_length,
+        max_num_seqs=sampling.max_num_seqs,
+        gpu=sampling.gpus_per_sampler > 0,
+        tensor_parallel_size=sampling.tensor_parallel_size,
+        pipeline_parallel_size=sampling.pipeline_parallel_size,
+        threads=max(1, int(sampling.cpus_per_sampler / sampling.processes_per_sampler)),
+        kv_cache_gib=sampling.kv_cache_gib,
+        gpu_memory_utilization=sampling.gpu_memory_utilization,
+        trust_remote_code=config.model.trust_remote_code,
+        seed=config.seed,
+        shared_gpus=seat.gpus if seat else (),
+        meets=config.weights.transport == "nccl",
+        lora=config.lora if config.weights.transport == "lora" else None,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Samplers:
+    """The samplers as they cross to another process: whom to ask, and how long to wait for what.
+
+    ready: those that answered when this was made. minimum: how many must answer.
+    """
+
+    actors: tuple[Any, ...]
+    groups: tuple[Any, ...]
+    log_files: tuple[str | None, ...]
+    minimum: int
+    start_timeout_s: float
+    load_timeout_s: float
+    tolerance: float
+    ready: frozenset[int] = frozenset()
+
+    def members(self, tell: Callable[[Change], None] | None = None) -> Members:
+        """A watch over them, for the event loop of the calling process."""
+        return Members(self.actors, self.ready, self.minimum, self.start_timeout_s, self.why, tell)
+
+    def why(self, index: int) -> str:
+        """Why a sampler that never answered does not."""
+        log = self.log_files[index]
+        waits = waits_for(self.groups[index]) if self.groups else "its engine has not started yet"
+        return waits + (f" (its output: {log})" if log else "")
+
+
+class SamplerPool:
+    """The driver's end of the samplers. Start with `start`, then `wait_ready` once before use."""
+
+    def __init__(self, samplers: Samplers, tell: Callable[[Change], None] | None = None) -> None:
+        self._samplers = samplers
+        self._loop = asyncio.new_event_loop()
+        self._members = samplers.members(tell)
+        self._thread = threading.Thread(target=self._loop.run_forever, name="samplers", daemon=True)
+        self._thread.start()
+        self._loop.call_soon_threadsafe(self._members.watch)
+
+    @classmethod
+    def start(
+        cls,
+        config: RunConfig,
+        model: str,
+        eos_token_id: int,
+        log_dir: str | None,
+        version: int | None,
+        tell: Callable[[Change], None] | None = None,
+        seats: tuple[EngineSeat, ...] | None = None,
+    ) -> SamplerPool:
+        """Begins to start `sampling.samplers` actors; returns at once, so that other work can go on meanwhile.
+
+        version: the policy version that `model` is; None when it is none, and one must be loaded first. tell: is told
+        of samplers that join and that are lost, from another thread. seats: where they take turns with train workers;
+        none: each has resources of its own, in a placement group.
+        """
+        sampling = config.sampling
+        logs = [os.path.join(log_dir, f"sampler-{i}.log") if log_dir else None for i in range(sampling.samplers)]
+        groups = [] if seats else [open_group(index, sampling) for index in range(sampling.samplers)]
+        placed = [seated_options(seat, sampling) for seat in seats or ()]
+        placed += [actor_options(group, sampling) for group in groups]
+        actors = [
+            ray.remote(Sampler)
+            .options(
+                **options,
+                max_restarts=RESTARTS,
+                # A retry would re-send the very call that killed the engine; questions are re-queued one by one.
+                max_task_retries=0,
+                max_concurrency=4 * sampling.in_flight + 16,
+            )
+            .remote(
+                index,
+                engine_spec(config, model, eos_token_id, seats[index] if seats else None),
+                log,
+                sampling.start_timeout_s,
+                version,
+            )
+            for index, (options, log) in enumerate(zip(placed, logs, strict=True))
+        ]
+        samplers = Samplers(
+            tuple(actors),
+            tuple(groups),
+            tuple(logs),
+            sampling.min_samplers,
+            sampling.start_timeout_s,
+            config.weights.timeout_s,
+            config.score_tolerance,
+        )
+        return cls(samplers, tell)
+
+    @property
+    def actors(self) -> tuple[Any, ...]:
+        return self._samplers.actors
+
+    def handles(self) -> Samplers:
+        """The samplers for another process, with those that answer now."""
+        return replace(self._samplers, ready=self._members.ready)
+
+    def wait_ready(self, minimum: int | None = None) -> list[int]:
+        """Blocks until `minimum` samplers answer (none: sampling.min_samplers); which do. Raises SamplersFailed."""
+        return sorted(asyncio.run_coroutine_threadsafe(self._members.enough(minimum), self._loop).result())
+
+    def load(self, publication: Publication) -> list[Loaded]:
+        """Brings the samplers that answer to a version, proven by its probes; at least sampling.min_samplers of them.
+
+        One that dies meanwhile is left out: it loads the version when it is back, before it serves. Raises
+        PublicationFailed when a living engine does not take the weights, SamplersFailed when too few live.
+        """
+        loaded: dict[int, Loaded] = {}
+        deadline = time.monotonic() + self._samplers.start_timeout_s + 3 * self._samplers.load_timeout_s
+        while True:
+            ready = self.wait_ready()
+            loaded |= self._load_on([index for index in ready if index not in loaded], publication)
+            if len(loaded) >= self._samplers.minimum:
+                return list(loaded.values())
+            if time.monotonic() > deadline:
+                raise SamplersFailed(
+                    f"{len(loaded)} samplers reached version {publication.version} and {self._samplers.minimum} must "
+                    f"(sampling.min_samplers); the others ended each time they loaded it"
+                )
+
+    def _load_on(self, indexes: Iterable[int], publication: Publication) -> dict[int, Loaded]:
+        """Loads a version on some samplers at once; without those that ended."""
+        samplers = self._samplers
+        timeout_s = samplers.load_timeout_s
+        calls = {samplers.actors[i].load.remote(publication, samplers.tolerance, timeout_s): i for i in indexes}
+        patience = 3 * timeout_s + 30  # a sampler's own deadline is a phase's, thrice
+        _, late = ray.wait(list(calls), num_returns=max(1, len(calls)), timeout=patience) if calls else ([], [])
+        if late:
+            names = ", ".join(f"sampler {calls[call]}" for call in late)
+            raise PublicationFailed(
+                f"{names} did not load version {publication.version} within {patience:.0f} s"
+                f"{self._where([calls[call] for call in late])}"
+            )
+        loaded = {}
+        for call, index in calls.items():
+            try:
+                loaded[index] = ray.get(call)
+            except RayActorError as error:
+                self._loop.call_soon_threadsafe(self._members.lost, index, reason_of(error))
+            except RayError as error:
+                cause = getattr(error, "cause", None) or error
+                if isinstance(cause, PublicationFailed):
+                    raise cause from None
+                raise PublicationFailed(
+                    f"sampler {index} did not load version {publication.version}: {last_line(str(cause))}"
+                    f"{self._where([index])}"
+                ) from error
+        return loaded
+
+    def sleep(self) -> None:
+        """Has every engine give its GPUs' memory back; each must load a version before it answers again.
+
+        Raises SamplersFailed when one does not.
+        """
+        calls = {self.actors[index].sleep.remote(): index for index in sorted(self._members.ready)}
+        timeout_s = self._samplers.load_timeout_s
+        _, late = ray.wait(list(calls), num_returns=len(calls), timeout=timeout_s) if calls else ([], [])
+        if late:
+            names = ", ".join(f"sampler {calls[call]}" for call in late)
+            raise SamplersFailed(f"{names} did not leave its GPUs within {timeout_s:.0f} s (weights.timeout_s)")
+        for call, index in calls.items():
+            try:
+                ray.get(call)
+            except RayActorError as error:  # it holds nothing any more
+                self._loop.call_soon_threadsafe(self._members.lost, index, reason_of(error))
+
+    def statuses(self) -> list[dict[str, Any]]:
+        """Status of the samplers that answer within a few seconds."""
+        calls = [self.actors[index].status.remote() for index in sorted(self._members.ready)]
+        done, _ = ray.wait(calls, num_returns=len(calls), timeout=5.0) if calls else ([], [])
+        statuses = []
+        for reference in done:
+            try:
+                statuses.append(ray.get(reference))
+            except RayActorError:
+                continue
+        return statuses
+
+    def close(self) -> None:
+        """Ends the samplers and gives back what was kept for them."""
+        asyncio.run_coroutine_threadsafe(self._members.close(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        for actor in self.actors:
+            ray.kill(actor)
+        close_groups(self._samplers.groups)
+
+    def _where(self, indexes: Iterable[int]) -> str:
+        logs = [log for index in indexes if (log := self._samplers.log_files[index])]
+        return f" (its output: {', '.join(logs)})" if logs else ""

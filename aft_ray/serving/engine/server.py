@@ -1,0 +1,275 @@
+"""The engine side: ray.serve.llm's LLMServer, which also samples compactly and takes new weights without a restart.
+
+Invariant: a call is answered wholly by one policy version, the one that it names in its reply. New weights wait until
+no candidate is being sampled, calls that arrive meanwhile wait for them, and weights that do not prove themselves by
+their probes never answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+import uuid
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
+from ray.serve.llm import LLMConfig
+from ray.serve.llm.deployment import LLMServer
+
+from aft_ray.storage.records import Candidate
+from aft_ray.storage.run_dir import local_model
+from aft_ray.inference.engine import (
+    NoRoom,
+    Prompt,
+    SamplingSpec,
+    candidates_of,
+    request_parameters,
+    response_room,
+    score_of,
+    scoring_parameters,
+)
+from aft_ray.serving.engine.read_write_lock import Gate
+from aft_ray.weights.version_manifest import Publication
+
+
+class WrongVersion(RuntimeError):
+    """The engine does not hold the policy version asked for: it has gone on to another, or failed to."""
+
+
+class BadRequest(ValueError):
+    """The engine refuses the request for what it asks, as one sentence."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """Those candidates of a question that have the given indices.
+
+    how: its k is not read. seed: of the candidate with index 0; each next one has one more, as in one vLLM request for
+    all of them. together_s: candidates that finish within so many seconds of each other travel together. version: None:
+    any.
+    """
+
+    prompt_token_ids: list[int]
+    how: SamplingSpec
+    indices: tuple[int, ...]
+    seed: int
+    together_s: float = 0.0
+    version: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """Candidates as they are finished, by their indices, without texts; the policy version that made them."""
+
+    version: int | None
+    candidates: tuple[tuple[int, Candidate], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What an engine holds, and for how many seconds it has been answering."""
+
+    version: int | None
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class PolicySpec:
+    """What a policy server is beside its LLMConfig.
+
+    publication: the weights to start with; None when they are of no run. tolerance: largest difference of a probe's
+    score, nats per token. drain_s: deadline of waiting for running candidates before weights change.
+    """
+
+    publication: Publication | None
+    eos_token_id: int
+    max_length: int
+    tolerance: float
+    drain_s: float
+    follow_s: float
+
+
+class PolicyEngine(VLLMEngine):  # type: ignore[misc]
+    """Ray's vLLM engine with its client within reach of the server."""
+
+    def _start_async_llm_engine(self, vllm_engine_args: Any, vllm_engine_config: Any, placement_group: Any) -> Any:
+        parallel = vllm_engine_config.parallel_config
+        if parallel.world_size == 1 and parallel.distributed_executor_backend == "mp":
+            # One process less for every step of a CPU engine; Ray knows no way to ask for it.
+            parallel.distributed_executor_backend = "uni"
+        return super()._start_async_llm_engine(vllm_engine_args, vllm_engine_config, placement_group)
+
+    @property
+    def client(self) -> Any:
+        """vLLM's AsyncLLM."""
+        return self._engine_client
+
+
+class PolicyServer(LLMServer):  # type: ignore[misc]
+    """One engine. Its OpenAI methods are LLMServer's; `sample` is what the reasoner asks."""
+
+    async def __init__(  # type: ignore[misc]
+        self, llm_config: LLMConfig, spec: PolicySpec, rollout: Any = None
+    ) -> None:
+        self._spec = spec
+        self._gate = Gate()
+        self._failure: str | None = None
+        self._publication = spec.publication if rollout is None else await rollout.current.remote()
+        if self._publication is not None:
+            model = await asyncio.to_thread(local_model, self._publication.model)
+            llm_config = _with_model(llm_config, model)
+        await super().__init__(llm_config, engine_cls=PolicyEngine)
+        if self._publication is not None:
+            await self._prove(self._publication)
+        self._began = time.monotonic()
+        self._following = asyncio.create_task(self._follow(rollout)) if rollout is not None else None
+
+    async def sample(self, draw: Draw) -> AsyncIterator[Drawn]:
+        """The candidates as they are finished; closing the iterator ends those that still run.
+
+        Raises WrongVersion, or BadRequest when the prompt leaves no room for a response.
+        """
+        async with self._answering(draw) as version:
+            running = {asyncio.ensure_future(request) for request in self._requests(draw)}
+            try:
+                while running:
+                    await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                    done, running = await asyncio.wait(running, timeout=draw.together_s)
+                    yield Drawn(version, tuple(task.result() for task in done))
+            finally:
+                for task in running:
+                    task.cancel()
+                await asyncio.gather(*running, return_exceptions=True)
+
+    async def sample_tokens(self, draw: Draw) -> AsyncIterator[Drawn | list[int]]:
+        """The one candidate, token by token: lists of new token ids, then the candidate itself."""
+        async with self._answering(draw) as version:
+            seen = 0
+            (index,) = draw.indices
+            params = self._parameters(draw, index)
+            params.output_kind = type(params.output_kind).CUMULATIVE
+            async for output in self._generate(draw.prompt_token_ids, params):
+                new = list(output.outputs[0].token_ids[seen:])
+                seen += len(new)
+                yield new
+                last = output
+            yield Drawn(version, ((index, candidates_of(last)[0]),))
+
+    async def standing(self) -> Standing:
+        return Standing(self._version, time.monotonic() - self._began)
+
+    @property
+    def _version(self) -> int | None:
+        return self._publication.version if self._publication is not None else None
+
+    async def check_health(self) -> None:
+        if self._failure is not None:
+            raise RuntimeError(self._failure)
+        await super().check_health()
+
+    @contextlib.asynccontextmanager
+    async def _answering(self, draw: Draw) -> AsyncIterator[int | None]:
+        async with self._gate.shared():
+            if self._failure is not None:
+                raise WrongVersion(self._failure)
+            if draw.version is not None and draw.version != self._version:
+                raise WrongVersion(f"asked for version {draw.version}; this engine holds {self._version}")
+            yield self._version
+
+    def _requests(self, draw: Draw) -> list[Coroutine[Any, Any, tuple[int, Candidate]]]:
+        parameters = [(index, self._parameters(draw, index)) for index in draw.indices]
+        return [self._one(draw, index, params) for index, params in parameters]
+
+    async def _one(self, draw: Draw, index: int, params: Any) -> tuple[int, Candidate]:
+        async for output in self._generate(draw.prompt_token_ids, params):
+            last = output
+        return index, candidates_of(last)[0]
+
+    def _parameters(self, draw: Draw, index: int) -> Any:
+        prompt = Prompt(draw.prompt_token_ids, draw.seed + index)
+        how = SamplingSpec(1, draw.how.temperature, draw.how.top_p, draw.how.max_tokens)
+        with _refused():
+            room = response_room(len(draw.prompt_token_ids), self._spec.max_length)
+            return request_parameters(prompt, how, min(how.max_tokens, room), self._spec.eos_token_id)
+
+    async def _generate(self, token_ids: Sequence[int], params: Any) -> AsyncIterator[Any]:
+        with _refused():
+            async for output in self.engine.client.generate(
+                {"prompt_token_ids": list(token_ids)}, params, uuid.uuid4().hex
+            ):
+                yield output
+
+    async def _follow(self, rollout: Any) -> None:
+        """Takes each new version when its turn comes; one engine at a time, so that the others answer meanwhile."""
+        me = uuid.uuid4().hex
+        while True:
+            await asyncio.sleep(self._spec.follow_s)
+            try:
+                present = self._publication
+                publication = await rollout.turn.remote(me, self._version)
+                if publication is None or present is None:
+                    continue
+                await rollout.done.remote(me, publication.version, await self._take(publication, present))
+            except Exception as error:  # the next look may go better; the present version goes on answering
+                print(f"following the run failed for now: {error}", flush=True)
+
+    async def _take(self, publication: Publication, previous: Publication) -> str | None:
+        """Loads a version in place; returns why it could not be. Running candidates finish with the old weights.
+
+        Raises TimeoutError, with nothing changed, when they do not in time.
+        """
+        # From an object store it takes minutes, in which this engine still answers; what fails is tried again.
+        await asyncio.to_thread(local_model, publication.model)
+        async with self._gate.exclusive(self._spec.drain_s):
+            try:
+                await self._load(publication)
+                self._publication = publication
+            except Exception as error:
+                reason = f"version {publication.version} could not be loaded: {error}"
+                try:
+                    await self._load(previous)
+                except Exception as again:
+                    # The weights are in an unknown state: nothing is answered, and Serve replaces this replica.
+                    self._failure = f"{reason}; nor could the one before: {again}"
+                return reason
+        return None
+
+    async def _load(self, publication: Publication) -> None:
+        """Loads and proves."""
+        client = self.engine.client
+        for call in publication.calls(self._spec.drain_s):
+            await client.collective_rpc(call.method, args=call.args)
+        if not await client.reset_prefix_cache():
+            raise RuntimeError("the prefix cache could not be reset")
+        await self._prove(publication)
+
+    async def _prove(self, publication: Publication) -> None:
+        """Raises PublicationFailed when the probes score otherwise than they did for the trainer."""
+        scores = []
+        for probe in publication.probes:
+            sequence = [*probe.prompt_token_ids, *probe.response_token_ids]
+            async for output in self._generate(sequence, scoring_parameters()):
+                last = output
+            scores.append(score_of(last, len(probe.prompt_token_ids)))
+        publication.prove(scores, self._spec.tolerance, f"the engine of {publication.model}")
+
+
+@contextlib.contextmanager
+def _refused() -> Iterator[None]:
+    """What cannot be asked of the engine, as BadRequest."""
+    from vllm.exceptions import VLLMClientError, VLLMValidationError
+
+    try:
+        yield
+    except (NoRoom, VLLMValidationError, VLLMClientError) as error:
+        raise BadRequest(str(error)) from error
+
+
+def _with_model(llm_config: LLMConfig, model: str) -> LLMConfig:
+    """A new config: the one given has worked out by now what it would load."""
+    given = {name: getattr(llm_config, name) for name in llm_config.model_fields_set}
+    loading = {"model_id": llm_config.model_id, "model_source": model}
+    return LLMConfig(**given | {"model_loading_config": loading})
