@@ -14,8 +14,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from aft_ray.config.run import ConfigError, RunConfig, load_config
 from aft_ray.config.loader import describe_keys, dump_config
+from aft_ray.config.run import ConfigError, RunConfig, load_config
 from aft_ray.config.section import Section
 
 app = typer.Typer(
@@ -226,8 +226,8 @@ def status(run_dir: Annotated[str, typer.Argument(help="run directory")]) -> Non
         aft-ray status runs/gsm8k
     """
     from aft_ray.observe.summary import read_events, rounds_table, state_lines
-    from aft_ray.storage.versions import read_config
     from aft_ray.storage.run_dir import RunDir
+    from aft_ray.storage.versions import read_config
 
     directory = RunDir(run_dir)
     config = read_config(directory)
@@ -360,21 +360,21 @@ def keys(serve: Annotated[bool, typer.Option("--serve", help="the keys of `aft-r
 
 def user_errors() -> tuple[type[BaseException], ...]:
     """The errors whose message is one sentence for the user; everything else is ours and keeps its traceback."""
-    from aft_ray.coordination.coordinator import BoardFailed
+    from aft_ray.coordination.coordinator import PeerFailed
     from aft_ray.operations.submit import SubmissionFailed
     from aft_ray.run.orchestrator import RunFailed
-    from aft_ray.storage.run_dir import RunDirError
     from aft_ray.sampling.sampler_health import SamplersFailed
     from aft_ray.serving.command import ServingFailed
+    from aft_ray.storage.run_dir import RunDirError
     from aft_ray.verify.judge.judge import JudgeFailed
-    from aft_ray.weights.version_manifest import PublicationFailed
+    from aft_ray.weights.version_manifest import WeightUpdateFailed
 
     return (
         RunFailed,
         RunDirError,
         SamplersFailed,
-        PublicationFailed,
-        BoardFailed,
+        WeightUpdateFailed,
+        PeerFailed,
         JudgeFailed,
         ServingFailed,
         SubmissionFailed,

@@ -7,8 +7,8 @@ import random
 from aft_ray.verify.answers.compare import Kind, compare
 from aft_ray.verify.answers.numbers import extract_after_marker
 from aft_ray.verify.answers.options import extract_option
-from aft_ray.verify.result import Outcome
 from aft_ray.verify.process_pool import Item
+from aft_ray.verify.result import VerificationResult
 
 KINDS: dict[Kind, float] = {"number": 0.6, "option": 0.25, "yes_no": 0.05, "math": 0.1}
 REASONING = "There are {a} of them at first and {b} come later, so there are {a} + {b} = {c} in all. "
@@ -23,7 +23,7 @@ class Marked:
     def extract(self, text: str) -> str | None:
         return extract_option(text) if self.kind == "option" else extract_after_marker(text, "####")
 
-    def same(self, answer: str | None, gold: str) -> Outcome:
+    def same(self, answer: str | None, gold: str) -> VerificationResult:
         return compare(self.kind, answer, gold)
 
 

@@ -106,7 +106,7 @@ class Laboratory:
         """The seed's VFT model and its sampled, labelled groups, made once."""
         model, groups = self._vft_model(seed), self._groups_file(seed)
         if not model.exists():
-            from tiny_model import build_tiny_model
+            from jobs.tiny_model import build_tiny_model
 
             with tempfile.TemporaryDirectory() as scratch:
                 untrained = build_tiny_model(Path(scratch) / "untrained", seed, layers=2)
@@ -255,9 +255,9 @@ class Laboratory:
         return self._answer(wanted, self.settings.k, 1.0, f"{seed}/round 1")
 
     def _load(self, model: Path) -> None:
-        from aft_ray.weights.version_manifest import read_publication
+        from aft_ray.weights.version_manifest import read_version_manifest
 
-        calls = read_publication(0, model).calls(60)
+        calls = read_version_manifest(0, model).calls(60)
         self._engine.update_weights(calls, lambda phase: None).result()
 
     def _answer(self, questions: Sequence[Group], k: int, temperature: float, purpose: str) -> list[Group]:
@@ -365,7 +365,7 @@ def _run(experiment: Experiment) -> dict[str, Any]:
 
 
 def _tokenizer() -> Any:
-    from tiny_model import build_tokenizer
+    from jobs.tiny_model import build_tokenizer
 
     return build_tokenizer()
 

@@ -32,8 +32,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import typer
 
-from aft_ray.config.run import RunConfig, parse_config
 from aft_ray.config.loader import apply_override
+from aft_ray.config.run import RunConfig, parse_config
 
 TARGET = 0.85
 
@@ -68,7 +68,7 @@ def main(
     timings = []
     with tempfile.TemporaryDirectory(prefix="aft-ray-benchmark-") as scratch:
         if model is None:
-            from tiny_model import build_tiny_model
+            from jobs.tiny_model import build_tiny_model
 
             model = str(build_tiny_model(f"{scratch}/model", 0))
         for number in range(repeats):

@@ -27,8 +27,8 @@ import typer
 
 from aft_ray.config.run import RunConfig, parse_config
 from aft_ray.planning import Plan, plan
-from aft_ray.planning.plan.assumptions import Assumptions
-from aft_ray.planning.plan.hardware import NODES, Cluster
+from aft_ray.planning.plan.assumptions import PlanAssumptions
+from aft_ray.planning.plan.hardware import NODES, ClusterShape
 from aft_ray.storage.run_dir import RunDir
 
 TARGET = 1.5
@@ -66,7 +66,7 @@ def main(
 ) -> None:
     """Planned beside measured seconds of sampling and training."""
     from aft_ray.storage.versions import read_config
-    from tiny_model import build_tiny_model
+    from jobs.tiny_model import build_tiny_model
 
     made: list[tuple[Round, RunConfig]] = []
     with tempfile.TemporaryDirectory(prefix="aft-ray-benchmark-") as scratch:
@@ -137,7 +137,7 @@ def _rounds(name: str, run_dir: RunDir, config: RunConfig) -> list[Round]:
 
 def _plan(one: Round, config: RunConfig, response: float, gflops: float, token_overhead_s: float) -> Plan:
     """A plan whose only unknowns are the two constants; half of a trained row is taken to be its prompt."""
-    assumed = Assumptions(
+    assumed = PlanAssumptions(
         prompt_tokens=one.row / 2,
         response_tokens=response,
         signal=one.signal,
@@ -152,7 +152,7 @@ def _plan(one: Round, config: RunConfig, response: float, gflops: float, token_o
         round_overhead_s=2,
     )
     node = NODES["cpu"].model_copy(update={"cpu_gflops": gflops})
-    return plan(config, Cluster(node, 1), assumed)
+    return plan(config, ClusterShape(node, 1), assumed)
 
 
 def _planned(one: Round, config: RunConfig, gflops: float, token_overhead_s: float) -> tuple[float, float]:

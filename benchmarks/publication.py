@@ -53,18 +53,18 @@ class HandOver:
 class Trainer:
     """Train worker 0 with the whole model, as `training/publisher.py` has it, without DeepSpeed."""
 
-    def __init__(self, model: str, dtype: str, bucket_mib: int, gpu: bool, board: Any) -> None:
+    def __init__(self, model: str, dtype: str, bucket_mib: int, gpu: bool, coordinator: Any) -> None:
         import torch
         from transformers import AutoModelForCausalLM
 
-        from aft_ray.training.weight_publisher import BoardMeetings
-        from aft_ray.weights.publish import Broadcast, Checkpoint, ObjectStore
+        from aft_ray.training.weight_publisher import CoordinatorBroadcasts
+        from aft_ray.weights.publish import Broadcast, ObjectStore, SharedStorage
 
         self._dtype = getattr(torch, dtype)
         self._model = AutoModelForCausalLM.from_pretrained(model, dtype=self._dtype).to("cuda" if gpu else "cpu")
-        meetings = BoardMeetings(board, 600)
+        meetings = CoordinatorBroadcasts(coordinator, 600)
         self._transports = {
-            "checkpoint": Checkpoint(),
+            "checkpoint": SharedStorage(),
             "object_store": ObjectStore(),
             "nccl": Broadcast(meetings, 0, self._dtype, bucket_mib << 20, 600, gpu),
         }
@@ -79,15 +79,15 @@ class Trainer:
 
     def publish(self, version: int, directory: str, transport: str) -> tuple[Any, float]:
         """Writes and offers a version; the seconds that it took."""
-        from aft_ray.weights.version_manifest import Publication
         from aft_ray.weights.export import write_model
+        from aft_ray.weights.version_manifest import VersionManifest
 
         end = self._transports[transport]
         started = time.monotonic()
         written = write_model(self._model, Path(directory), 1 << 30, end.offer, 0, self._dtype)
         seconds = time.monotonic() - started
-        publication = Publication(version, directory, tuple(written.shards), self._probes(), bytes=written.bytes)
-        return end.describe(publication, written.handles, self._model), seconds
+        manifest = VersionManifest(version, directory, tuple(written.shards), self._probes(), bytes=written.bytes)
+        return end.describe(manifest, written.handles, self._model), seconds
 
     def deliver(self, version: int, transport: str) -> None:
         self._transports[transport].deliver(self._model, version)
@@ -130,12 +130,12 @@ def main(
     output: Annotated[Path | None, typer.Option(help="write the figures to this file")] = None,
 ) -> None:
     """Seconds and GB/s of every transport, beside a copy in memory and a start from a checkpoint."""
-    from tiny_model import build_tiny_model
+    from jobs.tiny_model import build_tiny_model
 
     hidden = _hidden_size(parameters * 1_000_000)
     with tempfile.TemporaryDirectory(prefix="aft-ray-benchmark-") as scratch:
         model = str(build_tiny_model(f"{scratch}/model", 0, hidden, LAYERS, hidden // HEAD, True, LENGTH))
-        spec = EngineSpec(model, 1, dtype, LENGTH, 8, gpu, kv_cache_gib=0.25, meets=True)
+        spec = EngineSpec(model, 1, dtype, LENGTH, 8, gpu, kv_cache_gib=0.25, joins_broadcast=True)
         figures = _measure(spec, Path(scratch), repeats, starts, bucket_mib)
     figures |= {"benchmark": "publication", "dtype": dtype, "bucket_mib": bucket_mib, "gpu": gpu}
     _show(figures)
@@ -151,15 +151,17 @@ def _hidden_size(parameters: int) -> int:
 def _measure(spec: EngineSpec, scratch: Path, repeats: int, starts: int, bucket_mib: int) -> dict[str, Any]:
     import ray
 
-    from aft_ray.coordination.coordinator import start_board
     from aft_ray.cluster.connect import start_ray
-    from aft_ray.sampling.sampler_pool import SamplerPool, Samplers
+    from aft_ray.coordination.coordinator import start_coordinator
     from aft_ray.sampling.sampler import Sampler
+    from aft_ray.sampling.sampler_pool import SamplerPool, Samplers
 
     start_ray(num_cpus=4, log_to_driver=False, object_store_memory=4 << 30)
-    board = start_board()
+    coordinator = start_coordinator()
     gpus = 1 if spec.gpu else 0
-    trainer = ray.remote(Trainer).options(num_gpus=gpus).remote(spec.model, spec.dtype, bucket_mib, spec.gpu, board)
+    trainer = (
+        ray.remote(Trainer).options(num_gpus=gpus).remote(spec.model, spec.dtype, bucket_mib, spec.gpu, coordinator)
+    )
     engine = ray.remote(Sampler).options(num_gpus=gpus)
     tolerance = 1e-3 if spec.dtype == "float32" else 0.1
     samplers = Samplers((engine.remote(0, spec, None, 900, None),), (), (None,), 1, 900, 600, tolerance)
@@ -173,11 +175,11 @@ def _measure(spec: EngineSpec, scratch: Path, repeats: int, starts: int, bucket_
         for name in TRANSPORTS:
             version += 1
             directory = scratch / f"version-{version}"
-            publication, seconds = ray.get(trainer.publish.remote(version, str(directory), name))
-            size = publication.bytes
+            manifest, seconds = ray.get(trainer.publish.remote(version, str(directory), name))
+            size = manifest.bytes
             turns["write"].append(seconds)
-            ray.get(board.publish.remote(publication))
-            turns[name].append(_hand_over(board, pool, trainer, publication, name))
+            ray.get(coordinator.publish.remote(manifest))
+            turns[name].append(_hand_over(coordinator, pool, trainer, manifest, name))
             typer.echo(f"turn {turn} {name:12} {turns[name][-1].seconds:.3f} s{'' if turn else ' (warm-up)'}")
         if 0 < turn <= starts:
             turns["start"].append(_start(engine, replace(spec, model=str(_whole(directory, spec.model)))))
@@ -191,20 +193,20 @@ def _measure(spec: EngineSpec, scratch: Path, repeats: int, starts: int, bucket_
     return _figures(turns, size)
 
 
-def _hand_over(board: Any, pool: Any, trainer: Any, publication: Any, name: str) -> HandOver:
+def _hand_over(coordinator: Any, pool: Any, trainer: Any, manifest: Any, name: str) -> HandOver:
     import ray
 
     from aft_ray.sampling.broadcast import meet
 
-    delivered = trainer.deliver.remote(publication.version, name)
+    delivered = trainer.deliver.remote(manifest.version, name)
     started = time.monotonic()
-    if publication.meeting is not None:
-        met = meet(board, pool, publication, 1)
+    if manifest.broadcast is not None:
+        met = meet(coordinator, pool, manifest, 1)
         if met.missed or not met.loaded:
             raise RuntimeError(f"the meeting failed: {met.missed}")
         (loaded,) = met.loaded
     else:
-        (loaded,) = pool.load(publication)
+        (loaded,) = pool.load(manifest)
     seconds = time.monotonic() - started
     ray.get(delivered)
     return HandOver(seconds, loaded.rendezvous_s, loaded.fetch_s, loaded.load_s, loaded.prove_s)

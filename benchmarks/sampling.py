@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import typer
 
-from aft_ray.config.run import RunConfig, parse_config
 from aft_ray.config.loader import apply_override
+from aft_ray.config.run import RunConfig, parse_config
 from aft_ray.inference.engine import EngineSpec, SamplingSpec, engine_arguments, prepare_environment, request_parameters
 
 TARGET = 0.9
@@ -82,7 +82,7 @@ def main(
     """Tokens/s of the sampling stage beside vLLM alone."""
     with tempfile.TemporaryDirectory(prefix="aft-ray-benchmark-") as scratch:
         if model is None:
-            from tiny_model import build_tiny_model
+            from jobs.tiny_model import build_tiny_model
 
             heads = max(1, hidden_size // 32)
             model = str(build_tiny_model(f"{scratch}/model", 0, hidden_size, layers, heads))
@@ -112,12 +112,12 @@ def _measure(config: RunConfig, repeats: int) -> dict[str, list[Turn]]:
     import ray
 
     from aft_ray.cluster.connect import connected, evaluation_placement
-    from aft_ray.storage.ledger import Ledger
-    from aft_ray.tasks.dataset import load_tokenizer, prepare
-    from aft_ray.storage.run_dir import RunDir
     from aft_ray.inference.engine import Prompt
     from aft_ray.sampling.sampler_pool import SamplerPool, engine_spec
-    from aft_ray.sampling.stream import Tally, question_seed, sample_round, sampling_spec
+    from aft_ray.sampling.stream import SampleCounts, question_seed, sample_round, sampling_spec
+    from aft_ray.storage.ledger import Ledger
+    from aft_ray.storage.run_dir import RunDir
+    from aft_ray.tasks.dataset import load_tokenizer, prepare
 
     tokenizer = load_tokenizer(config)
     groups = prepare(config, "train", tokenizer).groups
@@ -141,7 +141,7 @@ def _measure(config: RunConfig, repeats: int) -> dict[str, list[Turn]]:
         def stage(number: int) -> Turn:
             ledger.open_round(number)
             before = pool.statuses()[0]["busy_s"]
-            started, total = time.monotonic(), Tally()
+            started, total = time.monotonic(), SampleCounts()
             for written in sample_round(config, pool, None, [replace(g, round=number) for g in chosen], run_dir):
                 if written.file is None or written.parked:
                     raise RuntimeError(f"questions were parked: {written.parked}")

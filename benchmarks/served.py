@@ -12,10 +12,10 @@ import typer
 
 from aft_ray.cluster.connect import connected, serving_placement
 from aft_ray.config.run import RunConfig
-from aft_ray.observe.reporter import Reporter, chatter_to
-from aft_ray.storage.versions import find_run, read_config
 from aft_ray.config.serve import ServeConfig, load_serve_config
+from aft_ray.observe.reporter import Reporter, chatter_to
 from aft_ray.serving.model import ServedModel, resolve
+from aft_ray.storage.versions import find_run, read_config
 
 HOST = "127.0.0.1"
 

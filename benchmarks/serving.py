@@ -27,9 +27,9 @@ import numpy as np
 import typer
 from served import Service, service_of
 
-from aft_ray.storage.records import Verdict
-from aft_ray.inference.engine import SamplingSpec
 from aft_ray.config.serve import STRATEGIES
+from aft_ray.inference.engine import SamplingSpec
+from aft_ray.storage.records import Verdict
 
 TARGET = 0.9
 CONFIDENCES = (1.0, 0.99, 0.95, 0.9, 0.8)
@@ -107,13 +107,13 @@ class Bench:
         return int(answer["usage"]["completion_tokens"])
 
     async def of_engine(self, position: int) -> int:
-        from aft_ray.serving.engine.server import Draw
+        from aft_ray.serving.engine.server import SampleRequest
         from aft_ray.serving.reasoning import UNWATCHED_S
 
         how = SamplingSpec(1, self.options.temperature, 1.0, self.max_tokens)
         prompt = self.prompts[position % len(self.prompts)]
         # Candidates travel together as they do for the reasoner.
-        draw = Draw(prompt, how, tuple(range(self.options.n)), 1000 * position, UNWATCHED_S)
+        draw = SampleRequest(prompt, how, tuple(range(self.options.n)), 1000 * position, UNWATCHED_S)
         tokens = 0
         async for part in self.engine.sample.remote(draw):
             tokens += sum(len(candidate.token_ids) for _, candidate in part.candidates)
@@ -228,8 +228,8 @@ def engines() -> Any:
 
 
 async def measure(service: Service, options: Options) -> dict[str, Any]:
-    from aft_ray.tasks.dataset import load_tokenizer
     from aft_ray.tasks import build_tasks, load_split
+    from aft_ray.tasks.dataset import load_tokenizer
     from aft_ray.tasks.rendering import render_prompt
 
     run, say = service.run, service.reporter.say

@@ -18,11 +18,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import typer
 
 from aft_ray.observe.summary import read_events
-from aft_ray.planning.simulation.simulate import simulate
-from aft_ray.planning.simulation.assumptions import Assumptions
+from aft_ray.planning.simulation.assumptions import SimulationAssumptions
 from aft_ray.planning.simulation.calibration import assumptions_like
-from aft_ray.storage.versions import read_config
+from aft_ray.planning.simulation.simulate import simulate
 from aft_ray.storage.run_dir import RunDir
+from aft_ray.storage.versions import read_config
 
 
 def main(runs: Annotated[list[str], typer.Argument(help="run directories of at least two rounds")]) -> None:
@@ -33,7 +33,7 @@ def main(runs: Annotated[list[str], typer.Argument(help="run directories of at l
         trained = [event["time"] for event in events if event["event"] == "trained" and event["round"] > 0]
         if len(trained) < 2:
             raise SystemExit(f"{run} has trained {len(trained)} rounds; two are needed, since the first calibrates")
-        simulated = simulate(config, Assumptions(**assumptions_like(run)))
+        simulated = simulate(config, SimulationAssumptions(**assumptions_like(run)))
         measured = (trained[-1] - trained[0]) / (len(trained) - 1)
         typer.echo(
             f"{run} | {config.rounds.max_staleness} | {len(trained)} | {measured:.1f} | {simulated.steady_s:.1f} | "

@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import typer
 from answers import Marked, ordinary_items
 
-from aft_ray.verify.result import Outcome
 from aft_ray.verify.process_pool import Item, Verifier
+from aft_ray.verify.result import VerificationResult
 
 TARGET_S = 10.0
 
@@ -62,11 +62,11 @@ def main(
         json_file.write_text(json.dumps(figures, indent=1))
 
 
-def _here(items: list[Item]) -> list[Outcome]:
+def _here(items: list[Item]) -> list[VerificationResult]:
     return [item.task.same(item.task.extract(item.text), item.gold) for item in items]  # type: ignore[misc]
 
 
-def _timed(verify: Any, items: list[Item]) -> tuple[list[Outcome], float]:
+def _timed(verify: Any, items: list[Item]) -> tuple[list[VerificationResult], float]:
     started = time.monotonic()
     outcomes = verify(items)
     return outcomes, time.monotonic() - started

@@ -32,10 +32,10 @@ def demo(
 ) -> None:
     """Train and compare; about ten minutes on two cores."""
     from aft_ray.cluster.connect import connected, training_placement
-    from aft_ray.evaluation.statistics.metrics import Result
-    from aft_ray.evaluation.report.summary import work_out, write
-    from aft_ray.evaluation.standalone import ask_models
+    from aft_ray.evaluation.report.summary import summarize, write
     from aft_ray.evaluation.report.table import comparison_table
+    from aft_ray.evaluation.standalone import ask_models
+    from aft_ray.evaluation.statistics.metrics import Result
     from aft_ray.evaluation.targets import Target
     from aft_ray.observe.reporter import Reporter, chatter_to
     from aft_ray.storage.run_dir import RunDir
@@ -66,7 +66,7 @@ def demo(
                 path = place / f"{target.label}.json"
                 if not path.exists():
                     evaluated = ask_models(compare, [target], reporter, RunDir(place))
-                    outcome = work_out(evaluated, None, aft.evaluation.resamples, aft.evaluation.seed)
+                    outcome = summarize(evaluated, None, aft.evaluation.resamples, aft.evaluation.seed)
                     write(outcome, path, {"split": aft.evaluation.split}, plots=True)
     results = {
         name: Result.from_json(json.loads((place / f"{target.label}.json").read_text()))
@@ -99,7 +99,7 @@ def _train(config: RunConfig, console: object) -> None:
 
 
 def _build(directory: Path, seed: int) -> None:
-    from tiny_model import build_tiny_model
+    from jobs.tiny_model import build_tiny_model
 
     if not (directory / "config.json").exists():
         build_tiny_model(directory, seed, layers=2)

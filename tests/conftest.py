@@ -7,7 +7,7 @@ import pytest
 from tiny import LENGTH
 
 from aft_ray.cluster.connect import start_ray
-from tiny_model import build_tiny_model
+from jobs.tiny_model import build_tiny_model
 
 # A Ray that one test starts must not ask another's for a token.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")

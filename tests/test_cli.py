@@ -7,12 +7,12 @@ import pytest
 import yaml
 from tiny import tiny_config, tiny_tree
 
-from aft_ray.config.run import load_config, parse_config
 from aft_ray.config.loader import config_difference
-from aft_ray.storage.ledger import Ledger, Parked, Trained, write_group_file
-from aft_ray.tasks.dataset import load_tokenizer, prepare, questions_of_round
+from aft_ray.config.run import load_config, parse_config
 from aft_ray.run.orchestrator import adopt_config
+from aft_ray.storage.ledger import FailedQuestion, Ledger, Trained, write_group_file
 from aft_ray.storage.run_dir import RunDir
+from aft_ray.tasks.dataset import load_tokenizer, prepare, questions_of_round
 
 
 def command(*arguments, status=0, timeout=120):
@@ -53,7 +53,7 @@ def begun(tmp_path, tiny_model):
     ledger.complete_sampling(0, 0, {})
     train(run_dir, ledger, 0)
     ledger.commit(write_group_file(run_dir, questions_of_round(config, groups, 1)[:4]))
-    ledger.park(Parked(1, groups[5].question.id, "no reason", 3))
+    ledger.park(FailedQuestion(1, groups[5].question.id, "no reason", 3))
     return run_dir
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Seat:
+class WorkerPlacement:
     """Where a train worker sits. gpus: the ids that Ray gave it, unique in its node; none on the CPU."""
 
     rank: int
@@ -17,26 +17,26 @@ class Seat:
 
 
 @dataclass(frozen=True, slots=True)
-class EngineSeat:
+class EnginePlacement:
     """Where an engine goes: a node, and those GPUs in it."""
 
     node: str
     gpus: tuple[str, ...]
 
 
-def engine_seats(seats: Sequence[Seat], engines: int, gpus: int) -> tuple[EngineSeat, ...]:
+def engine_placements(placements: Sequence[WorkerPlacement], engines: int, gpus: int) -> tuple[EnginePlacement, ...]:
     """A seat for every engine: `gpus` of the workers' GPUs, all in one node; with 0, a node that has workers.
 
     Raises ValueError when the workers lie so that fewer engines fit.
     """
     by_node: dict[str, list[str]] = {}
-    for seat in sorted(seats, key=lambda one: one.rank):
+    for seat in sorted(placements, key=lambda one: one.rank):
         by_node.setdefault(seat.node, []).extend(seat.gpus)
     if gpus == 0:
         nodes = list(by_node)
-        return tuple(EngineSeat(nodes[index % len(nodes)], ()) for index in range(engines))
+        return tuple(EnginePlacement(nodes[index % len(nodes)], ()) for index in range(engines))
     found = [
-        EngineSeat(node, tuple(there[start : start + gpus]))
+        EnginePlacement(node, tuple(there[start : start + gpus]))
         for node, there in by_node.items()
         for start in range(0, len(there) - gpus + 1, gpus)
     ]

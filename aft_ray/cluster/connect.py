@@ -16,8 +16,8 @@ from typing import Any
 
 import yaml
 
+from aft_ray.cluster.placement import Bundle, Node, NodeAssignment, NodeGroup, Placement, Reservation, amount, place
 from aft_ray.config.run import ClusterConfig, ConfigError, RunConfig, SamplingConfig
-from aft_ray.cluster.placement import Bundle, Node, NodeGroup, Part, Place, Placement, amount, place
 from aft_ray.config.serve import ServeConfig
 
 # For Ray Data's own tasks (labelling, writing) and the forwarding actor, beside samplers and train workers.
@@ -61,20 +61,20 @@ def _placement(config: RunConfig, samplers: int, workers: int) -> Placement:
         processes = f"on the train workers' GPUs in turn, {amount(sampling.gpus_per_sampler, 'GPU')} each"
     return Placement(
         (
-            Part(
+            Reservation(
                 "sampler",
                 samplers,
                 sampler_bundles(sampling),
                 "sampling.tensor_parallel_size or sampling.cpus_per_sampler",
                 processes,
             ),
-            Part(
+            Reservation(
                 "train worker",
                 workers,
                 (Bundle(training.cpus_per_worker, training.gpus_per_worker),),
                 "training.cpus_per_worker",
             ),
-            Part("Ray Data task", DATA_CPUS, (Bundle(1),)),
+            Reservation("Ray Data task", DATA_CPUS, (Bundle(1),)),
         ),
         "Lower sampling.samplers or training.workers, or add nodes",
     )
@@ -87,13 +87,13 @@ def serving_placement(config: ServeConfig) -> Placement:
     in_node = processes if engine.pipeline_parallel_size == 1 else 1
     return Placement(
         (
-            Part(
+            Reservation(
                 "engine",
                 engine.replicas,
                 (Bundle(engine.cpus * in_node, engine.gpus * in_node),) * (processes // in_node),
                 "engine.tensor_parallel_size or engine.cpus",
             ),
-            Part("reasoner", reasoner.replicas, (Bundle(reasoner.cpus),), "reasoner.cpus"),
+            Reservation("reasoner", reasoner.replicas, (Bundle(reasoner.cpus),), "reasoner.cpus"),
         ),
         "Lower engine.replicas or reasoner.replicas, or add nodes",
     )
@@ -115,7 +115,7 @@ def _address(cluster: ClusterConfig) -> str | None:
 
 
 @contextlib.contextmanager
-def connected(cluster: ClusterConfig, placement: Placement) -> Iterator[list[Place]]:
+def connected(cluster: ClusterConfig, placement: Placement) -> Iterator[list[NodeAssignment]]:
     """Connects to `cluster.address`, RAY_ADDRESS or a Ray started here, and leaves it at the end.
 
     Yields what would lie on which node; in the end Ray decides. Raises ConfigError with the arithmetic when the
@@ -172,7 +172,7 @@ def start_ray(**options: Any) -> None:
     )
 
 
-def _check(cluster: ClusterConfig, placement: Placement) -> list[Place]:
+def _check(cluster: ClusterConfig, placement: Placement) -> list[NodeAssignment]:
     """Holds a plan against the nodes that are there and those that may come."""
     there = live_nodes()
     nodes = [node for node, _ in there]

@@ -25,7 +25,7 @@ class Bundle:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class Reservation:
     """`count` things alike, each of `bundles`; the bundles of one may lie on different nodes.
 
     name: of one of them. keys: the config keys that make its bundles smaller. note: what the table says beside it.
@@ -74,7 +74,7 @@ class NodeGroup:
 class Placement:
     """Everything that is reserved at once. `advice` is the way out when it is too much."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[Reservation, ...]
     advice: str
 
     @property
@@ -103,7 +103,7 @@ class Placement:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class NodeAssignment:
     """A node and what lies on it: how many bundles of which part."""
 
     node: Node
@@ -124,7 +124,7 @@ def amount(value: float, kind: str) -> str:
     return f"{value:g} {kind}{'' if value == 1 else 's'}"
 
 
-def place(placement: Placement, nodes: Sequence[Node], has: str = "has") -> list[Place]:
+def place(placement: Placement, nodes: Sequence[Node], has: str = "has") -> list[NodeAssignment]:
     """A node for every bundle, the largest first, each where the least is left over. Raises ConfigError.
 
     has: what the sentence says of the cluster's nodes: it `has` them or `can grow to` them.
@@ -142,7 +142,10 @@ def place(placement: Placement, nodes: Sequence[Node], has: str = "has") -> list
         best = min(fitting, key=lambda index: (free[index].gpus - bundle.gpus, free[index].cpus - bundle.cpus))
         free[best] = Bundle(round(free[best].cpus - bundle.cpus, 6), round(free[best].gpus - bundle.gpus, 6))
         placed[best][part.name] += 1
-    return [Place(node, tuple(counts.items()), rest) for node, counts, rest in zip(nodes, placed, free, strict=True)]
+    return [
+        NodeAssignment(node, tuple(counts.items()), rest)
+        for node, counts, rest in zip(nodes, placed, free, strict=True)
+    ]
 
 
 def _fits(bundle: Bundle, rest: Bundle) -> bool:
@@ -174,9 +177,9 @@ def _check_each(placement: Placement, nodes: Sequence[Node]) -> None:
 
 def _scattered(
     placement: Placement,
-    wanted: Sequence[tuple[Bundle, Part]],
+    wanted: Sequence[tuple[Bundle, Reservation]],
     number: int,
-    part: Part,
+    part: Reservation,
     nodes: Sequence[Node],
     free: Sequence[Bundle],
 ) -> str:

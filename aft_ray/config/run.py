@@ -210,7 +210,7 @@ class RoundsConfig(Section):
 
 
 class WeightsConfig(Section):
-    """Publication of new weights to running engines."""
+    """VersionManifest of new weights to running engines."""
 
     transport: Literal["object_store", "checkpoint", "nccl", "lora"] = Field(
         "object_store",

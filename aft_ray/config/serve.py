@@ -11,8 +11,8 @@ from typing import Any, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
-from aft_ray.config.run import ClusterConfig
 from aft_ray.config.loader import parse_section, read_tree
+from aft_ray.config.run import ClusterConfig
 from aft_ray.config.section import ConfigError, Natural, Positive, Seconds, Section
 from aft_ray.config.tasks import DataConfig
 

@@ -12,12 +12,12 @@ from itertools import accumulate
 from aft_ray.weights.broadcast.layout import Layout
 
 
-class MeetingFailed(RuntimeError):
+class BroadcastFailed(RuntimeError):
     """The stream broke off, or did not begin. Names the phase; what missed it takes the model directory."""
 
 
 @dataclass(frozen=True, slots=True)
-class Guest:
+class Receiver:
     """An engine that is invited, and how many processes it has."""
 
     name: str
@@ -25,11 +25,11 @@ class Guest:
 
 
 @dataclass(frozen=True, slots=True)
-class Invitation:
+class BroadcastGroup:
     """To the trainer: who will come to the meeting of a version. Without guests there is none."""
 
     version: int
-    guests: tuple[Guest, ...]
+    guests: tuple[Receiver, ...]
 
     @property
     def world_size(self) -> int:
@@ -47,7 +47,7 @@ class Invitation:
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
+class StoreAddress:
     """Where the group of a meeting is formed: a store of train worker 0's."""
 
     address: str
@@ -55,10 +55,10 @@ class Table:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class BroadcastMembership:
     """All that an engine needs to take part."""
 
-    table: Table
+    table: StoreAddress
     first_rank: int
     world_size: int
     layout: Layout

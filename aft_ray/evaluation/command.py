@@ -13,15 +13,15 @@ from typing import Any
 
 from aft_ray.config.run import ConfigError, EvaluationConfig, RunConfig
 from aft_ray.evaluation.generations import read_answered
-from aft_ray.evaluation.report.summary import Evaluated, Outcome, work_out, write
-from aft_ray.evaluation.targets import Plan, Target
+from aft_ray.evaluation.report.summary import Evaluated, EvaluationSummary, summarize, write
+from aft_ray.evaluation.targets import EvaluationPlan, Target
 from aft_ray.observe.reporter import Reporter, chatter_to
 from aft_ray.storage.run_dir import EVALUATIONS
 
 
 def evaluate_targets(
-    plan: Plan, baseline: str | None, output: Path | None, plots: bool, log: Path
-) -> tuple[Outcome, str | None, list[str]]:
+    plan: EvaluationPlan, baseline: str | None, output: Path | None, plots: bool, log: Path
+) -> tuple[EvaluationSummary, str | None, list[str]]:
     """Measures all targets; returns the figures, a title for their table, and the files written, the JSON first."""
     chosen = _baseline(plan.targets, baseline)
     evaluation = plan.config.evaluation if plan.config else EvaluationConfig()
@@ -38,7 +38,7 @@ def evaluate_targets(
         evaluated = [read[target.label] for target in plan.targets]
         if len(evaluated) > 1 or plots:
             reporter.say("working out the figures")
-        outcome = work_out(evaluated, chosen, evaluation.resamples, evaluation.seed)
+        outcome = summarize(evaluated, chosen, evaluation.resamples, evaluation.seed)
         with _output(plan, output) as (path, keep):
             files = keep(write(outcome, path, _facts(plan, bool(models)), plots))
     title = f"{', '.join(plan.config.task_configs)}, {evaluation.split}" if plan.config and models else None
@@ -63,7 +63,7 @@ def _baseline(targets: Sequence[Target], given: str | None) -> str:
 
 
 @contextmanager
-def _output(plan: Plan, given: Path | None) -> Iterator[tuple[Path, Callable[[list[Path]], list[str]]]]:
+def _output(plan: EvaluationPlan, given: Path | None) -> Iterator[tuple[Path, Callable[[list[Path]], list[str]]]]:
     """Where the JSON is written, and what names the files written; a run on an object store gets them uploaded.
 
     A run's own evaluation lies in the run; everything else where the command is given.
@@ -89,7 +89,7 @@ def _output(plan: Plan, given: Path | None) -> Iterator[tuple[Path, Callable[[li
         yield Path(scratch) / Path(path).name, upload
 
 
-def _facts(plan: Plan, sampled: bool) -> dict[str, Any]:
+def _facts(plan: EvaluationPlan, sampled: bool) -> dict[str, Any]:
     """What is needed to make the evaluation again."""
     if plan.config is None:
         return {}

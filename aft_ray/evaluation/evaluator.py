@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 
 from aft_ray.config.run import RunConfig
 from aft_ray.evaluation.answers import Answered, Response, from_candidate, no_response
-from aft_ray.storage.records import Group
 from aft_ray.inference.engine import SamplingSpec
 from aft_ray.sampling.sampler_health import SamplersFailed
 from aft_ray.sampling.sampler_pool import SamplerPool
 from aft_ray.sampling.stream import answer_all
-from aft_ray.weights.version_manifest import Publication
+from aft_ray.storage.records import Group
+from aft_ray.weights.version_manifest import VersionManifest
 
 Progress = Callable[[int, int], None]
 
@@ -36,10 +36,10 @@ class Cost:
     parked: int
 
 
-def ask(
+def answer_questions(
     config: RunConfig,
     pool: SamplerPool,
-    publication: Publication | None,
+    manifest: VersionManifest | None,
     questions: Sequence[Group],
     k: int,
     seeds: int,
@@ -61,7 +61,7 @@ def ask(
     done = tokens = truncated = 0
     for name, seed, how in passes:
         seeded = config.model_copy(update={"seed": seed})
-        for group, reason in answer_all(seeded, pool, publication, questions, how, f"evaluation {name}"):
+        for group, reason in answer_all(seeded, pool, manifest, questions, how, f"evaluation {name}"):
             id = group.question.id
             if reason is not None:
                 parked[id] = reason

@@ -21,7 +21,7 @@ from aft_ray.storage.records import Verdict, table_to_groups
 
 if TYPE_CHECKING:
     from aft_ray.tasks import Task
-    from aft_ray.verify.result import Outcome
+    from aft_ray.verify.result import VerificationResult
 
 _QUESTIONS_AT_ONCE = 500  # between two signs of progress of verification
 # A field of a response that a line may give for all of its responses at once.
@@ -105,7 +105,7 @@ def _verified(
         items = [Item(task_of(q), r.text, q.gold) for q, r in all_responses if readable(r)]
         outcomes = iter(shared_verifier().verify(items))
 
-        def labelled(response: Response, outcomes: Iterator[Outcome] = outcomes) -> Response:
+        def labelled(response: Response, outcomes: Iterator[VerificationResult] = outcomes) -> Response:
             if not readable(response):
                 return response
             outcome = next(outcomes)

@@ -10,13 +10,13 @@ from dataclasses import asdict
 
 from aft_ray.cluster.connect import connected, evaluation_placement
 from aft_ray.config.run import RunConfig
-from aft_ray.evaluation.evaluator import ask, unanswered
+from aft_ray.evaluation.evaluator import answer_questions, unanswered
 from aft_ray.evaluation.report.summary import Evaluated
 from aft_ray.evaluation.targets import Target
 from aft_ray.observe.reporter import Reporter
 from aft_ray.run.preflight import check_model
-from aft_ray.tasks.dataset import load_tokenizer, prepare
 from aft_ray.storage.run_dir import LOGS, RunDir
+from aft_ray.tasks.dataset import load_tokenizer, prepare
 
 
 def ask_models(
@@ -40,7 +40,7 @@ def ask_models(
             try:
                 reporter.say(what)
                 pool.wait_ready()
-                answered, cost = ask(
+                answered, cost = answer_questions(
                     of_target,
                     pool,
                     None,

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Literal
 
 from aft_ray.config.run import ConfigError, ModelConfig, RunConfig, load_config
-from aft_ray.storage.versions import find_published, find_run, read_config
 from aft_ray.storage.run_dir import RunDir
+from aft_ray.storage.versions import find_run, find_version, read_config
 
 _OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)*=")
 
@@ -41,14 +41,14 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class EvaluationPlan:
     """All targets in their order, and the config that they share; None when there are only files and no config."""
 
     targets: list[Target]
     config: RunConfig | None
 
 
-def plan(arguments: Sequence[str], config_file: Path | None) -> Plan:
+def plan(arguments: Sequence[str], config_file: Path | None) -> EvaluationPlan:
     """Reads the command line: targets and `key.sub=value` overrides. Raises ConfigError, one sentence."""
     overrides = [argument for argument in arguments if _OVERRIDE.match(argument) and not Path(argument).exists()]
     named = [argument for argument in arguments if argument not in overrides]
@@ -82,7 +82,7 @@ def plan(arguments: Sequence[str], config_file: Path | None) -> Plan:
             path = Path(argument)
             label = path.stem.removeprefix("generations-") if kind == "file" else path.name or path.resolve().name
             targets.append(Target(label, argument, kind, label, argument))
-    return Plan(_distinct(targets), config)
+    return EvaluationPlan(_distinct(targets), config)
 
 
 def _is_file(argument: str) -> bool:
@@ -95,7 +95,7 @@ def _is_file(argument: str) -> bool:
 
 
 def _of_run(argument: str, run_dir: RunDir, version: int | None, config: RunConfig) -> Target:
-    published = find_published(run_dir, config, version)
+    published = find_version(run_dir, config, version)
     label = f"{run_dir.name}@{published.version}"
     return Target(label, published.model, "model", str(published.version), argument, config.model, run_dir)
 

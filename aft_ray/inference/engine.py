@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 from aft_ray.config.run import LoraConfig
 from aft_ray.storage.records import Candidate
 from aft_ray.weights.adapter import adapter_request
-from aft_ray.weights.receive_plan import GLOO, HARMLESS, NCCL, Call, Phase
+from aft_ray.weights.receive_plan import GLOO, NCCL, RECOVERABLE_PHASES, EngineCall, Phase
 
 # Seconds between two looks at whether the processes of an idle engine still live.
 _HEALTH_S = 5.0
@@ -32,7 +32,7 @@ class EngineDead(RuntimeError):
     """vLLM failed inside this process; the process must end and be replaced."""
 
 
-class WeightsMissed(RuntimeError):
+class WeightTransferFailed(RuntimeError):
     """New weights did not come. The engine's own are unknown now; it works again once a delivery has come through."""
 
 
@@ -60,7 +60,7 @@ class EngineSpec:
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     shared_gpus: tuple[str, ...] = ()
-    meets: bool = False
+    joins_broadcast: bool = False
     lora: LoraConfig | None = None
 
     @property
@@ -147,15 +147,17 @@ class Engine:
         sequence = [*prompt_token_ids, *response_token_ids]
         return self._request(sequence, scoring_parameters(), lambda output: score_of(output, len(prompt_token_ids)))
 
-    def update_weights(self, calls: Iterator[Call], enter: Callable[[Phase], None], adapter: int = 0) -> Future[None]:
+    def update_weights(
+        self, calls: Iterator[EngineCall], enter: Callable[[Phase], None], adapter: int = 0
+    ) -> Future[None]:
         """Makes the calls of a delivery, once no request is running; says which phase it enters.
 
         adapter: the number of the adapter that they bring, which all requests then carry; 0: none.
-        The prefix cache, computed with the old weights, is dropped. Raises WeightsMissed when the weights did not come;
+        The prefix cache, computed with the old weights, is dropped. Raises WeightTransferFailed when the weights did not come;
         what fails later kills the engine.
         """
 
-        def update(llm: Any) -> WeightsMissed | None:
+        def update(llm: Any) -> WeightTransferFailed | None:
             enter("fetch")
             phase: Phase = "fetch"
             try:
@@ -163,10 +165,10 @@ class Engine:
                     enter(phase := call.phase)
                     llm.collective_rpc(call.method, args=call.args)
             except Exception as error:
-                if phase not in HARMLESS:
+                if phase not in RECOVERABLE_PHASES:
                     raise
                 # The first line: torch writes its stack frames after it.
-                return WeightsMissed((str(error).strip() or repr(error)).splitlines()[0])
+                return WeightTransferFailed((str(error).strip() or repr(error)).splitlines()[0])
             if not llm.reset_prefix_cache():
                 raise RuntimeError("the prefix cache could not be reset after new weights were loaded")
             self._adapter = adapter_request(adapter) if adapter else None
@@ -375,11 +377,11 @@ def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
         "pipeline_parallel_size": spec.pipeline_parallel_size,
         "distributed_executor_backend": spec.executor,
         "load_format": "safetensors",
-        "worker_extension_cls": "aft_ray.inference.vllm_worker.weight_loader.WeightReceiver",
+        "worker_extension_cls": "aft_ray.inference.vllm_worker.weight_loader.WeightLoader",
         # Greedy and sampled decoding must not inherit a model's own generation_config.json.
         "generation_config": "vllm",
     }
-    if spec.meets:
+    if spec.joins_broadcast:
         arguments |= {"weight_transfer_config": {"backend": NCCL if spec.gpu else GLOO}}
     if spec.lora is not None:
         arguments |= {

@@ -18,11 +18,11 @@ T = TypeVar("T")
 GRACE_S = 10.0
 
 
-class Overdue(RuntimeError):
+class PhaseTimeout(RuntimeError):
     """A phase did not end by its deadline."""
 
 
-class Phases:
+class UpdatePhases:
     """The phases of one publication to one engine."""
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class Phases:
         return self._present[0] if self._present is not None else "idle"
 
     async def watch(self, work: Future[T], timeout_s: float) -> T:
-        """What `work` returns. Raises Overdue when it stays in one phase for longer than `timeout_s`, and a grace."""
+        """What `work` returns. Raises PhaseTimeout when it stays in one phase for longer than `timeout_s`, and a grace."""
         result = asyncio.wrap_future(work)
         while True:
             entered = self._present
@@ -53,4 +53,4 @@ class Phases:
             if done:
                 return result.result()
             if entered is not None and entered is self._present:
-                raise Overdue(f"phase {entered[0]!r} did not end within {timeout_s:.0f} s")
+                raise PhaseTimeout(f"phase {entered[0]!r} did not end within {timeout_s:.0f} s")

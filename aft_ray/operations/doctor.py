@@ -19,6 +19,7 @@ from typing import Any
 
 from aft_ray.config.run import ConfigError, RunConfig
 from aft_ray.operations import probe as probe_module
+from aft_ray.operations.checks import judge
 from aft_ray.operations.findings import (
     ClusterFacts,
     Finding,
@@ -27,7 +28,6 @@ from aft_ray.operations.findings import (
     PingFacts,
     StorageFacts,
 )
-from aft_ray.operations.checks import judge
 from aft_ray.operations.upload import measure_upload, upload_limit
 
 # Seconds: for a process to start on a node and answer; for any later question; for a sum over all nodes.
@@ -39,7 +39,7 @@ _TRIPS = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class Examination:
     """What the doctor is to look at beside the cluster itself: none where there is none."""
 
     storage: str | None
@@ -48,20 +48,22 @@ class Ask:
     storage_needed: int | None = None
 
 
-def examine(address: str | None, ask: Ask, say: Callable[[str], None]) -> tuple[ClusterFacts, list[Finding]]:
+def examine(address: str | None, ask: Examination, say: Callable[[str], None]) -> tuple[ClusterFacts, list[Finding]]:
     """Looks at the cluster and judges it. Raises ConfigError when there is none."""
     with _connected(address):
         facts = _look(ask, say)
     return facts, judge(facts)
 
 
-def what_to_ask(config: RunConfig | None, storage: str | None, directory: Path | None) -> Ask:
+def what_to_ask(config: RunConfig | None, storage: str | None, directory: Path | None) -> Examination:
     """What a run of this config would need the cluster to have."""
     if config is None:
-        return Ask(storage, (), directory)
+        return Examination(storage, (), directory)
     name = config.model.name
     models = (str(Path(name).expanduser()),) if name.startswith(("/", "~")) else ()
-    return Ask(storage or config.run_dir, models, directory, _storage_needed(config, probe_module.model_bytes(name)))
+    return Examination(
+        storage or config.run_dir, models, directory, _storage_needed(config, probe_module.model_bytes(name))
+    )
 
 
 def _storage_needed(config: RunConfig, model_bytes: int | None) -> int | None:
@@ -99,7 +101,7 @@ def _connected(address: str | None) -> Iterator[None]:
         ray.shutdown()
 
 
-def _look(ask: Ask, say: Callable[[str], None]) -> ClusterFacts:
+def _look(ask: Examination, say: Callable[[str], None]) -> ClusterFacts:
     import ray
 
     # Nodes that lack aft_ray are looked at too.
@@ -116,7 +118,9 @@ def _look(ask: Ask, say: Callable[[str], None]) -> ClusterFacts:
         ray.cloudpickle.unregister_pickle_by_value(probe_module)
 
 
-def _ask_all(ask: Ask, nodes: dict[str, Any], probes: dict[str, Any], say: Callable[[str], None]) -> ClusterFacts:
+def _ask_all(
+    ask: Examination, nodes: dict[str, Any], probes: dict[str, Any], say: Callable[[str], None]
+) -> ClusterFacts:
     started = answers({name: one.now.remote() for name, one in probes.items()}, START_S)
     silent = {name: str(answer) for name, answer in started.items() if isinstance(answer, Unanswered)}
     probes = {name: one for name, one in probes.items() if name not in silent}

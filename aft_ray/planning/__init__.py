@@ -3,5 +3,5 @@
 Invariant: pure arithmetic. Nothing here starts Ray, loads weights or imports torch; every figure carries its formula.
 """
 
-from aft_ray.planning.plan.plan import Plan as Plan
+from aft_ray.planning.plan.plan import RunPlan as RunPlan
 from aft_ray.planning.plan.plan import plan as plan

@@ -17,34 +17,34 @@ from typing import Any
 
 from ray.exceptions import RayError
 
-from aft_ray.coordination import coordinator as board
-from aft_ray.coordination.coordinator import BoardFailed
+from aft_ray.cluster.colocated_placement import EnginePlacement
 from aft_ray.cluster.connect import connected, needs_samplers, training_placement
-from aft_ray.config.run import ConfigError, RunConfig
 from aft_ray.config.loader import config_difference, dump_config
-from aft_ray.evaluation.evaluator import ask, unanswered
+from aft_ray.config.run import ConfigError, RunConfig
+from aft_ray.coordination import coordinator as coordinator
+from aft_ray.coordination.colocation import Colocation
+from aft_ray.coordination.coordinator import PeerFailed
+from aft_ray.evaluation.evaluator import answer_questions, unanswered
 from aft_ray.evaluation.generations import generations_text
 from aft_ray.evaluation.statistics.metrics import measure
-from aft_ray.storage.lease import Hold
-from aft_ray.storage.ledger import Ledger, write_group_file
 from aft_ray.observe.reporter import Reporter
 from aft_ray.run.preflight import check_model
-from aft_ray.storage.versions import read_config
-from aft_ray.tasks.dataset import count_by_task, load_tokenizer, prepare, questions_of_round, round_shares
+from aft_ray.run.schedule import AwaitVersion, SampleRound, order_of_rounds
+from aft_ray.sampling.broadcast import meet
+from aft_ray.sampling.judge_actor import RemoteJudge, check_judge, start_judge
+from aft_ray.sampling.sampler import UpdateReport
+from aft_ray.sampling.sampler_health import HealthChange, last_line
+from aft_ray.sampling.sampler_pool import SamplerPool
+from aft_ray.sampling.stream import SampleCounts, count_groups, sample_round
+from aft_ray.storage.lease import Hold
+from aft_ray.storage.ledger import Ledger, write_group_file
 from aft_ray.storage.records import Group
 from aft_ray.storage.run_dir import CONFIG, EVALUATIONS, LOGS, RunDir
-from aft_ray.sampling.judge_actor import RemoteJudge, check_judge, start_judge
-from aft_ray.sampling.broadcast import meet
-from aft_ray.sampling.sampler_health import Change, last_line
-from aft_ray.sampling.sampler_pool import SamplerPool
-from aft_ray.sampling.sampler import Loaded
-from aft_ray.sampling.stream import Tally, sample_round, tally
-from aft_ray.coordination.colocation import Turns
-from aft_ray.run.schedule import AwaitVersion, SampleRound, order_of_rounds
-from aft_ray.cluster.colocated_placement import EngineSeat
+from aft_ray.storage.versions import read_config
+from aft_ray.tasks.dataset import count_by_task, load_tokenizer, prepare, questions_of_round, round_shares
 from aft_ray.training.worker import WorkerConfig, first_round, fit
-from aft_ray.weights.adapter import given_publication, stored_publication
-from aft_ray.weights.version_manifest import Publication
+from aft_ray.weights.adapter import given_manifest, stored_manifest
+from aft_ray.weights.version_manifest import VersionManifest
 
 # What a resumed run may change: it moves the same steps to other hardware.
 _HARDWARE = frozenset(
@@ -68,19 +68,19 @@ class RunFailed(RuntimeError):
 
 
 @dataclass(slots=True)
-class Conductor:
+class Orchestrator:
     """The driver's side of a run: what every step of a round needs."""
 
     config: RunConfig
     run_dir: RunDir
     ledger: Ledger
     reporter: Reporter
-    board: Any
+    coordinator: Any
     pool: SamplerPool | None  # none when the run neither samples nor evaluates
     judge: RemoteJudge | None
     questions: list[Group]
     validation: list[Group]
-    turns: Turns | None = None  # with the train workers, on their GPUs
+    colocation: Colocation | None = None  # with the train workers, on their GPUs
 
     def conduct(self) -> None:
         """All rounds, from the first that is not trained yet to the last."""
@@ -88,84 +88,84 @@ class Conductor:
         self._publish_what_is_on_disk(first - 1)
         for step in order_of_rounds(first, self.config.rounds.count, self.config.rounds.max_staleness):
             if isinstance(step, AwaitVersion):
-                publication, _ = board.call(self.board.wait_publication, step.version, self.config.rounds.timeout_s)
-                if self.pool is not None or self.turns is not None:
-                    self._bring_samplers_to(publication)
+                manifest, _ = coordinator.call(
+                    self.coordinator.wait_version, step.version, self.config.rounds.timeout_s
+                )
+                if self.pool is not None or self.colocation is not None:
+                    self._bring_samplers_to(manifest)
                 continue
             if step.round == 0 or not self.config.samples:
                 self._write_references(step.round)
             else:
-                publication, waited = self._publication_for(step)
-                self._bring_samplers_to(publication)
-                self._sample(step.round, publication, waited)
-            if self.turns is not None:
-                self.turns.end()
-            board.call(self.board.set_ready, step.round)
+                manifest, waited = self._manifest_for(step)
+                self._bring_samplers_to(manifest)
+                self._sample(step.round, manifest, waited)
+            if self.colocation is not None:
+                self.colocation.end()
+            coordinator.call(self.coordinator.set_ready, step.round)
 
     @property
     def samplers(self) -> SamplerPool:
         assert self.pool is not None, "a run that needs no samplers asked for them"
         return self.pool
 
-    def _publication_for(self, step: SampleRound) -> tuple[Publication, float]:
+    def _manifest_for(self, step: SampleRound) -> tuple[VersionManifest, float]:
         """The version that samples a round: the newest within max_staleness, or the one it was begun with."""
         begun_with = self.ledger.policy_version(step.round)
-        publication, waited = board.call(self.board.wait_publication, step.version, self.config.rounds.timeout_s)
-        if begun_with is not None and begun_with != publication.version:
-            publication = self._on_disk(begun_with)
-        self.ledger.record_policy_version(step.round, publication.version)
-        return publication, waited
+        manifest, waited = coordinator.call(self.coordinator.wait_version, step.version, self.config.rounds.timeout_s)
+        if begun_with is not None and begun_with != manifest.version:
+            manifest = self._on_disk(begun_with)
+        self.ledger.record_policy_version(step.round, manifest.version)
+        return manifest, waited
 
-    def _bring_samplers_to(self, publication: Publication) -> None:
-        if self.turns is not None:
-            self.pool = self.turns.begin(publication.version + 1)
+    def _bring_samplers_to(self, manifest: VersionManifest) -> None:
+        if self.colocation is not None:
+            self.pool = self.colocation.begin(manifest.version + 1)
         started = time.monotonic()
-        loaded = self._meet(publication) if publication.meeting is not None else []
-        loaded += self.samplers.load(publication)  # whoever holds it already says so
+        loaded = self._meet(manifest) if manifest.broadcast is not None else []
+        loaded += self.samplers.load(manifest)  # whoever holds it already says so
         slowest = max(loaded, key=lambda one: one.seconds)
         if slowest.seconds > 0:
             self.reporter.event(
                 "published",
-                version=publication.version,
+                version=manifest.version,
                 seconds=time.monotonic() - started,
-                bytes=publication.bytes,
+                bytes=manifest.bytes,
                 rendezvous_s=slowest.rendezvous_s,
                 fetch_s=slowest.fetch_s,
                 load_s=slowest.load_s,
                 prove_s=slowest.prove_s,
                 probe_difference=max(one.difference for one in loaded),
             )
-        if self.validation and evaluation_due(self.config, self.run_dir, publication.version):
-            self._evaluate(publication)
+        if self.validation and evaluation_due(self.config, self.run_dir, manifest.version):
+            self._evaluate(manifest)
 
-    def _meet(self, publication: Publication) -> list[Loaded]:
+    def _meet(self, manifest: VersionManifest) -> list[UpdateReport]:
         """The samplers that the trainer's stream reached."""
-        met = meet(self.board, self.samplers, publication, self.config.sampling.processes_per_sampler)
+        met = meet(self.coordinator, self.samplers, manifest, self.config.sampling.processes_per_sampler)
         for sentence in met.missed:
-            self.reporter.say(f"version {publication.version} did not reach every engine by stream: {sentence}")
+            self.reporter.say(f"version {manifest.version} did not reach every engine by stream: {sentence}")
         return met.loaded
 
-    def _sample(self, number: int, publication: Publication, waited: float) -> None:
+    def _sample(self, number: int, manifest: VersionManifest, waited: float) -> None:
         """Step 1 of a round: every question sampled once, labelled, and in the ledger."""
         wanted = questions_of_round(self.config, self.questions, number)
         self._open(number)
         pending = set(self.ledger.pending(number, [group.question.id for group in wanted]))
-        groups = [g for g in unanswered(wanted, publication.version) if g.question.id in pending]
-        started, total = time.monotonic(), Tally()
+        groups = [g for g in unanswered(wanted, manifest.version) if g.question.id in pending]
+        started, total = time.monotonic(), SampleCounts()
         done = len(wanted) - len(groups)
-        what = f"round {number} sampling with version {publication.version}"
+        what = f"round {number} sampling with version {manifest.version}"
         try:
             for written in (
-                sample_round(self.config, self.samplers, publication, groups, self.run_dir, self.judge)
-                if groups
-                else ()
+                sample_round(self.config, self.samplers, manifest, groups, self.run_dir, self.judge) if groups else ()
             ):
                 if written.file is not None:
                     self.ledger.commit(written.file)
                 for parked in written.parked:
                     self.ledger.park(parked)
-                board.call(self.board.check)  # training may have failed meanwhile
-                total, done = total + written.tally, done + written.tally.groups + len(written.parked)
+                coordinator.call(self.coordinator.check)  # training may have failed meanwhile
+                total, done = total + written.count_groups, done + written.count_groups.groups + len(written.parked)
                 speed = total.tokens / (time.monotonic() - started)
                 self.reporter.progress(what, done, len(wanted), f"{speed:,.0f} tokens/s, {total.pass_rate:.0%} right")
         except RayError as error:
@@ -179,23 +179,23 @@ class Conductor:
             return  # sampled whole before this run was resumed
         speed = total.tokens / max(seconds, 1e-9)
         if total.groups < len(wanted):  # the rest was sampled before this run was resumed
-            total = tally(self.ledger.read_groups(number))
+            total = count_groups(self.ledger.read_groups(number))
         stats = _stats(total, seconds, waited, speed)
         if self.judge is not None:
             counts = self.judge.counts()
             self.reporter.event("judged", round=number, **asdict(counts))
             self.reporter.say(f"round {number}: {counts.line()}")
-        closed = self.ledger.complete_sampling(number, publication.version, stats)
+        closed = self.ledger.complete_sampling(number, manifest.version, stats)
         self.reporter.event(
             "sampled",
             round=number,
-            version=publication.version,
-            staleness=number - 1 - publication.version,
+            version=manifest.version,
+            staleness=number - 1 - manifest.version,
             parked=closed.parked,
             **stats,
         )
         self.reporter.say(
-            f"round {number}: sampled {closed.groups} groups with version {publication.version} in "
+            f"round {number}: sampled {closed.groups} groups with version {manifest.version} in "
             f"{stats['seconds']:.0f} s ({stats['tokens_per_s']:,.0f} tokens/s, waited {waited:.0f} s), "
             f"{stats['pass_rate']:.1%} right, {stats['signal']:.0%} of groups with a signal"
             + (f", {closed.parked} parked" if closed.parked else "")
@@ -235,13 +235,13 @@ class Conductor:
                 f"Start the same command again to try them again"
             )
 
-    def _evaluate(self, publication: Publication) -> None:
+    def _evaluate(self, manifest: VersionManifest) -> None:
         """Step 5: the validation split, answered by a version that has reached the samplers."""
-        version, evaluation = publication.version, self.config.evaluation
-        answered, cost = ask(
+        version, evaluation = manifest.version, self.config.evaluation
+        answered, cost = answer_questions(
             self.config,
             self.samplers,
-            publication,
+            manifest,
             unanswered(self.validation, version),
             evaluation.during_training_k,
             1,
@@ -262,15 +262,15 @@ class Conductor:
 
     def _publish_what_is_on_disk(self, version: int) -> None:
         if version > 0 or (version == 0 and self.config.vft.epochs):
-            board.call(self.board.publish, self._on_disk(version))
+            coordinator.call(self.coordinator.publish, self._on_disk(version))
         elif not self.config.vft.epochs:
             # The model as it was given is version 0; engines start from it.
-            board.call(self.board.publish, Publication(0, self.config.model.name, (), ()))
+            coordinator.call(self.coordinator.publish, VersionManifest(0, self.config.model.name, (), ()))
 
-    def _on_disk(self, version: int) -> Publication:
+    def _on_disk(self, version: int) -> VersionManifest:
         if version == 0 and not self.config.vft.epochs:
-            return given_publication(self.config)
-        return stored_publication(self.config, self.run_dir, version)
+            return given_manifest(self.config)
+        return stored_manifest(self.config, self.run_dir, version)
 
 
 def evaluation_due(config: RunConfig, run_dir: RunDir, version: int) -> bool:
@@ -284,7 +284,7 @@ def evaluation_due(config: RunConfig, run_dir: RunDir, version: int) -> bool:
 def run(config: RunConfig, reporter: Reporter) -> bool:
     """Trains a run to its end, from wherever it is. False when it was finished already.
 
-    Raises ConfigError, RunDirError, SamplersFailed, PublicationFailed or RunFailed: one sentence each.
+    Raises ConfigError, RunDirError, SamplersFailed, WeightUpdateFailed or RunFailed: one sentence each.
     """
     run_dir = RunDir(config.run_dir)
     with run_dir.lock(reporter.say) as hold:
@@ -329,36 +329,38 @@ def _run_on_cluster(
     eos_token_id: int,
 ) -> None:
     started = time.monotonic()
-    the_board = board.start_board()
-    hold.on_lost = lambda reason: board.call(the_board.fail, reason)
-    pool = turns = None
+    coordinator = coordinator.start_coordinator()
+    hold.on_lost = lambda reason: coordinator.call(coordinator.fail, reason)
+    pool = colocation = None
 
-    def start_samplers(seats: tuple[EngineSeat, ...] | None) -> SamplerPool:
+    def start_samplers(placements: tuple[EnginePlacement, ...] | None) -> SamplerPool:
         log_dir = str(run_dir.local_path(LOGS)) if run_dir.is_local else None
         version = None if config.vft.epochs else 0
-        return SamplerPool.start(config, config.model.name, eos_token_id, log_dir, version, _teller(reporter), seats)
+        return SamplerPool.start(
+            config, config.model.name, eos_token_id, log_dir, version, _teller(reporter), placements
+        )
 
     if needs_samplers(config) and config.sampling.colocate:
-        turns = Turns(config, the_board, start_samplers)
+        colocation = Colocation(config, coordinator, start_samplers)
     elif needs_samplers(config):
         pool = start_samplers(None)
     try:
-        with _training(WorkerConfig(config, run_dir, the_board, count_by_task(questions)), reporter) as failures:
+        with _training(WorkerConfig(config, run_dir, coordinator, count_by_task(questions)), reporter) as failures:
             try:
                 if pool is not None and first_round(config, ledger) > 0:
                     pool.wait_ready()
                 judge = start_judge(config.feedback, run_dir) if config.samples else None
-                Conductor(
-                    config, run_dir, ledger, reporter, the_board, pool, judge, questions, validation, turns
+                Orchestrator(
+                    config, run_dir, ledger, reporter, coordinator, pool, judge, questions, validation, colocation
                 ).conduct()
-            except BoardFailed as error:
+            except PeerFailed as error:
                 # Training failed: what Ray Train raised says more than the board does.
                 raise RunFailed(str(failures[0]) if failures else str(error)) from error
             except BaseException as error:
-                board.call(the_board.fail, f"the driver stopped: {error}")
+                coordinator.call(coordinator.fail, f"the driver stopped: {error}")
                 raise
     finally:
-        for samplers in (pool, turns):
+        for samplers in (pool, colocation):
             if samplers is not None:
                 samplers.close()
     reporter.event("finished", seconds=time.monotonic() - started)
@@ -376,11 +378,11 @@ def _training(worker: Any, reporter: Reporter) -> Iterator[list[str]]:
         except Exception as error:
             failures.append(_training_failure(error, worker.run_dir))
             with suppress(RayError):  # the driver may have left the cluster meanwhile
-                board.call(worker.board.fail, failures[0])
+                coordinator.call(worker.coordinator.fail, failures[0])
 
     def listen() -> None:
         while not ended.wait(0.5):
-            _pass_on(board.call(worker.board.drain), reporter)
+            _pass_on(coordinator.call(worker.coordinator.drain), reporter)
 
     threads = [threading.Thread(target=function, daemon=True) for function in (train, listen)]
     for thread in threads:
@@ -397,7 +399,7 @@ def _training(worker: Any, reporter: Reporter) -> Iterator[list[str]]:
         threads[0].join(_PATIENCE_S)
         ended.set()
         threads[1].join()
-        _pass_on(board.call(worker.board.drain), reporter)
+        _pass_on(coordinator.call(worker.coordinator.drain), reporter)
 
 
 def _pass_on(events: list[dict[str, Any]], reporter: Reporter) -> None:
@@ -415,10 +417,10 @@ def _pass_on(events: list[dict[str, Any]], reporter: Reporter) -> None:
             )
 
 
-def _teller(reporter: Reporter) -> Callable[[Change], None]:
+def _teller(reporter: Reporter) -> Callable[[HealthChange], None]:
     """Says when a sampler joins or is lost."""
 
-    def tell(change: Change) -> None:
+    def tell(change: HealthChange) -> None:
         name = "sampler_joined" if change.reason is None else "sampler_lost"
         reporter.event(name, **asdict(change))
         reporter.say(change.line)

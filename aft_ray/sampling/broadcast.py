@@ -13,14 +13,14 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError
 
-from aft_ray.coordination import coordinator as board
-from aft_ray.sampling.sampler_health import last_line
+from aft_ray.coordination import coordinator as coordinator
+from aft_ray.coordination.broadcast_group import BroadcastGroup, BroadcastMembership, Receiver
 from aft_ray.inference.update_phases import GRACE_S
+from aft_ray.sampling.sampler import UpdateReport
+from aft_ray.sampling.sampler_health import last_line
 from aft_ray.sampling.sampler_pool import SamplerPool, Samplers
-from aft_ray.sampling.sampler import Loaded
-from aft_ray.weights.receive_plan import FromMeeting
-from aft_ray.coordination.broadcast_group import Guest, Invitation, Place
-from aft_ray.weights.version_manifest import Publication
+from aft_ray.weights.receive_plan import FromBroadcast
+from aft_ray.weights.version_manifest import VersionManifest
 
 # Seconds in which a sampler says what it holds.
 _GREETING_S = 10.0
@@ -30,27 +30,27 @@ _GREETING_S = 10.0
 class Met:
     """How the samplers came through a meeting; `missed`: a sentence for each that did not, naming it."""
 
-    loaded: list[Loaded]
+    loaded: list[UpdateReport]
     missed: list[str]
 
 
-def meet(the_board: Any, pool: SamplerPool, publication: Publication, processes: int) -> Met:
+def meet(coordinator: Any, pool: SamplerPool, manifest: VersionManifest, processes: int) -> Met:
     """Brings the samplers that answer to a version through a meeting with the trainer, as far as they come through it.
 
-    processes: of each engine. Raises BoardFailed when the trainer has failed for good, SamplersFailed when too few
+    processes: of each engine. Raises PeerFailed when the trainer has failed for good, SamplersFailed when too few
     samplers answer.
     """
-    assert publication.meeting is not None
+    assert manifest.broadcast is not None
     ready, samplers = pool.wait_ready(), pool.handles()
-    coming = _without(publication.version, samplers, ready)
-    invitation = Invitation(publication.version, tuple(Guest(f"sampler {index}", processes) for index in coming))
-    table = board.call(the_board.invite, invitation, samplers.load_timeout_s)
+    coming = _without(manifest.version, samplers, ready)
+    invitation = BroadcastGroup(manifest.version, tuple(Receiver(f"sampler {index}", processes) for index in coming))
+    table = coordinator.call(coordinator.invite, invitation, samplers.load_timeout_s)
     if table is None:
         return Met([], [])
     calls = {}
     for index, rank in zip(coming, invitation.first_ranks, strict=True):
-        place = Place(table, rank, invitation.world_size, publication.meeting)
-        placed = replace(publication, delivery=FromMeeting(place))
+        place = BroadcastMembership(table, rank, invitation.world_size, manifest.broadcast)
+        placed = replace(manifest, receive_plan=FromBroadcast(place))
         calls[index] = samplers.actors[index].load.remote(placed, samplers.tolerance, samplers.load_timeout_s)
     deadline = 4 * (samplers.load_timeout_s + GRACE_S)
     done, _ = ray.wait(list(calls.values()), num_returns=len(calls), timeout=deadline)

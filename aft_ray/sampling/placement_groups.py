@@ -15,10 +15,10 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from aft_ray.config.run import SamplingConfig
+from aft_ray.cluster.colocated_placement import EnginePlacement
 from aft_ray.cluster.placement import Bundle, amount
+from aft_ray.config.run import SamplingConfig
 from aft_ray.sampling.sampler_health import SamplersFailed
-from aft_ray.cluster.colocated_placement import EngineSeat
 
 _POLL_S = 1.0
 
@@ -58,12 +58,12 @@ def actor_options(group: PlacementGroup, sampling: SamplingConfig) -> dict[str, 
     }
 
 
-def seated_options(seat: EngineSeat, sampling: SamplingConfig) -> dict[str, Any]:
+def colocated_options(placement: EnginePlacement, sampling: SamplingConfig) -> dict[str, Any]:
     """How an actor lies beside train workers: on their node, with GPUs that Ray has given to them."""
     return {
         "num_cpus": sampling.cpus_per_sampler,
         "num_gpus": 0,
-        "scheduling_strategy": NodeAffinitySchedulingStrategy(seat.node, soft=False),
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(placement.node, soft=False),
     }
 
 

@@ -15,20 +15,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from aft_ray.storage.records import Candidate
-from aft_ray.storage.run_dir import local_model
 from aft_ray.inference.engine import (
     Engine,
     EngineDead,
     EngineSpec,
     Prompt,
     SamplingSpec,
-    WeightsMissed,
+    WeightTransferFailed,
     prepare_environment,
 )
+from aft_ray.inference.update_phases import PhaseTimeout, UpdatePhases
 from aft_ray.sampling.placement_groups import wait_for_group
-from aft_ray.inference.update_phases import Overdue, Phases
-from aft_ray.weights.version_manifest import Publication, PublicationFailed
+from aft_ray.storage.records import Candidate
+from aft_ray.storage.run_dir import local_model
+from aft_ray.weights.version_manifest import VersionManifest, WeightUpdateFailed
 
 
 class WrongVersion(RuntimeError):
@@ -36,14 +36,14 @@ class WrongVersion(RuntimeError):
 
 
 @dataclass(frozen=True, slots=True)
-class Refused:
+class RefusedQuestion:
     """A question that the engine will never answer, and why."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
+class UpdateReport:
     """How a publication reached one engine: seconds of each phase, and the probes' largest score difference.
 
     All zero when the engine held it already. difference: nats per token.
@@ -77,7 +77,7 @@ class Sampler:
 
         self._name = f"sampler {index}"
         self._version = version
-        self._phases = Phases()
+        self._phases = UpdatePhases()
         self._loading = asyncio.Lock()
         self._tokens = 0
         self._busy_since: float | None = None
@@ -95,7 +95,7 @@ class Sampler:
 
     async def answer(
         self, prompts: Sequence[Prompt], how: SamplingSpec, version: int | None
-    ) -> list[list[Candidate] | Refused]:
+    ) -> list[list[Candidate] | RefusedQuestion]:
         """k unlabelled candidates a prompt, in order. `version` None: whatever weights the engine started with."""
         if version != self._version:
             raise WrongVersion(f"{self._name} holds version {self._version}, not {version}")
@@ -107,26 +107,26 @@ class Sampler:
         finally:
             self._stop_clock()
 
-    async def load(self, publication: Publication, tolerance: float, timeout_s: float) -> Loaded:
+    async def load(self, manifest: VersionManifest, tolerance: float, timeout_s: float) -> UpdateReport:
         """Brings the engine to a version and proves it by its probes. Idempotent.
 
-        Raises PublicationFailed naming the engine and the phase. The engine then answers nothing until a delivery has
+        Raises WeightUpdateFailed naming the engine and the phase. The engine then answers nothing until a delivery has
         come through; when it stands still, the process ends.
         """
         async with self._loading:
-            if self._version == publication.version:
-                return Loaded(publication.version)
+            if self._version == manifest.version:
+                return UpdateReport(manifest.version)
             self._version = None
-            self._phases = Phases()
+            self._phases = UpdatePhases()
             try:
-                return await self._load(publication, tolerance, timeout_s)
-            except (WeightsMissed, Overdue) as error:
-                if isinstance(error, Overdue):
+                return await self._load(manifest, tolerance, timeout_s)
+            except (WeightTransferFailed, PhaseTimeout) as error:
+                if isinstance(error, PhaseTimeout):
                     # Its thread may never come back. Later, so that the caller still learns why.
                     asyncio.get_running_loop().call_later(1.0, os._exit, 1)
-                raise PublicationFailed(
+                raise WeightUpdateFailed(
                     f"{self._name} did not get through phase {self._phases.name!r} of publishing version "
-                    f"{publication.version}: {error}; weights.timeout_s ({timeout_s:.0f} s a phase) sets the deadline"
+                    f"{manifest.version}: {error}; weights.timeout_s ({timeout_s:.0f} s a phase) sets the deadline"
                 ) from None
             except EngineDead as error:
                 self._die(error)
@@ -142,29 +142,31 @@ class Sampler:
             except EngineDead as error:
                 self._die(error)
 
-    async def _load(self, publication: Publication, tolerance: float, timeout_s: float) -> Loaded:
+    async def _load(self, manifest: VersionManifest, tolerance: float, timeout_s: float) -> UpdateReport:
         phases = self._phases
         phases.enter("fetch")
         # The weights first: there may be no room for the KV cache beside what loading needs.
         await phases.watch(self._engine.wake("weights"), timeout_s)
-        update = self._engine.update_weights(publication.calls(timeout_s), phases.enter, publication.adapter)
+        update = self._engine.update_weights(manifest.calls(timeout_s), phases.enter, manifest.adapter)
         await phases.watch(update, timeout_s)
         await phases.watch(self._engine.wake("kv_cache"), timeout_s)
         phases.enter("prove")
-        scores = [self._engine.score(p.prompt_token_ids, p.response_token_ids) for p in publication.probes]
-        difference = publication.prove(
+        scores = [self._engine.score(p.prompt_token_ids, p.response_token_ids) for p in manifest.probes]
+        difference = manifest.verify_probes(
             [await phases.watch(score, timeout_s) for score in scores], tolerance, self._name
         )
         phases.leave()
-        self._version = publication.version
+        self._version = manifest.version
         took = phases.seconds
-        return Loaded(publication.version, took["rendezvous"], took["fetch"], took["load"], took["prove"], difference)
+        return UpdateReport(
+            manifest.version, took["rendezvous"], took["fetch"], took["load"], took["prove"], difference
+        )
 
-    async def _answer(self, prompt: Prompt, how: SamplingSpec) -> list[Candidate] | Refused:
+    async def _answer(self, prompt: Prompt, how: SamplingSpec) -> list[Candidate] | RefusedQuestion:
         try:
             candidates = await asyncio.wrap_future(self._engine.sample(prompt, how))
         except ValueError as error:
-            return Refused(str(error))
+            return RefusedQuestion(str(error))
         texts = self._tokenizer.batch_decode([c.token_ids for c in candidates], skip_special_tokens=True)
         self._tokens += sum(len(c.token_ids) for c in candidates)
         return [

@@ -25,7 +25,7 @@ class SamplersFailed(RuntimeError):
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class HealthChange:
     """A sampler joined the others, or was lost (`reason`); `ready` of all `samplers` answer after it."""
 
     sampler: int
@@ -40,7 +40,7 @@ class Change:
         return f"sampler {self.sampler} is lost: {self.reason} ({self.ready} of {self.samplers} left)"
 
 
-class Members:
+class SamplerHealth:
     """The watch over some sampler actors, on the event loop of whoever made it.
 
     ready: the samplers that answer, to begin with those that did lately. minimum: how many must. why: says of a sampler
@@ -54,7 +54,7 @@ class Members:
         minimum: int,
         timeout_s: float,
         why: Callable[[int], str],
-        tell: Callable[[Change], None] | None = None,
+        tell: Callable[[HealthChange], None] | None = None,
     ) -> None:
         self.ready = frozenset(ready)
         self._actors, self._minimum, self._timeout_s, self._why, self._tell = actors, minimum, timeout_s, why, tell
@@ -77,7 +77,7 @@ class Members:
         """A call to a sampler failed: it is not asked until it answers again."""
         self._reasons[index] = reason
         if index in self.ready:
-            self._change(self.ready - {index}, Change(index, len(self.ready) - 1, len(self._actors), reason))
+            self._change(self.ready - {index}, HealthChange(index, len(self.ready) - 1, len(self._actors), reason))
 
     async def enough(self, minimum: int | None = None) -> frozenset[int]:
         """The samplers that answer, at least `minimum` of them (none: as many as the run needs).
@@ -115,10 +115,10 @@ class Members:
                 self.lost(index, f"it has not answered for {_SILENT_S:.0f} s")
             else:
                 if index not in self.ready:
-                    self._change(self.ready | {index}, Change(index, len(self.ready) + 1, len(self._actors)))
+                    self._change(self.ready | {index}, HealthChange(index, len(self.ready) + 1, len(self._actors)))
             await asyncio.sleep(_THERE_S if index in self.ready else _AWAY_S)
 
-    def _change(self, ready: frozenset[int], change: Change) -> None:
+    def _change(self, ready: frozenset[int], change: HealthChange) -> None:
         self.ready = ready
         self._wake()
         if self._tell is not None:

@@ -18,20 +18,22 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError
 
+from aft_ray.cluster.colocated_placement import EnginePlacement
 from aft_ray.config.run import RunConfig
 from aft_ray.inference.engine import EngineSpec
-from aft_ray.sampling.placement_groups import actor_options, close_groups, open_group, seated_options, waits_for
-from aft_ray.sampling.sampler_health import Change, Members, SamplersFailed, last_line, reason_of
-from aft_ray.sampling.sampler import Loaded, Sampler
-from aft_ray.cluster.colocated_placement import EngineSeat
-from aft_ray.weights.version_manifest import Publication, PublicationFailed
+from aft_ray.sampling.placement_groups import actor_options, close_groups, colocated_options, open_group, waits_for
+from aft_ray.sampling.sampler import Sampler, UpdateReport
+from aft_ray.sampling.sampler_health import HealthChange, SamplerHealth, SamplersFailed, last_line, reason_of
+from aft_ray.weights.version_manifest import VersionManifest, WeightUpdateFailed
 
 # Times Ray restarts a sampler whose process or node ended. What kills engines at once parks its questions long before.
 RESTARTS = 100
 
 
-def engine_spec(config: RunConfig, model: str, eos_token_id: int, seat: EngineSeat | None = None) -> EngineSpec:
-    """The engine of a run's samplers, started from `model`; with a `seat` on the train workers' GPUs."""
+def engine_spec(
+    config: RunConfig, model: str, eos_token_id: int, placement: EnginePlacement | None = None
+) -> EngineSpec:
+    """The engine of a run's samplers, started from `model`; with a `placement` on the train workers' GPUs."""
     sampling = config.sampling
     return EngineSpec(
         model=model,
@@ -47,8 +49,8 @@ def engine_spec(config: RunConfig, model: str, eos_token_id: int, seat: EngineSe
         gpu_memory_utilization=sampling.gpu_memory_utilization,
         trust_remote_code=config.model.trust_remote_code,
         seed=config.seed,
-        shared_gpus=seat.gpus if seat else (),
-        meets=config.weights.transport == "nccl",
+        shared_gpus=placement.gpus if placement else (),
+        joins_broadcast=config.weights.transport == "nccl",
         lora=config.lora if config.weights.transport == "lora" else None,
     )
 
@@ -69,9 +71,9 @@ class Samplers:
     tolerance: float
     ready: frozenset[int] = frozenset()
 
-    def members(self, tell: Callable[[Change], None] | None = None) -> Members:
+    def health(self, tell: Callable[[HealthChange], None] | None = None) -> SamplerHealth:
         """A watch over them, for the event loop of the calling process."""
-        return Members(self.actors, self.ready, self.minimum, self.start_timeout_s, self.why, tell)
+        return SamplerHealth(self.actors, self.ready, self.minimum, self.start_timeout_s, self.why, tell)
 
     def why(self, index: int) -> str:
         """Why a sampler that never answered does not."""
@@ -83,13 +85,13 @@ class Samplers:
 class SamplerPool:
     """The driver's end of the samplers. Start with `start`, then `wait_ready` once before use."""
 
-    def __init__(self, samplers: Samplers, tell: Callable[[Change], None] | None = None) -> None:
+    def __init__(self, samplers: Samplers, tell: Callable[[HealthChange], None] | None = None) -> None:
         self._samplers = samplers
         self._loop = asyncio.new_event_loop()
-        self._members = samplers.members(tell)
+        self._health = samplers.health(tell)
         self._thread = threading.Thread(target=self._loop.run_forever, name="samplers", daemon=True)
         self._thread.start()
-        self._loop.call_soon_threadsafe(self._members.watch)
+        self._loop.call_soon_threadsafe(self._health.watch)
 
     @classmethod
     def start(
@@ -99,8 +101,8 @@ class SamplerPool:
         eos_token_id: int,
         log_dir: str | None,
         version: int | None,
-        tell: Callable[[Change], None] | None = None,
-        seats: tuple[EngineSeat, ...] | None = None,
+        tell: Callable[[HealthChange], None] | None = None,
+        placements: tuple[EnginePlacement, ...] | None = None,
     ) -> SamplerPool:
         """Begins to start `sampling.samplers` actors; returns at once, so that other work can go on meanwhile.
 
@@ -110,8 +112,8 @@ class SamplerPool:
         """
         sampling = config.sampling
         logs = [os.path.join(log_dir, f"sampler-{i}.log") if log_dir else None for i in range(sampling.samplers)]
-        groups = [] if seats else [open_group(index, sampling) for index in range(sampling.samplers)]
-        placed = [seated_options(seat, sampling) for seat in seats or ()]
+        groups = [] if placements else [open_group(index, sampling) for index in range(sampling.samplers)]
+        placed = [colocated_options(placement, sampling) for placement in placements or ()]
         placed += [actor_options(group, sampling) for group in groups]
         actors = [
             ray.remote(Sampler)
@@ -124,7 +126,7 @@ class SamplerPool:
             )
             .remote(
                 index,
-                engine_spec(config, model, eos_token_id, seats[index] if seats else None),
+                engine_spec(config, model, eos_token_id, placements[index] if placements else None),
                 log,
                 sampling.start_timeout_s,
                 version,
@@ -148,42 +150,42 @@ class SamplerPool:
 
     def handles(self) -> Samplers:
         """The samplers for another process, with those that answer now."""
-        return replace(self._samplers, ready=self._members.ready)
+        return replace(self._samplers, ready=self._health.ready)
 
     def wait_ready(self, minimum: int | None = None) -> list[int]:
         """Blocks until `minimum` samplers answer (none: sampling.min_samplers); which do. Raises SamplersFailed."""
-        return sorted(asyncio.run_coroutine_threadsafe(self._members.enough(minimum), self._loop).result())
+        return sorted(asyncio.run_coroutine_threadsafe(self._health.enough(minimum), self._loop).result())
 
-    def load(self, publication: Publication) -> list[Loaded]:
+    def load(self, manifest: VersionManifest) -> list[UpdateReport]:
         """Brings the samplers that answer to a version, proven by its probes; at least sampling.min_samplers of them.
 
         One that dies meanwhile is left out: it loads the version when it is back, before it serves. Raises
-        PublicationFailed when a living engine does not take the weights, SamplersFailed when too few live.
+        WeightUpdateFailed when a living engine does not take the weights, SamplersFailed when too few live.
         """
-        loaded: dict[int, Loaded] = {}
+        loaded: dict[int, UpdateReport] = {}
         deadline = time.monotonic() + self._samplers.start_timeout_s + 3 * self._samplers.load_timeout_s
         while True:
             ready = self.wait_ready()
-            loaded |= self._load_on([index for index in ready if index not in loaded], publication)
+            loaded |= self._load_on([index for index in ready if index not in loaded], manifest)
             if len(loaded) >= self._samplers.minimum:
                 return list(loaded.values())
             if time.monotonic() > deadline:
                 raise SamplersFailed(
-                    f"{len(loaded)} samplers reached version {publication.version} and {self._samplers.minimum} must "
+                    f"{len(loaded)} samplers reached version {manifest.version} and {self._samplers.minimum} must "
                     f"(sampling.min_samplers); the others ended each time they loaded it"
                 )
 
-    def _load_on(self, indexes: Iterable[int], publication: Publication) -> dict[int, Loaded]:
+    def _load_on(self, indexes: Iterable[int], manifest: VersionManifest) -> dict[int, UpdateReport]:
         """Loads a version on some samplers at once; without those that ended."""
         samplers = self._samplers
         timeout_s = samplers.load_timeout_s
-        calls = {samplers.actors[i].load.remote(publication, samplers.tolerance, timeout_s): i for i in indexes}
+        calls = {samplers.actors[i].load.remote(manifest, samplers.tolerance, timeout_s): i for i in indexes}
         patience = 3 * timeout_s + 30  # a sampler's own deadline is a phase's, thrice
         _, late = ray.wait(list(calls), num_returns=max(1, len(calls)), timeout=patience) if calls else ([], [])
         if late:
             names = ", ".join(f"sampler {calls[call]}" for call in late)
-            raise PublicationFailed(
-                f"{names} did not load version {publication.version} within {patience:.0f} s"
+            raise WeightUpdateFailed(
+                f"{names} did not load version {manifest.version} within {patience:.0f} s"
                 f"{self._where([calls[call] for call in late])}"
             )
         loaded = {}
@@ -191,13 +193,13 @@ class SamplerPool:
             try:
                 loaded[index] = ray.get(call)
             except RayActorError as error:
-                self._loop.call_soon_threadsafe(self._members.lost, index, reason_of(error))
+                self._loop.call_soon_threadsafe(self._health.lost, index, reason_of(error))
             except RayError as error:
                 cause = getattr(error, "cause", None) or error
-                if isinstance(cause, PublicationFailed):
+                if isinstance(cause, WeightUpdateFailed):
                     raise cause from None
-                raise PublicationFailed(
-                    f"sampler {index} did not load version {publication.version}: {last_line(str(cause))}"
+                raise WeightUpdateFailed(
+                    f"sampler {index} did not load version {manifest.version}: {last_line(str(cause))}"
                     f"{self._where([index])}"
                 ) from error
         return loaded
@@ -207,7 +209,7 @@ class SamplerPool:
 
         Raises SamplersFailed when one does not.
         """
-        calls = {self.actors[index].sleep.remote(): index for index in sorted(self._members.ready)}
+        calls = {self.actors[index].sleep.remote(): index for index in sorted(self._health.ready)}
         timeout_s = self._samplers.load_timeout_s
         _, late = ray.wait(list(calls), num_returns=len(calls), timeout=timeout_s) if calls else ([], [])
         if late:
@@ -217,11 +219,11 @@ class SamplerPool:
             try:
                 ray.get(call)
             except RayActorError as error:  # it holds nothing any more
-                self._loop.call_soon_threadsafe(self._members.lost, index, reason_of(error))
+                self._loop.call_soon_threadsafe(self._health.lost, index, reason_of(error))
 
     def statuses(self) -> list[dict[str, Any]]:
         """Status of the samplers that answer within a few seconds."""
-        calls = [self.actors[index].status.remote() for index in sorted(self._members.ready)]
+        calls = [self.actors[index].status.remote() for index in sorted(self._health.ready)]
         done, _ = ray.wait(calls, num_returns=len(calls), timeout=5.0) if calls else ([], [])
         statuses = []
         for reference in done:
@@ -233,7 +235,7 @@ class SamplerPool:
 
     def close(self) -> None:
         """Ends the samplers and gives back what was kept for them."""
-        asyncio.run_coroutine_threadsafe(self._members.close(), self._loop).result()
+        asyncio.run_coroutine_threadsafe(self._health.close(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         for actor in self.actors:

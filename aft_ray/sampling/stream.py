@@ -1,6 +1,6 @@
 """The Ray Data pipeline: unanswered groups in, labelled groups out, streamed through the long-lived samplers.
 
-read -> Ask (asynchronous, forwards small batches to the samplers) -> label -> write. Invariant: every group that goes
+read -> SampleStage (asynchronous, forwards small batches to the samplers) -> label -> write. Invariant: every group that goes
 in comes out once, answered or parked with a reason; nothing is dropped and nothing is answered by two versions.
 """
 
@@ -21,32 +21,32 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from aft_ray.config.run import RunConfig, SamplingConfig
-from aft_ray.storage.ledger import GroupFile, Parked, write_group_file
-from aft_ray.storage.records import GROUP_SCHEMA, Candidate, Group, Verdict, groups_to_table, table_to_groups
-from aft_ray.storage.run_dir import RunDir
 from aft_ray.inference.engine import Prompt, SamplingSpec
 from aft_ray.sampling.judge_actor import RemoteJudge
-from aft_ray.sampling.sampler_health import Members, SamplersFailed, last_line, reason_of
+from aft_ray.sampling.sampler import RefusedQuestion, WrongVersion
+from aft_ray.sampling.sampler_health import SamplerHealth, SamplersFailed, last_line, reason_of
 from aft_ray.sampling.sampler_pool import SamplerPool, Samplers
-from aft_ray.sampling.sampler import Refused, WrongVersion
+from aft_ray.storage.ledger import FailedQuestion, GroupFile, write_group_file
+from aft_ray.storage.records import GROUP_SCHEMA, Candidate, Group, Verdict, groups_to_table, table_to_groups
+from aft_ray.storage.run_dir import RunDir
 from aft_ray.tasks import build_tasks
 from aft_ray.verify.feedback import reward_groups
 from aft_ray.verify.label import label_groups
 from aft_ray.verify.process_pool import shared_verifier
-from aft_ray.weights.version_manifest import Publication, PublicationFailed
+from aft_ray.weights.version_manifest import VersionManifest, WeightUpdateFailed
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class WrittenGroups:
     """One durable file of labelled groups, the questions parked beside it, and what they amounted to."""
 
     file: GroupFile | None
-    parked: tuple[Parked, ...]
-    tally: Tally
+    parked: tuple[FailedQuestion, ...]
+    count_groups: SampleCounts
 
 
 @dataclass(frozen=True, slots=True)
-class Tally:
+class SampleCounts:
     """Counts over labelled groups; `right_score` and `wrong_score` are sums over candidates, nats per token."""
 
     groups: int = 0
@@ -59,8 +59,8 @@ class Tally:
     right_score: float = 0.0
     wrong_score: float = 0.0
 
-    def __add__(self, other: Tally) -> Tally:
-        return Tally(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
+    def __add__(self, other: SampleCounts) -> SampleCounts:
+        return SampleCounts(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
 
     @property
     def pass_rate(self) -> float:
@@ -68,11 +68,11 @@ class Tally:
         return self.right / max(1, self.right + self.wrong)
 
 
-def tally(groups: Sequence[Group]) -> Tally:
+def count_groups(groups: Sequence[Group]) -> SampleCounts:
     candidates = [candidate for group in groups for candidate in group.candidates]
     right = [candidate for candidate in candidates if candidate.verdict is Verdict.RIGHT]
     wrong = [candidate for candidate in candidates if candidate.verdict is Verdict.WRONG]
-    return Tally(
+    return SampleCounts(
         groups=len(groups),
         with_signal=sum(group.has_signal for group in groups),
         right=len(right),
@@ -98,14 +98,14 @@ def question_seed(seed: int, purpose: str, question_id: str) -> int:
 def sample_round(
     config: RunConfig,
     pool: SamplerPool,
-    publication: Publication | None,
+    manifest: VersionManifest | None,
     unanswered: Sequence[Group],
     run_dir: RunDir,
     judge: RemoteJudge | None = None,
-) -> Iterator[Written]:
+) -> Iterator[WrittenGroups]:
     """Samples, labels and writes groups; yields each file as it becomes durable, for the ledger to commit."""
     round_number = unanswered[0].round
-    answered = _answered(config, pool, publication, unanswered, sampling_spec(config.sampling), f"round {round_number}")
+    answered = _answered(config, pool, manifest, unanswered, sampling_spec(config.sampling), f"round {round_number}")
     written = answered.map_batches(
         _label_and_write,
         batch_size=config.sampling.groups_per_file,
@@ -120,13 +120,13 @@ def sample_round(
 def answer_all(
     config: RunConfig,
     pool: SamplerPool,
-    publication: Publication | None,
+    manifest: VersionManifest | None,
     unanswered: Sequence[Group],
     how: SamplingSpec,
     purpose: str,
 ) -> Iterator[tuple[Group, str | None]]:
     """The same pipeline without files, for evaluation: each labelled group, or the group and why it was parked."""
-    answered = _answered(config, pool, publication, unanswered, how, purpose)
+    answered = _answered(config, pool, manifest, unanswered, how, purpose)
     tasks = build_tasks(config)
     try:
         for batch in answered.iter_batches(batch_size=None, batch_format="pyarrow"):
@@ -139,7 +139,7 @@ def answer_all(
 def _answered(
     config: RunConfig,
     pool: SamplerPool,
-    publication: Publication | None,
+    manifest: VersionManifest | None,
     unanswered: Sequence[Group],
     how: SamplingSpec,
     purpose: str,
@@ -151,8 +151,8 @@ def _answered(
     batches = [groups_to_table(unanswered[start : start + size]) for start in range(0, len(unanswered), size)]
     # `ray.data.from_arrow` would run a task of one whole CPU for each batch, only to count its rows.
     return from_blocks(batches).map_batches(
-        Ask,
-        fn_kwargs={"job": Job(pool.handles(), publication, how, config.sampling, config.seed, purpose)},
+        SampleStage,
+        fn_kwargs={"job": SampleJob(pool.handles(), manifest, how, config.sampling, config.seed, purpose)},
         # One block is one batch; many of them are in flight through one forwarding actor.
         batch_size=None,
         batch_format="pyarrow",
@@ -171,11 +171,11 @@ def data_flow(sampling: SamplingConfig, samplers: int) -> tuple[int, int]:
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    """What `Ask` is to do with every question: whom to ask, how, and with which weights."""
+class SampleJob:
+    """What `SampleStage` is to do with every question: whom to ask, how, and with which weights."""
 
     pool: Samplers
-    publication: Publication | None
+    manifest: VersionManifest | None
     how: SamplingSpec
     sampling: SamplingConfig
     seed: int
@@ -183,27 +183,27 @@ class Job:
 
     @property
     def version(self) -> int | None:
-        return self.publication.version if self.publication else None
+        return self.manifest.version if self.manifest else None
 
 
-class Ask:
+class SampleStage:
     """Forwards questions to the least loaded sampler; a question that fails is tried again alone, then parked.
 
-    Raises SamplersFailed when too few samplers are left, PublicationFailed when one that came back refuses the weights.
+    Raises SamplersFailed when too few samplers are left, WeightUpdateFailed when one that came back refuses the weights.
     """
 
     def __init__(self) -> None:
         self._load: Counter[int] = Counter()
-        self._members: Members | None = None
+        self._health: SamplerHealth | None = None
 
-    async def __call__(self, batch: pa.Table, job: Job) -> pa.Table:
-        if self._members is None:
-            self._members = job.pool.members()
-            self._members.watch()
+    async def __call__(self, batch: pa.Table, job: SampleJob) -> pa.Table:
+        if self._health is None:
+            self._health = job.pool.health()
+            self._health.watch()
         groups = table_to_groups(batch)
-        answers = await self._attempt(job, self._members, groups)
+        answers = await self._attempt(job, self._health, groups)
         answers = await asyncio.gather(
-            *(self._insist(job, self._members, g, a) for g, a in zip(groups, answers, strict=True))
+            *(self._insist(job, self._health, g, a) for g, a in zip(groups, answers, strict=True))
         )
         failed = [answer if isinstance(answer, _Failed) else None for answer in answers]
         table = groups_to_table(
@@ -215,52 +215,54 @@ class Ask:
 
     async def close(self) -> None:
         """Ends the watch over the samplers. In a run, the process that asks ends with the pipeline."""
-        if self._members is not None:
-            await self._members.close()
+        if self._health is not None:
+            await self._health.close()
 
     async def _insist(
-        self, job: Job, members: Members, group: Group, answer: list[Candidate] | _Failed
+        self, job: SampleJob, health: SamplerHealth, group: Group, answer: list[Candidate] | _Failed
     ) -> list[Candidate] | _Failed:
         while isinstance(answer, _Failed) and not answer.final and answer.attempts < job.sampling.attempts:
             attempts = answer.attempts + 1
-            (answer,) = await self._attempt(job, members, [group])
+            (answer,) = await self._attempt(job, health, [group])
             if isinstance(answer, _Failed):
                 answer = replace(answer, attempts=attempts)
         return answer
 
-    async def _attempt(self, job: Job, members: Members, groups: Sequence[Group]) -> list[list[Candidate] | _Failed]:
+    async def _attempt(
+        self, job: SampleJob, health: SamplerHealth, groups: Sequence[Group]
+    ) -> list[list[Candidate] | _Failed]:
         prompts = [
             Prompt(group.prompt_token_ids, question_seed(job.seed, job.purpose, group.question.id)) for group in groups
         ]
-        index = min(sorted(await members.enough()), key=lambda i: self._load[i])
+        index = min(sorted(await health.enough()), key=lambda i: self._load[i])
         weight = len(prompts)
         self._load[index] += weight
         try:
             answers = await asyncio.wait_for(self._call(job, index, prompts), job.sampling.timeout_s)
-        except PublicationFailed as error:
-            raise PublicationFailed(last_line(str(error))) from None  # it lives and refuses the weights
+        except WeightUpdateFailed as error:
+            raise WeightUpdateFailed(last_line(str(error))) from None  # it lives and refuses the weights
         except (RayError, WrongVersion) as error:
             # It is asked again once it answers; being empty must not make it preferred meanwhile.
-            members.lost(index, reason_of(error))
+            health.lost(index, reason_of(error))
             return [_Failed(f"sampler {index} failed: {reason_of(error)}")] * len(groups)
         except TimeoutError:
             reason = f"it did not answer in {job.sampling.timeout_s:.0f} s"
-            members.lost(index, reason)
+            health.lost(index, reason)
             return [_Failed(f"sampler {index} failed: {reason}")] * len(groups)
         finally:
             self._load[index] -= weight
-        return [_Failed(a.reason, final=True) if isinstance(a, Refused) else a for a in answers]
+        return [_Failed(a.reason, final=True) if isinstance(a, RefusedQuestion) else a for a in answers]
 
-    async def _call(self, job: Job, index: int, prompts: list[Prompt]) -> list[list[Candidate] | Refused]:
+    async def _call(self, job: SampleJob, index: int, prompts: list[Prompt]) -> list[list[Candidate] | RefusedQuestion]:
         actor = job.pool.actors[index]
-        answers: list[list[Candidate] | Refused]
+        answers: list[list[Candidate] | RefusedQuestion]
         try:
             answers = await actor.answer.remote(prompts, job.how, job.version)
         except WrongVersion:
-            if job.publication is None:
+            if job.manifest is None:
                 raise
             # It was restarted: bring it to the version of this round before it serves.
-            await actor.load.remote(job.publication, job.pool.tolerance, job.pool.load_timeout_s)
+            await actor.load.remote(job.manifest, job.pool.tolerance, job.pool.load_timeout_s)
             answers = await actor.answer.remote(prompts, job.how, job.version)
         return answers
 
@@ -288,24 +290,24 @@ def _label_and_write(
         if reason is None:
             answered.append(group)
         else:
-            parked.append(Parked(round_number, group.question.id, reason, attempts))
+            parked.append(FailedQuestion(round_number, group.question.id, reason, attempts))
     labelled = label_groups(answered, build_tasks(config), shared_verifier())
     labelled = reward_groups(labelled, config.feedback, judge)
     file = write_group_file(run_dir, labelled) if labelled else None
-    return pa.table({"written": pa.array([_to_row(Written(file, tuple(parked), tally(labelled)))])})
+    return pa.table({"written": pa.array([_to_row(WrittenGroups(file, tuple(parked), count_groups(labelled)))])})
 
 
-def _to_row(written: Written) -> str:
+def _to_row(written: WrittenGroups) -> str:
     return json.dumps(asdict(written))
 
 
-def _written(row: dict[str, Any]) -> Written:
+def _written(row: dict[str, Any]) -> WrittenGroups:
     fields = json.loads(row["written"])
     file = fields["file"]
-    return Written(
+    return WrittenGroups(
         file=GroupFile(**{**file, "question_ids": tuple(file["question_ids"])}) if file else None,
-        parked=tuple(Parked(**parked) for parked in fields["parked"]),
-        tally=Tally(**fields["tally"]),
+        parked=tuple(FailedQuestion(**parked) for parked in fields["parked"]),
+        count_groups=SampleCounts(**fields["count_groups"]),
     )
 
 

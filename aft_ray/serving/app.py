@@ -11,15 +11,15 @@ from ray import serve
 from ray.serve.deployment import Application
 from ray.serve.llm import LLMConfig, build_llm_deployment
 
-from aft_ray.tasks.dataset import load_tokenizer
-from aft_ray.storage.run_dir import RunDir, local_model
-from aft_ray.inference.engine import EngineSpec, engine_arguments, engine_environment
 from aft_ray.config.serve import ServeConfig, parse_serve_config
+from aft_ray.inference.engine import EngineSpec, engine_arguments, engine_environment
 from aft_ray.serving.api.routes import build_http
-from aft_ray.serving.engine.server import PolicyServer, PolicySpec
-from aft_ray.serving.engine.rollout import Rollout
-from aft_ray.serving.model import Resolved, ServedModel, resolve
 from aft_ray.serving.api.service import Service
+from aft_ray.serving.engine.rollout import Rollout
+from aft_ray.serving.engine.server import PolicyServer, PolicySpec
+from aft_ray.serving.model import Resolved, ServedModel, resolve
+from aft_ray.storage.run_dir import RunDir, local_model
+from aft_ray.tasks.dataset import load_tokenizer
 from aft_ray.tasks.rendering import end_of_sequence
 
 # Beside the questions at work and waiting: health checks, pages, and refusals, which are quick.
@@ -45,10 +45,10 @@ def build(args: dict[str, Any]) -> Application:
 
 def application(config: ServeConfig, resolved: Resolved) -> Application:
     """The Serve application of a config and of what it names. Raises ConfigError, one sentence."""
-    served, publication = resolved
+    served, manifest = resolved
     tokenizer = load_tokenizer(served.run)
     policy = PolicySpec(
-        publication=publication,
+        manifest=manifest,
         eos_token_id=end_of_sequence(tokenizer),
         max_length=served.run.model.max_length,
         tolerance=served.run.score_tolerance,

@@ -20,8 +20,8 @@ from pathlib import Path
 
 from aft_ray.cluster.connect import connected, serving_placement
 from aft_ray.config.run import ConfigError
-from aft_ray.observe.reporter import Reporter, chatter_to
 from aft_ray.config.serve import ServeConfig
+from aft_ray.observe.reporter import Reporter, chatter_to
 from aft_ray.serving.api.proxy import CALLBACK
 from aft_ray.serving.model import Resolved, resolve
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aft_ray.config.run import ConfigError, RunConfig, parse_config
-from aft_ray.run.preflight import check_model
-from aft_ray.storage.versions import find_published, find_run, read_config
 from aft_ray.config.serve import ServeConfig
-from aft_ray.weights.version_manifest import Publication, read_publication
+from aft_ray.run.preflight import check_model
+from aft_ray.storage.versions import find_run, find_version, read_config
+from aft_ray.weights.version_manifest import VersionManifest, read_version_manifest
 
 # Context of a model that is of no run, when the config does not say: tokens.
 _MAX_LENGTH = 2048
@@ -28,7 +28,7 @@ class ServedModel:
 
 
 # What a config names; of a run's version also the publication, which has its proof.
-Resolved = tuple[ServedModel, Publication | None]
+Resolved = tuple[ServedModel, VersionManifest | None]
 
 
 def resolve(config: ServeConfig) -> Resolved:
@@ -55,11 +55,11 @@ def resolve(config: ServeConfig) -> Resolved:
     if config.follow and version is not None:
         raise ConfigError(f"follow=true serves the newest version; leave @{version} out, or follow")
     run = read_config(run_dir)
-    published = find_published(run_dir, run, version)
+    published = find_version(run_dir, run, version)
     run = _with_engine(run, published.model, engine.dtype or run.model.dtype, engine.max_length or run.model.max_length)
     check_model(run)
     served = ServedModel(config.name or run_dir.name, published.model, run)
-    return served, read_publication(published.version, published.model)
+    return served, read_version_manifest(published.version, published.model)
 
 
 def _with_engine(run: RunConfig, model: str, dtype: str, max_length: int) -> RunConfig:

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
-from aft_ray.evaluation.statistics.metrics import normalise
-from aft_ray.storage.records import Candidate
-from aft_ray.inference.engine import SamplingSpec
 from aft_ray.config.serve import Strategy
-from aft_ray.serving.engine.server import BadRequest, Draw, Drawn, Standing, WrongVersion
+from aft_ray.evaluation.statistics.metrics import normalise
+from aft_ray.inference.engine import SamplingSpec
+from aft_ray.serving.engine.server import BadRequest, EngineStatus, SampleChunk, SampleRequest, WrongVersion
 from aft_ray.serving.strategies import Ranking, Vote, certainty, next_wave, rank
+from aft_ray.storage.records import Candidate
 from aft_ray.tasks import Task
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class TooLate(RuntimeError):
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class ReasoningRequest:
     """A question as the engines see it, and how to answer it. how: its k is not read.
 
     at_least: candidates that are wanted however sure the winner is.
@@ -139,7 +139,7 @@ class Reasoning:
         self._tokenizer = tokenizer
 
     async def reason(
-        self, ask: Ask, deadline_s: float, on_candidate: Callable[[Scored], None] | None = None
+        self, ask: ReasoningRequest, deadline_s: float, on_candidate: Callable[[Scored], None] | None = None
     ) -> Reasoned:
         """Answers within `deadline_s`, with the candidates finished by then. `on_candidate` sees each as it comes; one
         with an index seen before replaces that.
@@ -168,11 +168,11 @@ class Reasoning:
             sampling_s=time.monotonic() - started,
         )
 
-    async def stream(self, ask: Ask, deadline_s: float) -> AsyncGenerator[str | Reasoned, None]:
+    async def stream(self, ask: ReasoningRequest, deadline_s: float) -> AsyncGenerator[str | Reasoned, None]:
         """The text of a single response as it is generated, then the whole. Nothing is asked again once text is out."""
         started = time.monotonic()
         spoken = _Spoken(self._tokenizer)
-        draw = Draw(ask.prompt_token_ids, ask.how, (0,), ask.seed)
+        draw = SampleRequest(ask.prompt_token_ids, ask.how, (0,), ask.seed)
         try:
             async with asyncio.timeout(deadline_s):
                 async with contextlib.aclosing(self._call("sample_tokens", draw)) as parts:
@@ -202,7 +202,7 @@ class Reasoning:
         """Policy version of an engine. Raises EngineUnavailable when none answers at once."""
         return (await self._standing()).version
 
-    async def _standing(self) -> Standing:
+    async def _standing(self) -> EngineStatus:
         try:
             return await asyncio.wait_for(self._engines.standing.remote(), _ANSWERS_S)  # type: ignore[no-any-return]
         except (RayError, RayServeException, TimeoutError) as error:
@@ -216,7 +216,9 @@ class Reasoning:
             return error
         return TooLate(why) if standing.seconds > time.monotonic() - started else EngineUnavailable()
 
-    async def _sample(self, ask: Ask, progress: _Progress, on_candidate: Callable[[Scored], None] | None) -> Stopped:
+    async def _sample(
+        self, ask: ReasoningRequest, progress: _Progress, on_candidate: Callable[[Scored], None] | None
+    ) -> Stopped:
         failures = 0
         while True:
             if not progress.missing():
@@ -229,7 +231,9 @@ class Reasoning:
                 wave = next_wave(ask.strategy, progress.votes(), ask.n, ask.stop_confidence)
                 progress.goal = max(progress.goal + wave, ask.at_least)
             together_s = _WATCHED_S if on_candidate else UNWATCHED_S
-            draw = Draw(ask.prompt_token_ids, ask.how, progress.missing(), ask.seed, together_s, progress.version)
+            draw = SampleRequest(
+                ask.prompt_token_ids, ask.how, progress.missing(), ask.seed, together_s, progress.version
+            )
             try:
                 async with contextlib.aclosing(self._call("sample", draw)) as drawn:
                     async for some in drawn:
@@ -248,7 +252,13 @@ class Reasoning:
                 else:
                     await asyncio.sleep(_RETRY_S)
 
-    def _take(self, ask: Ask, progress: _Progress, drawn: Drawn, on_candidate: Callable[[Scored], None] | None) -> None:
+    def _take(
+        self,
+        ask: ReasoningRequest,
+        progress: _Progress,
+        drawn: SampleChunk,
+        on_candidate: Callable[[Scored], None] | None,
+    ) -> None:
         progress.version = drawn.version
         for index, candidate in drawn.candidates:
             scored = self._scored(ask, index, candidate)
@@ -256,7 +266,7 @@ class Reasoning:
             if on_candidate:
                 on_candidate(scored)
 
-    def _scored(self, ask: Ask, index: int, candidate: Candidate) -> Scored:
+    def _scored(self, ask: ReasoningRequest, index: int, candidate: Candidate) -> Scored:
         text = self._tokenizer.decode(candidate.token_ids, skip_special_tokens=True)
         answer = ask.task.extract(text)
         return Scored(
@@ -269,7 +279,7 @@ class Reasoning:
             finish_reason=candidate.finish_reason,
         )
 
-    async def _call(self, method: str, draw: Draw) -> AsyncGenerator[Any, None]:
+    async def _call(self, method: str, draw: SampleRequest) -> AsyncGenerator[Any, None]:
         """The parts of a streamed call. Closing it before its end cancels the call, and so what the engine runs."""
         responses = getattr(self._streaming, method).remote(draw)
         finished = False

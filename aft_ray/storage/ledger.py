@@ -35,7 +35,7 @@ class GroupFile:
 
 
 @dataclass(frozen=True)
-class Parked:
+class FailedQuestion:
     """A question given up in a round after `attempts` tries."""
 
     round: int
@@ -109,7 +109,7 @@ class Ledger:
         self._next = {"sampling": 0, "training": 0}
         self._files: dict[int, dict[str, GroupFile]] = {}
         self._grouped: dict[int, dict[str, str]] = {}  # round → question id → path
-        self._parked: dict[int, dict[str, Parked]] = {}
+        self._parked: dict[int, dict[str, FailedQuestion]] = {}
         self._sampled: dict[int, Sampled] = {}
         self._versions: dict[int, int] = {}
         self._trained: list[Trained] = []
@@ -158,7 +158,7 @@ class Ledger:
         self._append("sampling", "group", asdict(file))
         return True
 
-    def park(self, parked: Parked) -> None:
+    def park(self, parked: FailedQuestion) -> None:
         """Gives a question up for this round; `unpark` takes it back."""
         self._append("sampling", "park", asdict(parked))
 
@@ -190,7 +190,7 @@ class Ledger:
     def group_files(self, round: int) -> list[GroupFile]:
         return sorted(self._files.get(round, {}).values(), key=lambda file: file.path)
 
-    def parked(self, round: int) -> list[Parked]:
+    def parked(self, round: int) -> list[FailedQuestion]:
         return sorted(self._parked.get(round, {}).values(), key=lambda parked: parked.question_id)
 
     def policy_version(self, round: int) -> int | None:
@@ -300,7 +300,7 @@ class Ledger:
                 del grouped[id]
         elif kind == "park":
             if body["question_id"] not in grouped:
-                self._parked.setdefault(round, {})[body["question_id"]] = Parked(**body)
+                self._parked.setdefault(round, {})[body["question_id"]] = FailedQuestion(**body)
         elif kind == "unpark":
             self._parked.pop(round, None)
         elif kind == "policy_version":

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 
 import yaml
 
-from aft_ray.config.run import ConfigError, RunConfig, parse_config
 from aft_ray.config.loader import apply_override
+from aft_ray.config.run import ConfigError, RunConfig, parse_config
 from aft_ray.storage.ledger import Ledger
 from aft_ray.storage.run_dir import CONFIG, RunDir, local_model
 
 
 @dataclass(frozen=True, slots=True)
-class Published:
+class PublishedVersion:
     """A policy version and its model: a directory, a hub name, or a URI in a run directory on an object store."""
 
     version: int
@@ -43,9 +43,9 @@ def read_config(run_dir: RunDir, overrides: Sequence[str] = ()) -> RunConfig:
     return parse_config(tree)
 
 
-def find_published(
+def find_version(
     run_dir: RunDir, config: RunConfig, version: int | None, trained: Sequence[int] | None = None
-) -> Published:
+) -> PublishedVersion:
     """A version of the run; None: the last. Raises ConfigError when it has not published it.
 
     trained: the versions to choose from; None: all that the ledger knows.
@@ -56,10 +56,10 @@ def find_published(
             raise ConfigError(f"{run_dir.uri()} has no trained round yet; wait for one, or name a model directory")
         version = trained[-1]
     if version == 0 and not config.vft.epochs:
-        return Published(version, config.model.name)
+        return PublishedVersion(version, config.model.name)
     if version not in trained:
         known = ", ".join(map(str, trained)) or "none"
         raise ConfigError(f"{run_dir.uri()} has no version {version}; it has published: {known}")
     model = run_dir.uri(run_dir.model(version))
     local_model(model)  # raises while somebody is there to read it
-    return Published(version, model)
+    return PublishedVersion(version, model)

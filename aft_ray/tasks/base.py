@@ -13,7 +13,7 @@ from aft_ray.config.run import ConfigError
 from aft_ray.storage.records import Question
 from aft_ray.verify.answers.compare import Kind, compare
 from aft_ray.verify.answers.numbers import extract_after_marker
-from aft_ray.verify.result import Outcome
+from aft_ray.verify.result import VerificationResult
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -39,7 +39,7 @@ class Task(Protocol):
     def extract(self, text: str) -> str | None:
         """The final answer that a response gives, None when it gives none."""
 
-    def same(self, answer: str | None, gold: str) -> Outcome:
+    def same(self, answer: str | None, gold: str) -> VerificationResult:
         """Whether an extracted answer is the gold one."""
 
 
@@ -58,7 +58,7 @@ class MarkedTask:
     def extract(self, text: str) -> str | None:
         return extract_after_marker(text, self.marker)
 
-    def same(self, answer: str | None, gold: str) -> Outcome:
+    def same(self, answer: str | None, gold: str) -> VerificationResult:
         return compare(self._kind, answer, gold)
 
 

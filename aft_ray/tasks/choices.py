@@ -15,7 +15,7 @@ from aft_ray.tasks.base import MarkedTask
 from aft_ray.verify.answers.markup import shown
 from aft_ray.verify.answers.numbers import extract_after_marker
 from aft_ray.verify.answers.options import extract_option
-from aft_ray.verify.result import Outcome, decided, undecided
+from aft_ray.verify.result import VerificationResult, decided, undecided
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class ChoiceTask(MarkedTask):
         option = extract_option(after, self.letters) if after else None
         return option or extract_option(text, self.letters) or after
 
-    def same(self, answer: str | None, gold: str) -> Outcome:
+    def same(self, answer: str | None, gold: str) -> VerificationResult:
         """No answer is wrong; one that is no letter of an option is undecided."""
         if answer is None or (len(answer) == 1 and answer in self.letters):
             return decided(answer == gold, answer)

@@ -16,9 +16,9 @@ from fractions import Fraction
 from typing import Any
 
 from aft_ray.config.run import ConfigError, RunConfig
+from aft_ray.config.tasks import in_place
 from aft_ray.storage.records import Group, Question, unique_ids
 from aft_ray.storage.run_dir import local_model
-from aft_ray.config.tasks import in_place
 from aft_ray.tasks import Split, Task, build_tasks, load_split
 from aft_ray.tasks.rendering import render
 

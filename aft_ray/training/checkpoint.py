@@ -34,8 +34,8 @@ class CheckpointFailed(RuntimeError):
 class Saver:
     """Saves the rounds of one rank, one after the other. All ranks make theirs, and call it, together."""
 
-    def __init__(self, run_dir: RunDir, rank: int, timeout_s: float, board: Any) -> None:
-        self._run_dir, self._rank, self._timeout_s, self._board = run_dir, rank, timeout_s, board
+    def __init__(self, run_dir: RunDir, rank: int, timeout_s: float, coordinator: Any) -> None:
+        self._run_dir, self._rank, self._timeout_s, self._coordinator = run_dir, rank, timeout_s, coordinator
         # A group of its own, since training talks over the default one meanwhile.
         self._peers = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
         # A killed worker leaves its files behind; whoever has its rank next removes them.
@@ -72,7 +72,7 @@ class Saver:
                 reason = (str(error).splitlines() or [repr(error)])[0]
                 failure = CheckpointFailed(f"the checkpoint of round {round_number} could not be saved: {reason}")
                 under_way.set_exception(failure)
-                call(self._board.fail, str(failure))
+                call(self._coordinator.fail, str(failure))
                 raise failure from error
             under_way.set_result(None)
             return ray.train.Checkpoint(f"{storage.experiment_fs_path}/{name}", storage.storage_filesystem)

@@ -1,6 +1,6 @@
 """The train workers' end of taking turns with engines on their GPUs (`sampling.colocate`).
 
-Invariant: between `leave` and `come_back` a worker's weights, gradients and optimizer states are in CPU memory.
+Invariant: between `leave` and `reload` a worker's weights, gradients and optimizer states are in CPU memory.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from typing import Any
 import ray
 import torch
 
-from aft_ray.cluster.colocated_placement import Seat
+from aft_ray.cluster.colocated_placement import WorkerPlacement
 
 
-def seat(rank: int, workers: int) -> Seat:
+def seat(rank: int, workers: int) -> WorkerPlacement:
     """Where this worker sits."""
     context = ray.get_runtime_context()
     gpus = context.get_accelerator_ids().get("GPU", [])
-    return Seat(rank, workers, context.get_node_id(), tuple(map(str, gpus)))
+    return WorkerPlacement(rank, workers, context.get_node_id(), tuple(map(str, gpus)))
 
 
 def leave(engine: Any) -> None:
@@ -28,7 +28,7 @@ def leave(engine: Any) -> None:
         torch.cuda.empty_cache()
 
 
-def come_back(engine: Any) -> None:
+def reload(engine: Any) -> None:
     """Moves them back, before anything is computed with them."""
     if not engine.zero_offload_param():
         engine.reload_states()

@@ -17,52 +17,52 @@ import ray
 import torch
 import torch.distributed as dist
 
-from aft_ray.coordination.coordinator import call
 from aft_ray.cluster.connect import needs_samplers
 from aft_ray.config.run import RunConfig
+from aft_ray.coordination.broadcast_group import BroadcastFailed, BroadcastGroup, StoreAddress
+from aft_ray.coordination.coordinator import call
 from aft_ray.objectives import build_objective
 from aft_ray.storage.records import Group
 from aft_ray.storage.run_dir import RunDir
 from aft_ray.training import step
 from aft_ray.training.collate import collate
-from aft_ray.weights.adapter import stored_publication, with_adapter, write_adapter
-from aft_ray.weights.broadcast.sender import Streamed
-from aft_ray.coordination.broadcast_group import Invitation, MeetingFailed, Table
-from aft_ray.weights.version_manifest import Probe, Publication, write_probes
+from aft_ray.weights.adapter import stored_manifest, with_adapter, write_adapter
+from aft_ray.weights.broadcast.sender import BroadcastStats
 from aft_ray.weights.export import write_model
-from aft_ray.weights.publish import Broadcast, Checkpoint, ObjectStore, Transport
+from aft_ray.weights.publish import Broadcast, ObjectStore, SharedStorage, Transport
+from aft_ray.weights.version_manifest import Probe, VersionManifest, write_probes
 
 
 @dataclass(frozen=True)
-class BoardMeetings:
+class CoordinatorBroadcasts:
     """A trainer's meetings, arranged on the board."""
 
-    board: Any
+    coordinator: Any
     timeout_s: float
 
-    def invitation(self, version: int) -> Invitation | None:
-        invitation: Invitation | None = call(self.board.wait_invitation, version, self.timeout_s)
+    def invitation(self, version: int) -> BroadcastGroup | None:
+        invitation: BroadcastGroup | None = call(self.coordinator.wait_invitation, version, self.timeout_s)
         return invitation
 
     def open_table(self, version: int, port: int) -> None:
-        call(self.board.open_table, version, Table(ray.util.get_node_ip_address(), port))
+        call(self.coordinator.open_table, version, StoreAddress(ray.util.get_node_ip_address(), port))
 
-    def ended(self, version: int, how: Streamed | MeetingFailed) -> None:
-        if isinstance(how, MeetingFailed):
+    def ended(self, version: int, how: BroadcastStats | BroadcastFailed) -> None:
+        if isinstance(how, BroadcastFailed):
             print(f"{how}; the engines take the model directory", file=sys.stderr, flush=True)
-            call(self.board.post, {"event": "stream_failed", "version": version, "reason": str(how)})
+            call(self.coordinator.post, {"event": "stream_failed", "version": version, "reason": str(how)})
         else:
-            call(self.board.post, {"event": "streamed", "version": version, **asdict(how)})
+            call(self.coordinator.post, {"event": "streamed", "version": version, **asdict(how)})
 
 
-def build_transport(config: RunConfig, board: Any, rank: int) -> Transport:
+def build_transport(config: RunConfig, coordinator: Any, rank: int) -> Transport:
     """The transport of a run. Nothing is offered where nobody takes it."""
     if not needs_samplers(config):
-        return Checkpoint()
+        return SharedStorage()
 
     def broadcast() -> Transport:
         return Broadcast(
-            BoardMeetings(board, config.rounds.timeout_s),
+            CoordinatorBroadcasts(coordinator, config.rounds.timeout_s),
             rank,
             getattr(torch, config.model.dtype),
             config.weights.bucket_mib << 20,
@@ -71,16 +71,16 @@ def build_transport(config: RunConfig, board: Any, rank: int) -> Transport:
         )
 
     transports: dict[str, Callable[[], Transport]] = {
-        "checkpoint": Checkpoint,
+        "checkpoint": SharedStorage,
         "object_store": ObjectStore,
         "nccl": broadcast,
-        "lora": Checkpoint,  # what engines take is the adapter; see `Publisher.write`
+        "lora": SharedStorage,  # what engines take is the adapter; see `WeightPublisher.write`
     }
     return transports[config.weights.transport]()
 
 
 @dataclass(frozen=True)
-class Publisher:
+class WeightPublisher:
     """What one rank needs to publish the weights that it trains a share of."""
 
     config: RunConfig
@@ -93,7 +93,7 @@ class Publisher:
         """Hands a published version to the engines, where that takes the trainer. All ranks call it together."""
         self.transport.deliver(engine.module, round_number)
 
-    def write(self, engine: Any, round_number: int, groups: Sequence[Group]) -> Publication | None:
+    def write(self, engine: Any, round_number: int, groups: Sequence[Group]) -> VersionManifest | None:
         """Makes the round's model directory. All ranks call it together; rank 0 gets what it may offer on the board."""
         probes = self._probes(engine, self._probe_texts(groups))
         if self.config.lora is not None:
@@ -114,7 +114,7 @@ class Publisher:
             self.tokenizer.save_pretrained(directory)
             write_probes(directory, probes)
             self.run_dir.store_directory(directory, model_dir)
-        publication = Publication(
+        manifest = VersionManifest(
             version=round_number,
             model=self.run_dir.uri(model_dir),
             shards=tuple(written.shards),
@@ -123,8 +123,8 @@ class Publisher:
         )
         if self.config.weights.transport == "lora":
             adapter = self.run_dir.uri(self.run_dir.adapter(round_number))
-            return with_adapter(publication, adapter, offered=needs_samplers(self.config))
-        return self.transport.describe(publication, written.handles, engine.module)
+            return with_adapter(manifest, adapter, offered=needs_samplers(self.config))
+        return self.transport.describe(manifest, written.handles, engine.module)
 
     def is_stored(self, round_number: int) -> bool:
         """Whether the round was published already, and is trained again because its checkpoint was lost."""
@@ -132,9 +132,9 @@ class Publisher:
         dist.broadcast_object_list(stored, src=0)
         return stored[0]
 
-    def read(self, version: int) -> Publication:
+    def read(self, version: int) -> VersionManifest:
         """The publication of a version that is on disk."""
-        return stored_publication(self.config, self.run_dir, version)
+        return stored_manifest(self.config, self.run_dir, version)
 
     def _write_adapter(self, engine: Any, round_number: int) -> None:
         """Before the model directory, which is thus never there without it."""

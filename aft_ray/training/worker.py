@@ -19,20 +19,20 @@ from typing import Any
 import ray.train
 import torch
 
-from aft_ray.coordination.coordinator import BoardFailed, call
 from aft_ray.config.run import ConfigError, RunConfig
-from aft_ray.storage.ledger import Ledger, Trained
+from aft_ray.coordination.coordinator import PeerFailed, call
 from aft_ray.objectives import Objective, build_objective
-from aft_ray.tasks.dataset import load_tokenizer, round_size
+from aft_ray.sampling.sampler import redirect_output
+from aft_ray.storage.ledger import Ledger, Trained
 from aft_ray.storage.records import Group
 from aft_ray.storage.run_dir import LOGS, RunDir, RunDirError
-from aft_ray.sampling.sampler import redirect_output
+from aft_ray.tasks.dataset import load_tokenizer, round_size
 from aft_ray.training import batching, checkpoint, deepspeed, step
 from aft_ray.training import offload as turns
 from aft_ray.training.checkpoint import CheckpointFailed, Saver
 from aft_ray.training.collate import collate
 from aft_ray.training.loading import LoadingError
-from aft_ray.training.weight_publisher import Publisher, build_transport
+from aft_ray.training.weight_publisher import WeightPublisher, build_transport
 
 # Failures that starting again cannot mend; each is one sentence.
 _FINAL = (step.NonFiniteLoss, batching.BatchingError, RunDirError, ConfigError, LoadingError, CheckpointFailed)
@@ -44,7 +44,7 @@ class WorkerConfig:
 
     config: RunConfig
     run_dir: RunDir
-    board: Any
+    coordinator: Any
     questions: dict[str, int]
 
 
@@ -56,10 +56,10 @@ def worker_main(given: dict[str, Any]) -> None:
         redirect_output(str(worker.run_dir.local_path(f"{LOGS}/trainer-{rank}.log")))
     try:
         _Trainer(worker, rank).run()
-    except BoardFailed:
+    except PeerFailed:
         return  # the other side failed and says why
     except _FINAL as error:
-        call(worker.board.fail, str(error))
+        call(worker.coordinator.fail, str(error))
 
 
 def first_round(config: RunConfig, ledger: Ledger) -> int:
@@ -70,18 +70,18 @@ def first_round(config: RunConfig, ledger: Ledger) -> int:
 
 class _Trainer:
     def __init__(self, worker: WorkerConfig, rank: int) -> None:
-        self.config, self.run_dir, self.board = worker.config, worker.run_dir, worker.board
+        self.config, self.run_dir, self.coordinator = worker.config, worker.run_dir, worker.coordinator
         self.questions = worker.questions
         self.rank = rank
         self.world = ray.train.get_context().get_world_size()
         self.ledger = Ledger(worker.run_dir)
         self.tokenizer = load_tokenizer(self.config)
         self.pad_token_id = self.tokenizer.pad_token_id or 0
-        transport = build_transport(self.config, self.board, self.rank)
-        self.publisher = Publisher(self.config, self.run_dir, self.tokenizer, self.rank, transport)
+        transport = build_transport(self.config, self.coordinator, self.rank)
+        self.publisher = WeightPublisher(self.config, self.run_dir, self.tokenizer, self.rank, transport)
         # Written to by the thread that ends a save, which must not meet the main thread in one ledger.
         self.records = Ledger(worker.run_dir)
-        self.saver = Saver(self.run_dir, self.rank, self.config.training.timeout_s, self.board)
+        self.saver = Saver(self.run_dir, self.rank, self.config.training.timeout_s, self.coordinator)
         if self.config.training.gpus_per_worker == 0:
             torch.set_num_threads(max(1, int(self.config.training.cpus_per_worker)))
 
@@ -89,7 +89,7 @@ class _Trainer:
         last = self.ledger.last_checkpoint()
         if last and self.rank == 0:
             # A worker that died between the ledger and the board has left its version unpublished.
-            call(self.board.publish, self.publisher.read(last.round))
+            call(self.coordinator.publish, self.publisher.read(last.round))
         engine = None
         last_round = self.config.rounds.count
         for round_number in range(first_round(self.config, self.ledger), last_round + 1):
@@ -108,15 +108,15 @@ class _Trainer:
     def _let_samplers_work(self, engine: Any, round_number: int) -> float:
         """Leaves the GPUs to the samplers until they have sampled a round; the seconds that took."""
         self._give_way(engine, round_number)
-        waited = float(call(self.board.wait_ready, round_number, self.config.rounds.timeout_s))
+        waited = float(call(self.coordinator.wait_ready, round_number, self.config.rounds.timeout_s))
         if engine is not None:
-            turns.come_back(engine)
+            turns.reload(engine)
         return waited
 
     def _give_way(self, engine: Any, round_number: int) -> None:
         if engine is not None:
             turns.leave(engine)
-        call(self.board.give_way, round_number, turns.seat(self.rank, self.world))
+        call(self.coordinator.release_gpus, round_number, turns.seat(self.rank, self.world))
 
     def _engine(self, round_number: int, resumed: Trained | None) -> Any:
         config = self.config
@@ -141,7 +141,7 @@ class _Trainer:
         return engine
 
     def _round(self, engine: Any, round_number: int, waited: float) -> None:
-        waited += call(self.board.wait_ready, round_number, self.config.rounds.timeout_s)
+        waited += call(self.coordinator.wait_ready, round_number, self.config.rounds.timeout_s)
         self.ledger.refresh()
         groups = self.ledger.read_groups(round_number)
         # Dropout draws from it: a round is the same whether or not the rounds before it ran in this process.
@@ -161,19 +161,19 @@ class _Trainer:
         """
         started = time.monotonic()
         if stored:
-            publication = self.publisher.read(round_number) if self.rank == 0 else None
+            manifest = self.publisher.read(round_number) if self.rank == 0 else None
         else:
-            publication = self.publisher.write(engine, round_number, groups)
-        if publication is not None:
-            metrics |= {"publish_s": time.monotonic() - started, "published_bytes": publication.bytes}
-            call(self.board.publish, publication)
+            manifest = self.publisher.write(engine, round_number, groups)
+        if manifest is not None:
+            metrics |= {"publish_s": time.monotonic() - started, "published_bytes": manifest.bytes}
+            call(self.coordinator.publish, manifest)
         saving = time.monotonic()
 
         def durable() -> None:
             measured = metrics | {"checkpoint_s": time.monotonic() - saving}
             path = self.run_dir.checkpoint(round_number)
             self.records.record_checkpoint(Trained(round_number, metrics["steps"], path, True, measured))
-            call(self.board.post, {"event": "trained", **measured})
+            call(self.coordinator.post, {"event": "trained", **measured})
 
         self.saver.begin(engine, round_number, durable)
 
@@ -210,7 +210,7 @@ class _Trainer:
             if self.rank == 0:
                 measured = {key: _finite(value) for key, value in asdict(stats).items()}
                 position = {"round": round_number, "step": number + 1, "steps": len(steps), "global_step": at}
-                self.board.post.remote({"event": "step", **position, **measured})
+                self.coordinator.post.remote({"event": "step", **position, **measured})
         seconds = time.monotonic() - started
         tokens = sum(stats.tokens for stats in history)
         return {

@@ -26,8 +26,8 @@ from pebble import ProcessExpired, ProcessFuture, ProcessPool
 from aft_ray.storage.records import Verdict
 from aft_ray.verify.answers.compare import failure
 from aft_ray.verify.answers.markup import MAX_ANSWER_LENGTH
-from aft_ray.verify.result import Outcome, undecided
 from aft_ray.verify.fork_server import LightContext
+from aft_ray.verify.result import VerificationResult, undecided
 
 MAX_TEXT_LENGTH = 100_000  # characters; a longer response is no answer to anything, and costs to send
 DEADLINE_S = 5.0
@@ -43,7 +43,7 @@ class Reader(Protocol):
 
     def extract(self, text: str) -> str | None: ...
 
-    def same(self, answer: str | None, gold: str) -> Outcome: ...
+    def same(self, answer: str | None, gold: str) -> VerificationResult: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,9 @@ class Item:
     gold: str
 
 
-_Sent = tuple[Sequence[int], ProcessFuture[list[Outcome]]]  # which items, and what comes of the first of them
+_Sent = tuple[
+    Sequence[int], ProcessFuture[list[VerificationResult]]
+]  # which items, and what comes of the first of them
 
 
 class Verifier:
@@ -72,7 +74,7 @@ class Verifier:
         self._pool: ProcessPool | None = None
         self._finished = 0
 
-    def verify(self, items: Sequence[Item]) -> list[Outcome]:
+    def verify(self, items: Sequence[Item]) -> list[VerificationResult]:
         """One outcome an item, in order."""
         outcomes = [_oversized(item) for item in items]
         todo = [index for index, outcome in enumerate(outcomes) if outcome is None]
@@ -121,7 +123,7 @@ class Verifier:
         future.add_done_callback(self._count)
         return indices, future
 
-    def _receive(self, future: ProcessFuture[list[Outcome]]) -> tuple[list[Outcome], str]:
+    def _receive(self, future: ProcessFuture[list[VerificationResult]]) -> tuple[list[VerificationResult], str]:
         """The outcomes of the first items of a chunk, and what became of the one after them, if anything did."""
         while True:
             before = self._finished
@@ -158,7 +160,7 @@ _shared: tuple[int, Verifier] | None = None
 _shared_lock = threading.Lock()
 
 
-def _oversized(item: Item) -> Outcome | None:
+def _oversized(item: Item) -> VerificationResult | None:
     length = max(len(item.text), len(item.gold))
     return undecided(f"the response has {length} characters") if length > MAX_TEXT_LENGTH else None
 
@@ -173,11 +175,11 @@ def _bound_this_process(memory_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def _verify_chunk(message: bytes, deadline_s: float) -> list[Outcome]:
+def _verify_chunk(message: bytes, deadline_s: float) -> list[VerificationResult]:
     """Runs in a worker: the outcomes of the first items, as many as there is time for, at least one."""
     items: list[Item] = pickle.loads(message)
     started = time.monotonic()
-    outcomes: list[Outcome] = []
+    outcomes: list[VerificationResult] = []
     try:
         for item in items:
             # Should the parent be killed, nobody else ends this process; the kernel's default for the alarm does.
@@ -190,7 +192,7 @@ def _verify_chunk(message: bytes, deadline_s: float) -> list[Outcome]:
     return outcomes
 
 
-def _verify_one(item: Item) -> Outcome:
+def _verify_one(item: Item) -> VerificationResult:
     answer: Any = None
     try:
         answer = item.task.extract(item.text)
@@ -198,6 +200,6 @@ def _verify_one(item: Item) -> Outcome:
             raise TypeError(f"extract gave a {type(answer).__name__} instead of a text")
         said = item.task.same(answer, item.gold)
         answer = answer if answer is None or len(answer) <= MAX_ANSWER_LENGTH else answer[:MAX_ANSWER_LENGTH] + "…"
-        return Outcome(Verdict(said.verdict), answer, said.reason)
+        return VerificationResult(Verdict(said.verdict), answer, said.reason)
     except BaseException as error:  # SystemExit of a task must not end the caller's process
         return undecided(failure(error), answer if isinstance(answer, str) else None)

@@ -11,7 +11,7 @@ from aft_ray.storage.records import Verdict
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class VerificationResult:
     """answer: what was read out of the response. reason: why the verdict is undecided; empty otherwise."""
 
     verdict: Verdict
@@ -19,9 +19,9 @@ class Outcome:
     reason: str = ""
 
 
-def decided(equal: bool, answer: str | None) -> Outcome:
-    return Outcome(Verdict.RIGHT if equal else Verdict.WRONG, answer)
+def decided(equal: bool, answer: str | None) -> VerificationResult:
+    return VerificationResult(Verdict.RIGHT if equal else Verdict.WRONG, answer)
 
 
-def undecided(reason: str, answer: str | None = None) -> Outcome:
-    return Outcome(Verdict.UNDECIDED, answer, reason)
+def undecided(reason: str, answer: str | None = None) -> VerificationResult:
+    return VerificationResult(Verdict.UNDECIDED, answer, reason)

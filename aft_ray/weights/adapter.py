@@ -17,8 +17,8 @@ import numpy as np
 
 from aft_ray.config.run import RunConfig
 from aft_ray.storage.run_dir import RunDir, local_model
-from aft_ray.weights.receive_plan import Call
-from aft_ray.weights.version_manifest import Publication, read_publication
+from aft_ray.weights.receive_plan import EngineCall
+from aft_ray.weights.version_manifest import VersionManifest, read_version_manifest
 
 if TYPE_CHECKING:  # whoever only hands publications on goes without
     import torch
@@ -97,7 +97,7 @@ class FromAdapter:
     number: int
     objects: tuple[Any, ...] = ()
 
-    def calls(self, timeout_s: float) -> Iterator[Call]:
+    def calls(self, timeout_s: float) -> Iterator[EngineCall]:
         """Raises TimeoutError when the objects do not reach this node in time."""
         if not self.number:
             return
@@ -119,9 +119,9 @@ class FromAdapter:
                 array.tofile(Path(scratch, name))
             yield self._load(scratch)
 
-    def _load(self, directory: str) -> Call:
+    def _load(self, directory: str) -> EngineCall:
         # Engines have room for one: taking this one makes vLLM forget the one before.
-        return Call("load", "add_lora", (adapter_request(self.number, directory),))
+        return EngineCall("load", "add_lora", (adapter_request(self.number, directory),))
 
 
 def adapter_request(number: int, directory: str = "loaded already") -> Any:
@@ -131,25 +131,25 @@ def adapter_request(number: int, directory: str = "loaded already") -> Any:
     return LoRARequest(f"adapter {number}", number, directory)
 
 
-def with_adapter(publication: Publication, directory: str, offered: bool = False) -> Publication:
+def with_adapter(manifest: VersionManifest, directory: str, offered: bool = False) -> VersionManifest:
     """The publication with its adapter for what engines take; offered: over Ray's object store, too."""
     import ray
 
     contents = [np.fromfile(Path(local_model(directory), name), dtype=np.uint8) for name in _FILES if offered]
-    number = publication.version + 1  # vLLM counts from 1, and version 0 may be an adapter too
-    delivery = FromAdapter(directory, number, tuple(map(ray.put, contents)))
-    return replace(publication, delivery=delivery, adapter=number, bytes=sum(one.nbytes for one in contents))
+    number = manifest.version + 1  # vLLM counts from 1, and version 0 may be an adapter too
+    receive_plan = FromAdapter(directory, number, tuple(map(ray.put, contents)))
+    return replace(manifest, receive_plan=receive_plan, adapter=number, bytes=sum(one.nbytes for one in contents))
 
 
-def given_publication(config: RunConfig) -> Publication:
+def given_manifest(config: RunConfig) -> VersionManifest:
     """Version 0 of a run without round 0: the model as it was given, which engines were started from."""
-    publication = read_publication(0, config.model.name)
-    return replace(publication, delivery=FromAdapter("", 0)) if config.weights.transport == "lora" else publication
+    manifest = read_version_manifest(0, config.model.name)
+    return replace(manifest, receive_plan=FromAdapter("", 0)) if config.weights.transport == "lora" else manifest
 
 
-def stored_publication(config: RunConfig, run_dir: RunDir, version: int) -> Publication:
+def stored_manifest(config: RunConfig, run_dir: RunDir, version: int) -> VersionManifest:
     """A version that is on disk, in the form in which the run's engines take it."""
-    publication = read_publication(version, run_dir.uri(run_dir.model(version)))
+    manifest = read_version_manifest(version, run_dir.uri(run_dir.model(version)))
     if config.weights.transport != "lora":
-        return publication
-    return with_adapter(publication, run_dir.uri(run_dir.adapter(version)))
+        return manifest
+    return with_adapter(manifest, run_dir.uri(run_dir.adapter(version)))

@@ -13,11 +13,11 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from aft_ray.weights.broadcast.sender import GlooHub, Hub, NcclHub, Streamed, stream
-from aft_ray.weights.receive_plan import FromDirectory, FromObjects
-from aft_ray.coordination.broadcast_group import Invitation, MeetingFailed
-from aft_ray.weights.version_manifest import Publication
+from aft_ray.coordination.broadcast_group import BroadcastFailed, BroadcastGroup
+from aft_ray.weights.broadcast.sender import BroadcastStats, GlooSender, NcclSender, Sender, stream
 from aft_ray.weights.export import layout_of, live_parameters
+from aft_ray.weights.receive_plan import FromDirectory, FromObjects
+from aft_ray.weights.version_manifest import VersionManifest
 
 
 class Transport(Protocol):
@@ -27,7 +27,7 @@ class Transport(Protocol):
         """Offers a shard file that was just written; returns its handle, None for none."""
         ...
 
-    def describe(self, publication: Publication, handles: list[Any], module: torch.nn.Module) -> Publication:
+    def describe(self, manifest: VersionManifest, handles: list[Any], module: torch.nn.Module) -> VersionManifest:
         """The publication with the way that engines are to take."""
         ...
 
@@ -36,21 +36,21 @@ class Transport(Protocol):
         ...
 
 
-class Checkpoint:
+class SharedStorage:
     """Engines read the model directory from shared storage."""
 
     def offer(self, shard: Path) -> None:
         del shard
 
-    def describe(self, publication: Publication, handles: list[Any], module: torch.nn.Module) -> Publication:
+    def describe(self, manifest: VersionManifest, handles: list[Any], module: torch.nn.Module) -> VersionManifest:
         del handles, module
-        return publication
+        return manifest
 
     def deliver(self, module: torch.nn.Module, version: int) -> None:
         del module, version
 
 
-class ObjectStore(Checkpoint):
+class ObjectStore(SharedStorage):
     """Shards go through Ray's object store: shared memory here, one transfer a node elsewhere."""
 
     def offer(self, shard: Path) -> Any:
@@ -58,16 +58,16 @@ class ObjectStore(Checkpoint):
 
         return ray.put(np.fromfile(shard, dtype=np.uint8))
 
-    def describe(self, publication: Publication, handles: list[Any], module: torch.nn.Module) -> Publication:
+    def describe(self, manifest: VersionManifest, handles: list[Any], module: torch.nn.Module) -> VersionManifest:
         del module
-        directory = FromDirectory(publication.model, publication.shards)
-        return replace(publication, delivery=FromObjects(tuple(handles), directory))
+        directory = FromDirectory(manifest.model, manifest.shards)
+        return replace(manifest, receive_plan=FromObjects(tuple(handles), directory))
 
 
 class Meetings(Protocol):
     """How the trainer learns of a meeting, and tells of it."""
 
-    def invitation(self, version: int) -> Invitation | None:
+    def invitation(self, version: int) -> BroadcastGroup | None:
         """Waits until the conductor invites to a version, or goes on without it (None). The same on all ranks."""
         ...
 
@@ -75,10 +75,10 @@ class Meetings(Protocol):
         """Says where rank 0 waits for the engines."""
         ...
 
-    def ended(self, version: int, how: Streamed | MeetingFailed) -> None: ...
+    def ended(self, version: int, how: BroadcastStats | BroadcastFailed) -> None: ...
 
 
-class Broadcast(Checkpoint):
+class Broadcast(SharedStorage):
     """Rank 0 streams its live weights to all engines at once, at a meeting: NCCL between GPUs, gloo without.
 
     What comes after the trainer's part (a late engine, a resumed run) is served by the model directory.
@@ -89,12 +89,12 @@ class Broadcast(Checkpoint):
     ) -> None:
         self._meetings, self._rank, self._dtype = meetings, rank, dtype
         self._bucket_bytes, self._timeout_s = bucket_bytes, timeout_s
-        self._make_hub: type[GlooHub] | type[NcclHub] = NcclHub if gpu else GlooHub
-        self._hub: Hub | None = None
+        self._make_hub: type[GlooSender] | type[NcclSender] = NcclSender if gpu else GlooSender
+        self._hub: Sender | None = None
 
-    def describe(self, publication: Publication, handles: list[Any], module: torch.nn.Module) -> Publication:
+    def describe(self, manifest: VersionManifest, handles: list[Any], module: torch.nn.Module) -> VersionManifest:
         del handles
-        return replace(publication, meeting=layout_of(module, self._dtype, self._bucket_bytes))
+        return replace(manifest, broadcast=layout_of(module, self._dtype, self._bucket_bytes))
 
     def deliver(self, module: torch.nn.Module, version: int) -> None:
         """Takes part in the version's meeting. One that fails is told of, and harms nothing here."""
@@ -109,7 +109,7 @@ class Broadcast(Checkpoint):
                 self._hub = self._make_hub(self._timeout_s)
                 self._meetings.open_table(version, self._hub.port)
                 self._meetings.ended(version, stream(tensors, layout, self._hub, invitation, self._timeout_s))
-        except MeetingFailed as error:
+        except BroadcastFailed as error:
             self._close()  # so that no engine waits for what will not come
             self._meetings.ended(version, error)
         finally:

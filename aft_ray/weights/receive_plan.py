@@ -2,7 +2,7 @@
 
 Every call goes to all processes of the engine at once; who makes it (vLLM's LLMEngine or AsyncLLM) is the caller's
 business. Invariants: between the first call and the last the model must not be run; the number of calls does not
-depend on the number of parameters; an engine that failed in a phase of `HARMLESS` takes another delivery afterwards.
+depend on the number of parameters; an engine that failed in a phase of `RECOVERABLE_PHASES` takes another delivery afterwards.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from aft_ray.coordination.broadcast_group import BroadcastMembership
 from aft_ray.storage.run_dir import local_model
-from aft_ray.coordination.broadcast_group import Place
 
 # rendezvous: the group of a meeting forms. fetch: the bytes come (at a meeting they are loaded as they come). load:
 # they are put into the engine's layers. prove: the probes are scored.
 Phase = Literal["rendezvous", "fetch", "load", "prove"]
 # Phases in which an engine depends on others. What they fail leaves its weights unknown, but the engine sound.
-HARMLESS: tuple[Phase, ...] = ("rendezvous", "fetch")
+RECOVERABLE_PHASES: tuple[Phase, ...] = ("rendezvous", "fetch")
 # The names under which vLLM knows the two receiving ends of a meeting: without GPUs, and with.
 GLOO, NCCL = "aft_ray_gloo", "aft_ray_nccl"
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class EngineCall:
     """A method of every worker process of an engine, its arguments, and the phase that it is part of."""
 
     phase: Phase
@@ -35,10 +35,10 @@ class Call:
     args: tuple[Any, ...] = ()
 
 
-class Delivery(Protocol):
+class ReceivePlan(Protocol):
     """How an engine gets the weights. Picklable: it travels with the publication."""
 
-    def calls(self, timeout_s: float) -> Iterator[Call]:
+    def calls(self, timeout_s: float) -> Iterator[EngineCall]:
         """What comes before the first call, and between two, is the phase `fetch`, within `timeout_s`."""
         ...
 
@@ -50,7 +50,7 @@ class FromDirectory:
     model: str
     shards: tuple[str, ...]
 
-    def calls(self, timeout_s: float) -> Iterator[Call]:
+    def calls(self, timeout_s: float) -> Iterator[EngineCall]:
         del timeout_s
         directory = Path(local_model(self.model))
         yield from _loading(str(directory / shard) for shard in self.shards)
@@ -66,7 +66,7 @@ class FromObjects:
     objects: tuple[Any, ...]
     otherwise: FromDirectory
 
-    def calls(self, timeout_s: float) -> Iterator[Call]:
+    def calls(self, timeout_s: float) -> Iterator[EngineCall]:
         """Raises TimeoutError when the objects do not reach this node in time."""
         import ray
         from ray.exceptions import GetTimeoutError, ObjectLostError
@@ -85,12 +85,12 @@ class FromObjects:
 
 
 @dataclass(frozen=True, slots=True)
-class FromMeeting:
+class FromBroadcast:
     """Streamed by train worker 0, through vLLM's own weight transfer; see `transfer_engines.py`."""
 
-    place: Place
+    place: BroadcastMembership
 
-    def calls(self, timeout_s: float) -> Iterator[Call]:
+    def calls(self, timeout_s: float) -> Iterator[EngineCall]:
         place, layout = self.place, self.place.layout
         group = {
             "master_address": place.table.address,
@@ -106,18 +106,18 @@ class FromMeeting:
             "dtype_names": [layout.dtype] * len(layout.names),
             "shapes": [list(shape) for shape in layout.shapes],
         }
-        yield Call("rendezvous", "init_weight_transfer_engine", (group,))
-        yield Call("rendezvous", "start_weight_update")
-        yield Call("fetch", "update_weights", (described,))
-        yield Call("load", "finish_weight_update")
-        yield Call("load", "shutdown_weight_transfer_engine")
+        yield EngineCall("rendezvous", "init_weight_transfer_engine", (group,))
+        yield EngineCall("rendezvous", "start_weight_update")
+        yield EngineCall("fetch", "update_weights", (described,))
+        yield EngineCall("load", "finish_weight_update")
+        yield EngineCall("load", "shutdown_weight_transfer_engine")
 
 
-def _loading(paths: Iterator[str]) -> Iterator[Call]:
-    yield Call("load", "begin_weights")
+def _loading(paths: Iterator[str]) -> Iterator[EngineCall]:
+    yield EngineCall("load", "begin_weights")
     for path in paths:
-        yield Call("load", "load_weights_file", (path,))
-    yield Call("load", "finish_weights")
+        yield EngineCall("load", "load_weights_file", (path,))
+    yield EngineCall("load", "finish_weights")
 
 
 def _written(path: Path, array: Any) -> str:

@@ -12,13 +12,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from aft_ray.storage.run_dir import local_model
-from aft_ray.weights.receive_plan import Call, Delivery, FromDirectory
 from aft_ray.weights.broadcast.layout import Layout
+from aft_ray.weights.receive_plan import EngineCall, FromDirectory, ReceivePlan
 
 PROBES_FILE = "probes.json"
 
 
-class PublicationFailed(RuntimeError):
+class WeightUpdateFailed(RuntimeError):
     """New weights did not reach an engine, or reached it wrong. Names the engine and the phase."""
 
 
@@ -32,7 +32,7 @@ class Probe:
 
 
 @dataclass(frozen=True, slots=True)
-class Publication:
+class VersionManifest:
     """Policy version `version`: the model directory that holds it, and any faster way while the trainer lives.
 
     model: a local or shared directory, in Hugging Face form, or the URI of one in a run directory on an object store.
@@ -45,25 +45,25 @@ class Publication:
     model: str
     shards: tuple[str, ...]
     probes: tuple[Probe, ...]
-    delivery: Delivery | None = None
-    meeting: Layout | None = None
+    receive_plan: ReceivePlan | None = None
+    broadcast: Layout | None = None
     bytes: int = 0
     adapter: int = 0
 
-    def calls(self, timeout_s: float) -> Iterator[Call]:
+    def calls(self, timeout_s: float) -> Iterator[EngineCall]:
         """What brings the weights into an engine."""
-        return (self.delivery or FromDirectory(self.model, self.shards)).calls(timeout_s)
+        return (self.receive_plan or FromDirectory(self.model, self.shards)).calls(timeout_s)
 
-    def prove(self, scores: Sequence[float], tolerance: float, engine: str) -> float:
+    def verify_probes(self, scores: Sequence[float], tolerance: float, engine: str) -> float:
         """The largest difference between an engine's scores of the probes and the trainer's, nats per token.
 
-        Raises PublicationFailed, naming the engine, when it is above the tolerance, or not a number.
+        Raises WeightUpdateFailed, naming the engine, when it is above the tolerance, or not a number.
         """
         differences = [abs(score - probe.score) for score, probe in zip(scores, self.probes, strict=True)]
         largest = max(differences, key=lambda difference: (difference != difference, difference), default=0.0)
         # Written so that a NaN is a failure too.
         if not largest <= tolerance:
-            raise PublicationFailed(
+            raise WeightUpdateFailed(
                 f"{engine} scores the probes of version {self.version} up to {largest:.2g} nats per token away from "
                 f"the trainer (tolerance {tolerance:g}): its weights are wrong and answer nothing"
             )
@@ -74,11 +74,11 @@ def write_probes(directory: str | Path, probes: Sequence[Probe]) -> None:
     (Path(directory) / PROBES_FILE).write_text(json.dumps([asdict(probe) for probe in probes]))
 
 
-def read_publication(version: int, model: str | Path) -> Publication:
+def read_version_manifest(version: int, model: str | Path) -> VersionManifest:
     """The publication of a model directory on disk, or of a run. One made elsewhere has no probes, and so no proof."""
     directory = Path(local_model(str(model)))
     probes = directory / PROBES_FILE
-    return Publication(
+    return VersionManifest(
         version=version,
         model=str(model),
         shards=tuple(sorted(path.name for path in directory.glob("*.safetensors"))),

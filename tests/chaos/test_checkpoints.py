@@ -13,10 +13,10 @@ from processes import descendants
 from rich.console import Console
 from tiny import tiny_config
 
-from aft_ray.run import orchestrator as rounds
-from aft_ray.storage.ledger import Ledger
 from aft_ray.observe.reporter import Reporter
 from aft_ray.observe.summary import read_events
+from aft_ray.run import orchestrator as rounds
+from aft_ray.storage.ledger import Ledger
 from aft_ray.storage.run_dir import MANIFEST, RunDir
 
 pytestmark = [pytest.mark.usefixtures("ray_here"), pytest.mark.timeout(900)]

@@ -11,9 +11,9 @@ from ray.util.placement_group import placement_group_table
 from tiny import tiny_config
 
 from aft_ray.cluster.connect import connected
+from aft_ray.cluster.placement import Bundle, Placement, Reservation
 from aft_ray.config.run import ClusterConfig as ClusterKeys
 from aft_ray.config.run import ConfigError
-from aft_ray.cluster.placement import Bundle, Part, Placement
 from aft_ray.sampling.placement_groups import actor_options, close_groups, open_group, wait_for_group
 from aft_ray.sampling.sampler_health import SamplersFailed
 from aft_ray.sampling.sampler_pool import SamplerPool, Samplers
@@ -164,7 +164,7 @@ def test_what_an_autoscaler_may_add_counts(cluster):
     from ray.core.generated.autoscaler_pb2 import ClusterConfig, NodeGroupConfig
 
     def plan(gpus: float) -> Placement:
-        return Placement((Part("sampler", 2, (Bundle(1, gpus),), "sampling.tensor_parallel_size"),), "Add nodes")
+        return Placement((Reservation("sampler", 2, (Bundle(1, gpus),), "sampling.tensor_parallel_size"),), "Add nodes")
 
     with pytest.raises(ConfigError, match="16 GPUs are needed and the cluster has 0"), connected(ON_RAY, plan(8)):
         pass

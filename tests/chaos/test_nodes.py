@@ -17,10 +17,10 @@ import yaml
 from hosts import Host, hosts, hosts_missing
 from tiny import tiny_config, tiny_tree
 
-from aft_ray.storage.ledger import Ledger
 from aft_ray.observe.summary import read_events
-from aft_ray.tasks.dataset import load_tokenizer, prepare, questions_of_round
+from aft_ray.storage.ledger import Ledger
 from aft_ray.storage.run_dir import RunDir
+from aft_ray.tasks.dataset import load_tokenizer, prepare, questions_of_round
 
 ROOT = Path(__file__).parents[2]
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]

@@ -14,8 +14,8 @@ from processes import wait_for
 from safetensors.torch import load_file
 from tiny import tiny_tree
 
-from aft_ray.storage.ledger import Ledger
 from aft_ray.observe.summary import read_events
+from aft_ray.storage.ledger import Ledger
 from aft_ray.storage.run_dir import RunDir
 
 pytestmark = pytest.mark.timeout(1800)

@@ -2,8 +2,8 @@ import pytest
 import yaml
 from tiny import tiny_config, tiny_tree
 
-from aft_ray.config.run import ConfigError
 from aft_ray.config.loader import dump_config
+from aft_ray.config.run import ConfigError
 from aft_ray.evaluation.answers import Answered, Response
 from aft_ray.evaluation.generations import generations_text
 from aft_ray.evaluation.targets import plan

@@ -11,13 +11,13 @@ from safetensors.torch import load_file
 from tiny import tiny_config
 from transformers import AutoModelForCausalLM
 
-from aft_ray.run import orchestrator as rounds
 from aft_ray.config.run import ConfigError
-from aft_ray.storage.ledger import Ledger
 from aft_ray.observe.reporter import Reporter
 from aft_ray.observe.summary import read_events
+from aft_ray.run import orchestrator as rounds
+from aft_ray.storage.ledger import Ledger
 from aft_ray.storage.run_dir import RunDir
-from aft_ray.weights.version_manifest import read_publication
+from aft_ray.weights.version_manifest import read_version_manifest
 
 pytestmark = [pytest.mark.usefixtures("ray_here"), pytest.mark.timeout(1200)]
 
@@ -85,7 +85,7 @@ def test_what_is_written_is_base_and_adapter(finished, untied_model, version):
         logits = adapted(tokens).logits
         assert torch.allclose(merged(tokens).logits, logits, atol=1e-4)
         assert (logits - without).abs().max() > 0.05
-        for probe in read_publication(version, run_dir.local_path(run_dir.model(version))).probes:
+        for probe in read_version_manifest(version, run_dir.local_path(run_dir.model(version))).probes:
             ids = torch.tensor([probe.prompt_token_ids + probe.response_token_ids])
             logprobs = adapted(ids).logits[0].log_softmax(-1)
             at = range(len(probe.prompt_token_ids) - 1, ids.shape[1] - 1)

@@ -16,9 +16,9 @@ from object_store import CREDENTIALS, s3_server
 from processes import free_ports
 from tiny import tiny_tree
 
+from aft_ray.observe.summary import read_events
 from aft_ray.storage import lease
 from aft_ray.storage.ledger import Ledger
-from aft_ray.observe.summary import read_events
 from aft_ray.storage.run_dir import METRICS, RunDir, RunDirError, local_model
 from aft_ray.weights.adapter import ADAPTER_FILE, FromAdapter
 

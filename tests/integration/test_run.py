@@ -12,21 +12,21 @@ from rich.console import Console
 from tiny import tiny_config, tiny_tree
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from aft_ray.run import orchestrator as rounds
-from aft_ray.coordination.coordinator import start_board
 from aft_ray.config.run import parse_config
+from aft_ray.coordination.coordinator import start_coordinator
 from aft_ray.evaluation.generations import read_answered
 from aft_ray.evaluation.statistics.metrics import Result, measure
-from aft_ray.storage.ledger import Ledger
 from aft_ray.observe.reporter import Reporter
 from aft_ray.observe.summary import read_events, state_lines
-from aft_ray.tasks.dataset import count_by_task, load_tokenizer, prepare, questions_of_round
-from aft_ray.storage.records import Verdict
-from aft_ray.run.orchestrator import Conductor, RunFailed
-from aft_ray.storage.run_dir import RunDir
+from aft_ray.run import orchestrator as rounds
+from aft_ray.run.orchestrator import Orchestrator, RunFailed
 from aft_ray.sampling.sampler_pool import SamplerPool
+from aft_ray.storage.ledger import Ledger
+from aft_ray.storage.records import Verdict
+from aft_ray.storage.run_dir import RunDir
+from aft_ray.tasks.dataset import count_by_task, load_tokenizer, prepare, questions_of_round
 from aft_ray.verify.answers.numbers import extract_after_marker
-from aft_ray.weights.version_manifest import PublicationFailed, read_publication
+from aft_ray.weights.version_manifest import WeightUpdateFailed, read_version_manifest
 
 pytestmark = [pytest.mark.usefixtures("ray_here"), pytest.mark.timeout(1200)]
 
@@ -72,9 +72,9 @@ def model_of(config, number):
 
 def assert_model_scores_its_probes(config, number):
     model, directory = model_of(config, number).eval(), RunDir(config.run_dir).local_path(f"rounds/{number:04d}/model")
-    publication = read_publication(number, directory)
-    assert publication.probes
-    for probe in publication.probes:
+    manifest = read_version_manifest(number, directory)
+    assert manifest.probes
+    for probe in manifest.probes:
         with torch.no_grad():
             ids = torch.tensor([probe.prompt_token_ids + probe.response_token_ids])
             logprobs = model(ids).logits[0].log_softmax(-1)
@@ -251,15 +251,15 @@ def pool(overlapped):
 
 
 def published(config, version):
-    return read_publication(version, RunDir(config.run_dir).local_path(f"rounds/{version:04d}/model"))
+    return read_version_manifest(version, RunDir(config.run_dir).local_path(f"rounds/{version:04d}/model"))
 
 
 def test_a_wrong_publication_is_refused_and_the_right_one_then_taken(overlapped, pool):
     right = published(overlapped, 2)
     wrong = replace(right, probes=tuple(replace(probe, score=probe.score + 0.01) for probe in right.probes))
-    with pytest.raises(PublicationFailed, match=r"sampler 0 scores .* version 2 .* 0\.01 .*\(tolerance 0\.0001\)"):
+    with pytest.raises(WeightUpdateFailed, match=r"sampler 0 scores .* version 2 .* 0\.01 .*\(tolerance 0\.0001\)"):
         pool.load(wrong)
-    with pytest.raises(PublicationFailed, match="nan"):
+    with pytest.raises(WeightUpdateFailed, match="nan"):
         pool.load(replace(right, probes=(replace(right.probes[0], score=float("nan")), *right.probes[1:])))
     assert pool.statuses()[0]["version"] is None
     (loaded,) = pool.load(right)
@@ -275,13 +275,13 @@ def test_more_refused_questions_than_allowed_end_the_round_in_one_sentence(overl
     groups = prepare(config, "train", tokenizer).groups[:10]
     groups += [too_long(groups[0], number) for number in range(3)]
     run_dir = RunDir(config.run_dir)
-    ledger, publication = Ledger(run_dir), published(overlapped, 2)
-    pool.load(publication)
+    ledger, manifest = Ledger(run_dir), published(overlapped, 2)
+    pool.load(manifest)
     with quiet_reporter(config) as reporter:
-        conductor = Conductor(config, run_dir, ledger, reporter, start_board(), pool, None, groups, [])
+        conductor = Orchestrator(config, run_dir, ledger, reporter, start_coordinator(), pool, None, groups, [])
         for _ in range(2):  # a run that is started again tries them again
             with pytest.raises(RunFailed, match=r"3 of 13 questions could not .* sampling.max_parked=0.05; 3 times"):
-                conductor._sample(1, publication, 0.0)
+                conductor._sample(1, manifest, 0.0)
     assert len(ledger.parked(1)) == 3
     assert len(ledger.read_groups(1)) == 10
     assert ledger.sampled(1) is None

@@ -16,19 +16,19 @@ from rich.console import Console
 from tiny import tiny_config
 from transformers import AutoModelForCausalLM
 
-from aft_ray.run import orchestrator as rounds
-from aft_ray.coordination.coordinator import start_board
-from aft_ray.storage.ledger import Ledger
+from aft_ray.coordination.broadcast_group import BroadcastGroup, Receiver
+from aft_ray.coordination.coordinator import start_coordinator
 from aft_ray.observe.reporter import Reporter
 from aft_ray.observe.summary import read_events
-from aft_ray.storage.run_dir import RunDir
+from aft_ray.run import orchestrator as rounds
 from aft_ray.sampling.broadcast import meet
 from aft_ray.sampling.sampler_pool import SamplerPool
-from aft_ray.training.weight_publisher import BoardMeetings
+from aft_ray.storage.ledger import Ledger
+from aft_ray.storage.run_dir import RunDir
+from aft_ray.training.weight_publisher import CoordinatorBroadcasts
 from aft_ray.weights.broadcast.layout import Layout
-from aft_ray.coordination.broadcast_group import Guest, Invitation
-from aft_ray.weights.version_manifest import read_publication
 from aft_ray.weights.publish import Broadcast
+from aft_ray.weights.version_manifest import read_version_manifest
 
 pytestmark = [pytest.mark.usefixtures("ray_here"), pytest.mark.timeout(1200)]
 ENGINE_PROCESS = "VLLM::Worker"
@@ -147,8 +147,8 @@ def answers_still(actor) -> bool:
 class Killing:
     """A trainer's meetings, at which an engine's process is killed on its way."""
 
-    def __init__(self, board, victim) -> None:
-        self.meetings, self.victim, self.ends = BoardMeetings(board, 300), victim, []
+    def __init__(self, coordinator, victim) -> None:
+        self.meetings, self.victim, self.ends = CoordinatorBroadcasts(coordinator, 300), victim, []
 
     def invitation(self, version):
         return self.meetings.invitation(version)
@@ -167,19 +167,19 @@ def test_a_meeting_that_loses_an_engine_harms_neither_the_trainer_nor_the_others
     config = tiny_config(
         tmp_path / "run", tiny_model, sampling={"samplers": 2}, weights={"transport": "nccl", "timeout_s": 8}
     )
-    board = start_board()
+    coordinator = start_coordinator()
     pool = SamplerPool.start(config, str(tiny_model), 1, None, None)
     try:
         pool.wait_ready(2)
-        meetings = Killing(board, pool.actors[1])
+        meetings = Killing(coordinator, pool.actors[1])
         model = AutoModelForCausalLM.from_pretrained(tiny_model)
         trainer = Broadcast(meetings, 0, torch.float32, 1 << 20, 8, gpu=False)
-        publication = trainer.describe(read_publication(1, tiny_model), [], model)
-        ray.get(board.publish.remote(publication))
+        manifest = trainer.describe(read_version_manifest(1, tiny_model), [], model)
+        ray.get(coordinator.publish.remote(manifest))
         delivering = threading.Thread(target=trainer.deliver, args=(model, 1))
         delivering.start()
         began = time.monotonic()
-        met = meet(board, pool, publication, 1)
+        met = meet(coordinator, pool, manifest, 1)
         assert time.monotonic() - began < 60
         delivering.join(60)
         assert not delivering.is_alive()
@@ -189,8 +189,8 @@ def test_a_meeting_that_loses_an_engine_harms_neither_the_trainer_nor_the_others
         assert met.missed[0].startswith("sampler 0 did not get through phase 'rendezvous' of publishing version 1: ")
         assert met.missed[0].endswith("weights.timeout_s (8 s a phase) sets the deadline")
         # The directory serves whoever is there; the meeting is not held twice.
-        assert meet(board, pool, publication, 1).missed == []
-        assert {one.version for one in pool.load(publication)} == {1}
+        assert meet(coordinator, pool, manifest, 1).missed == []
+        assert {one.version for one in pool.load(manifest)} == {1}
         assert ray.get(pool.actors[0].status.remote())["version"] == 1
     finally:
         pool.close()
@@ -198,19 +198,19 @@ def test_a_meeting_that_loses_an_engine_harms_neither_the_trainer_nor_the_others
 
 def test_a_version_that_nobody_asks_for_lets_the_trainer_go_on(tiny_model):
     """As when rounds need no samples: the conductor waits for a later version, and the trainer for nobody."""
-    board = start_board()
-    publication = replace(read_publication(1, tiny_model), meeting=Layout.of(["a"], [(1,)], "float32", 1))
-    ray.get(board.publish.remote(publication))
-    waiting = board.wait_invitation.remote(1, 60)
-    later = board.wait_publication.remote(3, 60)
+    coordinator = start_coordinator()
+    manifest = replace(read_version_manifest(1, tiny_model), broadcast=Layout.of(["a"], [(1,)], "float32", 1))
+    ray.get(coordinator.publish.remote(manifest))
+    waiting = coordinator.wait_invitation.remote(1, 60)
+    later = coordinator.wait_version.remote(3, 60)
     assert ray.get(waiting, timeout=30) is None
     # The train workers start again: what they publish from disk is met by nobody.
-    invited = board.invite.remote(Invitation(2, (Guest("sampler 0", 1),)), 60)
+    invited = coordinator.invite.remote(BroadcastGroup(2, (Receiver("sampler 0", 1),)), 60)
     assert ray.get(invited, timeout=30) is None
-    offered = replace(publication, version=3)
-    ray.get(board.publish.remote(offered))
+    offered = replace(manifest, version=3)
+    ray.get(coordinator.publish.remote(offered))
     assert ray.get(later, timeout=30)[0].version == 3
-    invited = board.invite.remote(Invitation(3, (Guest("sampler 0", 1),)), 60)
-    assert ray.get(board.wait_invitation.remote(3, 60), timeout=30).world_size == 2
-    ray.get(board.publish.remote(replace(offered, meeting=None)))
+    invited = coordinator.invite.remote(BroadcastGroup(3, (Receiver("sampler 0", 1),)), 60)
+    assert ray.get(coordinator.wait_invitation.remote(3, 60), timeout=30).world_size == 2
+    ray.get(coordinator.publish.remote(replace(offered, broadcast=None)))
     assert ray.get(invited, timeout=30) is None

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from aft_ray.config.run import parse_config
 from aft_ray.operations import report
+from aft_ray.operations.checks import CLOCK_FAIL_S, CLOCK_WARN_S, GIB, judge
 from aft_ray.operations.doctor import what_to_ask
 from aft_ray.operations.findings import ClusterFacts, Finding, Gpu, NodeFacts, PingFacts, StorageFacts, Upload
-from aft_ray.operations.checks import CLOCK_FAIL_S, CLOCK_WARN_S, GIB, judge
 
 HERE = {"python": "3.11.7", "ray": "2.60.0", "torch": "2.13.0", "vllm": "0.33.0", "deepspeed": "0.19.8", "aft_ray": "1"}
 H100 = Gpu("H100", "580.1", 81920, 4, 0)

@@ -78,7 +78,7 @@ def test_the_files_for_clusters_are_configs_of_a_service():
 def test_a_model_directory_is_served_as_its_task_says_and_without_its_own_code(tiny_model, monkeypatch):
     monkeypatch.chdir(tiny_model.parent)
     config = load_serve_config(tiny_model.name, None, ["task.task=gsm8k", "engine.max_length=160", "name=mine"])
-    served, publication = resolve(config)
-    assert (served.name, served.model, publication) == ("mine", str(tiny_model.resolve()), None)
+    served, manifest = resolve(config)
+    assert (served.name, served.model, manifest) == ("mine", str(tiny_model.resolve()), None)
     assert not served.run.model.trust_remote_code
     assert list(served.run.task_configs) == ["gsm8k"]

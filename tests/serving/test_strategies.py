@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from aft_ray.evaluation.answers import Response
 from aft_ray.evaluation.statistics.voting import ballot, best, majority, weighted_vote
-from aft_ray.storage.records import Verdict
 from aft_ray.serving.strategies import Vote, certainty, next_wave, rank
+from aft_ray.storage.records import Verdict
 
 OFFLINE = {"vote": majority, "weighted_vote": weighted_vote, "score": best}
 RANKED = tuple(OFFLINE)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from tiny_model import build_tokenizer
+from jobs.tiny_model import build_tokenizer
 
 
 def real_data(name: str) -> Path:

@@ -23,7 +23,7 @@ from aft_ray.weights.adapter import write_adapter
 
 pytestmark = pytest.mark.timeout(2400)
 
-HERE = Path(__file__).parent
+SUPPORT = Path(__file__).parents[1] / "support"
 STAGES = range(4)
 
 
@@ -56,8 +56,8 @@ def run_ranks(work, count):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), str(HERE)])}
-    command = [sys.executable, str(HERE / "rank_main.py")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(SUPPORT.parents[1]), str(SUPPORT)])}
+    command = [sys.executable, str(SUPPORT / "rank_main.py")]
     outputs = [work / f"{rank}.{kind}" for rank in range(count) for kind in ("out", "err")]
     ranks = []
     for rank in range(count):

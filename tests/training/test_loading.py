@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from aft_ray.training.loading import LoadingError, _files, load_model
 
-HERE = Path(__file__).parent
+SUPPORT = Path(__file__).parents[1] / "support"
 LAYERS, SHARDS = 12, 8
 
 
@@ -70,10 +70,10 @@ def outcomes(work):
     (port,) = free_ports(1)
     # Freed memory goes back to the system at once, so that what is measured is what is in use.
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), str(HERE)]),
+        "PYTHONPATH": os.pathsep.join([str(SUPPORT.parents[1]), str(SUPPORT)]),
         "MALLOC_MMAP_THRESHOLD_": "65536",
     }
-    command = [sys.executable, str(HERE / "loading_main.py")]
+    command = [sys.executable, str(SUPPORT / "loading_main.py")]
     ranks = []
     for rank in range(2):
         with open(work / f"{rank}.log", "w") as log:

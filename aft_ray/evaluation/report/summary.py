@@ -15,9 +15,9 @@ from typing import Any
 
 from aft_ray.config.run import ConfigError
 from aft_ray.evaluation.answers import Answered
+from aft_ray.evaluation.generations import generations_text
 from aft_ray.evaluation.statistics.comparison import Comparison, compare
 from aft_ray.evaluation.statistics.curves import Curves, curves
-from aft_ray.evaluation.generations import generations_text
 from aft_ray.evaluation.statistics.histograms import Histogram, histograms
 from aft_ray.evaluation.statistics.metrics import Result, measure, smallest_k
 from aft_ray.storage.run_dir import write_atomically
@@ -46,7 +46,7 @@ class Evaluated:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class EvaluationSummary:
     """Everything that is said of the models, by label. comparisons: of every model but the baseline with it."""
 
     evaluated: list[Evaluated]
@@ -57,7 +57,7 @@ class Outcome:
     histograms: dict[str, Histogram]
 
 
-def work_out(evaluated: Sequence[Evaluated], baseline: str | None, resamples: int, seed: int) -> Outcome:
+def summarize(evaluated: Sequence[Evaluated], baseline: str | None, resamples: int, seed: int) -> EvaluationSummary:
     """All figures. baseline: a label; None: the first model's. Raises ConfigError when models have no question in
     common."""
     baseline = evaluated[0].label if baseline is None else baseline
@@ -66,7 +66,7 @@ def work_out(evaluated: Sequence[Evaluated], baseline: str | None, resamples: in
     answers = {model.label: model.answered for model in evaluated}
     options: dict[str, Any] = {"k": k, "resamples": resamples, "seed": seed}
     grown = {label: curves(answered, **options) for label, answered in answers.items()}
-    return Outcome(
+    return EvaluationSummary(
         list(evaluated),
         baseline,
         {label: measure(answered, **options) for label, answered in answers.items()},
@@ -80,7 +80,7 @@ def work_out(evaluated: Sequence[Evaluated], baseline: str | None, resamples: in
     )
 
 
-def write(outcome: Outcome, path: Path, facts: Mapping[str, Any], plots: bool) -> list[Path]:
+def write(outcome: EvaluationSummary, path: Path, facts: Mapping[str, Any], plots: bool) -> list[Path]:
     """The JSON file `path`, and beside it the answers of each model and the pictures; returns all files, `path` first.
 
     facts: of the whole evaluation, such as its task, split and seed. One model's record is the file itself; those of
@@ -117,7 +117,7 @@ def write(outcome: Outcome, path: Path, facts: Mapping[str, Any], plots: bool) -
     return files
 
 
-def draw(outcome: Outcome, stem: Path) -> list[Path]:
+def draw(outcome: EvaluationSummary, stem: Path) -> list[Path]:
     """Accuracy over the number of samples, and scores of right and wrong ones, where there are any to show."""
     from aft_ray.evaluation.report.plots import plot_curves, plot_histograms
 

@@ -12,35 +12,35 @@ import torch
 from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine, NCCLWeightTransferUpdateInfo
 
+from aft_ray.inference.vllm_worker.weight_loader import repack_tied_heads
 from aft_ray.weights.broadcast.buckets import receive
 from aft_ray.weights.broadcast.gloo_group import GlooGroup, reach_store
 from aft_ray.weights.broadcast.layout import Layout
-from aft_ray.inference.vllm_worker.weight_loader import repack_tied_heads
 
 
 @dataclass(kw_only=True)
-class MeetingInitInfo(NCCLWeightTransferInitInfo):  # type: ignore[misc]
+class BroadcastInitInfo(NCCLWeightTransferInitInfo):  # type: ignore[misc]
     """timeout_s: deadline of the rendezvous, and of the stream."""
 
     timeout_s: float
 
 
-class NcclMeetingEngine(NCCLWeightTransferEngine):  # type: ignore[misc]
+class NcclBroadcastEngine(NCCLWeightTransferEngine):  # type: ignore[misc]
     """vLLM's own, for one meeting after the other: each has a new group."""
 
-    init_info_cls = MeetingInitInfo
+    init_info_cls = BroadcastInitInfo
 
-    def init_transfer_engine(self, init_info: MeetingInitInfo) -> None:
+    def init_transfer_engine(self, init_info: BroadcastInitInfo) -> None:
         self.shutdown()
         super().init_transfer_engine(init_info)
 
 
-class GlooMeetingEngine(NCCLWeightTransferEngine):  # type: ignore[misc]
+class GlooBroadcastEngine(NCCLWeightTransferEngine):  # type: ignore[misc]
     """The same over gloo, for engines without GPUs."""
 
-    init_info_cls = MeetingInitInfo
+    init_info_cls = BroadcastInitInfo
 
-    def init_transfer_engine(self, init_info: MeetingInitInfo) -> None:
+    def init_transfer_engine(self, init_info: BroadcastInitInfo) -> None:
         self.shutdown()
         assert init_info.master_address is not None
         assert init_info.master_port is not None

@@ -14,11 +14,15 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 from aft_ray.weights.receive_plan import GLOO, NCCL
 
-WeightTransferEngineFactory.register_engine(GLOO, "aft_ray.inference.vllm_worker.transfer_engines", "GlooMeetingEngine")
-WeightTransferEngineFactory.register_engine(NCCL, "aft_ray.inference.vllm_worker.transfer_engines", "NcclMeetingEngine")
+WeightTransferEngineFactory.register_engine(
+    GLOO, "aft_ray.inference.vllm_worker.transfer_engines", "GlooBroadcastEngine"
+)
+WeightTransferEngineFactory.register_engine(
+    NCCL, "aft_ray.inference.vllm_worker.transfer_engines", "NcclBroadcastEngine"
+)
 
 
-class WeightReceiver:
+class WeightLoader:
     """Mixed into vLLM's worker through `worker_extension_cls`."""
 
     model_runner: Any

@@ -16,7 +16,7 @@ from aft_ray.config.loader import apply_override, parse_section
 from aft_ray.config.section import Natural, Positive, Section
 
 
-class Assumptions(Section):
+class PlanAssumptions(Section):
     """See the module."""
 
     questions: Positive | None = Field(None, description="training questions; none: the config's or the task's")
@@ -45,9 +45,9 @@ class Assumptions(Section):
     shared_storage: float = Field(40, gt=0, description="shared storage, all nodes together, GB/s")
 
 
-def assume(overrides: Sequence[str]) -> Assumptions:
+def assume(overrides: Sequence[str]) -> PlanAssumptions:
     """The assumptions with `name=value` overrides. Raises ConfigError naming an unknown one."""
     tree: dict[str, object] = {}
     for override in overrides:
         apply_override(tree, override)
-    return parse_section(Assumptions, tree)
+    return parse_section(PlanAssumptions, tree)

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from aft_ray.config.run import ConfigError, RunConfig
 from aft_ray.planning.plan.assumptions import assume
-from aft_ray.planning.plan.hardware import Cluster, load_node
+from aft_ray.planning.plan.hardware import ClusterShape, load_node
 from aft_ray.planning.plan.plan import fewest_nodes, plan
 from aft_ray.planning.plan.report import as_json, rendered
 
@@ -31,7 +31,7 @@ def plan_run(
     """
     on_gpus = config.training.gpus_per_worker or config.sampling.gpus_per_sampler
     kind = load_node(node or ("h100-80gb" if on_gpus else "cpu"))
-    cluster = Cluster(kind, nodes) if nodes else fewest_nodes(config, Cluster(kind, 1))
+    cluster = ClusterShape(kind, nodes) if nodes else fewest_nodes(config, ClusterShape(kind, 1))
     made = plan(config, cluster, assume(assumptions), price_per_gpu_hour)
     console.print(rendered(made))
     if output:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from aft_ray.config.run import RunConfig
 from aft_ray.planning.plan.architecture import Architecture
-from aft_ray.planning.plan.assumptions import Assumptions
-from aft_ray.planning.plan.quantities import GB, Figure, giga
-from aft_ray.planning.plan.hardware import Node, device
+from aft_ray.planning.plan.assumptions import PlanAssumptions
+from aft_ray.planning.plan.hardware import NodeType, device
+from aft_ray.planning.plan.quantities import GB, Quantity, giga
 from aft_ray.planning.plan.workload import Workload
 
 BLOCK = 16  # tokens
@@ -32,7 +32,7 @@ class EngineMemory:
     kv_token: float
     longest: int
     running: int
-    lines: tuple[Figure, ...]
+    lines: tuple[Quantity, ...]
 
 
 def splits(model: Architecture, parts: int) -> bool:
@@ -42,7 +42,12 @@ def splits(model: Architecture, parts: int) -> bool:
 
 
 def engine_memory(
-    config: RunConfig, model: Architecture, work: Workload, assumed: Assumptions, node: Node, tensor_parallel: int
+    config: RunConfig,
+    model: Architecture,
+    work: Workload,
+    assumed: PlanAssumptions,
+    node: NodeType,
+    tensor_parallel: int,
 ) -> EngineMemory:
     """Of an engine with `tensor_parallel` processes a stage. A cache below one sequence shows as longest=0."""
     sampling, gpu = config.sampling, config.sampling.gpus_per_sampler > 0
@@ -51,7 +56,7 @@ def engine_memory(
     processes = tensor_parallel * stages
     weights = width * model.parameters / processes
     how = f"{width} bytes x {giga(model.parameters)}" + (f" / {processes} processes" if processes > 1 else "")
-    lines = [Figure("weights", weights, "bytes", how)]
+    lines = [Quantity("weights", weights, "bytes", how)]
     kv_heads = max(1, model.kv_heads // tensor_parallel)
     layers = -(-model.layers // stages)
     kv_token = 2 * layers * kv_heads * model.head_size * width
@@ -61,13 +66,13 @@ def engine_memory(
         usable = sampling.gpu_memory_utilization * total
         reserve = assumed.engine_reserve * GB
         cache = usable - weights - reserve
-        lines.append(Figure("CUDA graphs, one step's activations", reserve, "bytes", "assumed (engine_reserve)"))
+        lines.append(Quantity("CUDA graphs, one step's activations", reserve, "bytes", "assumed (engine_reserve)"))
         part = f" x {share:g} of a GPU" if share < 1 else ""
         how = f"{sampling.gpu_memory_utilization:g} x {node.gpu_memory:.1f} GB{part} less the above"
     else:
         cache = max(1, round(sampling.kv_cache_gib)) * 2.0**30
         how = f"kv_cache_gib={sampling.kv_cache_gib:g}, at least 1 GiB"
-    lines.append(Figure("left for the KV cache", cache, "bytes", how))
+    lines.append(Quantity("left for the KV cache", cache, "bytes", how))
     tokens = max(0.0, cache / kv_token)
 
     def fitting(length: float) -> int:
@@ -79,10 +84,10 @@ def engine_memory(
     binding = min(limits, key=lambda name: limits[name])
     longest = fitting(config.model.max_length)
     lines += [
-        Figure("KV cache of a token", kv_token, "bytes", f"2 x {layers} layers x {kv_heads} heads x {model.head_size}"
+        Quantity("KV cache of a token", kv_token, "bytes", f"2 x {layers} layers x {kv_heads} heads x {model.head_size}"
                f" x {width} bytes, in each process"),
-        Figure("sequences of max_length", longest, "", f"{tokens:,.0f} tokens / {config.model.max_length}"),
-        Figure("sequences at once", limits[binding], "", ", ".join(f"{n}={v:,}" for n, v in limits.items())
+        Quantity("sequences of max_length", longest, "", f"{tokens:,.0f} tokens / {config.model.max_length}"),
+        Quantity("sequences at once", limits[binding], "", ", ".join(f"{n}={v:,}" for n, v in limits.items())
                + f": {binding} binds"),
     ]  # fmt: skip
     host = assumed.process_memory * GB * processes + (0 if gpu else weights * processes + cache)

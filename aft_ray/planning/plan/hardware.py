@@ -13,14 +13,14 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from aft_ray.config.run import ConfigError
 from aft_ray.config.loader import parse_section, read_tree
+from aft_ray.config.run import ConfigError
 from aft_ray.config.section import Natural, Positive, Section
 
 GB = 1e9
 
 
-class Node(Section):
+class NodeType(Section):
     """One machine."""
 
     name: str = Field(description="what to call it")
@@ -51,10 +51,10 @@ class Node(Section):
 
 
 @dataclass(frozen=True, slots=True)
-class Cluster:
+class ClusterShape:
     """So many nodes of a kind."""
 
-    node: Node
+    node: NodeType
     nodes: int
 
     @property
@@ -81,7 +81,7 @@ class Device:
     bandwidth: float
 
 
-def device(node: Node, gpus: float, cpus: float) -> Device:
+def device(node: NodeType, gpus: float, cpus: float) -> Device:
     """The device of a process that reserves so many GPUs (a share of one, or 0) and CPUs."""
     if gpus:
         return Device(min(gpus, 1) * node.gpu_memory * GB, node.gpu_tflops * 1e12, node.gpu_bandwidth * GB)
@@ -93,33 +93,33 @@ _MIB = 2**20 / GB
 NODES = {
     node.name: node
     for node in (
-        Node(
+        NodeType(
             name="a100-40gb", gpus=8, cpus=96, host_memory=1237, gpu_memory=40_960 * _MIB, gpu_tflops=312,
             gpu_bandwidth=1555, nvlink=300, pcie=25, network=50, storage=5,
         ),
-        Node(
+        NodeType(
             name="a100-80gb", gpus=8, cpus=96, host_memory=1237, gpu_memory=81_920 * _MIB, gpu_tflops=312,
             gpu_bandwidth=2039, nvlink=300, pcie=25, network=50, storage=5,
         ),
-        Node(
+        NodeType(
             name="h100-80gb", gpus=8, cpus=192, host_memory=2199, gpu_memory=81_559 * _MIB, gpu_tflops=989,
             gpu_bandwidth=3350, nvlink=450, pcie=50, network=400, storage=10, host_bandwidth=400,
         ),
-        Node(
+        NodeType(
             name="h200-141gb", gpus=8, cpus=192, host_memory=2199, gpu_memory=143_771 * _MIB, gpu_tflops=989,
             gpu_bandwidth=4800, nvlink=450, pcie=50, network=400, storage=10, host_bandwidth=400,
         ),
-        Node(
+        NodeType(
             name="cpu", gpus=0, cpus=8, host_memory=34, network=1, storage=1, pcie=10, host_bandwidth=40,
         ),
     )
 }  # fmt: skip
 
 
-def load_node(name: str) -> Node:
+def load_node(name: str) -> NodeType:
     """A preset by its name, or the YAML file at a path. Raises ConfigError."""
     if name in NODES:
         return NODES[name]
     if Path(name).suffix in {".yaml", ".yml"}:
-        return parse_section(Node, {"name": Path(name).stem, **read_tree(name)})
+        return parse_section(NodeType, {"name": Path(name).stem, **read_tree(name)})
     raise ConfigError(f"--node={name} is none of {', '.join(NODES)}, and no .yaml file that describes a node")

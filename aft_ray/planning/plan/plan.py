@@ -10,21 +10,21 @@ from dataclasses import dataclass
 from aft_ray.config.run import ConfigError, RunConfig
 from aft_ray.planning.plan import splits as placing
 from aft_ray.planning.plan.architecture import architecture_of
-from aft_ray.planning.plan.assumptions import Assumptions
+from aft_ray.planning.plan.assumptions import PlanAssumptions
 from aft_ray.planning.plan.engine_memory import EngineMemory
-from aft_ray.planning.plan.hardware import Cluster
-from aft_ray.planning.plan.splits import Split
+from aft_ray.planning.plan.hardware import ClusterShape
 from aft_ray.planning.plan.planner import Planner, RoundTime
 from aft_ray.planning.plan.problems import engine_fits, problems, trainer_fits, trainer_problem
-from aft_ray.planning.plan.publish_time import TRANSPORTS, PublicationTime
+from aft_ray.planning.plan.publish_time import TRANSPORTS, PublishTime
 from aft_ray.planning.plan.search import best_split
+from aft_ray.planning.plan.splits import Split
 from aft_ray.planning.plan.timing import SamplingTime, TrainingTime
 from aft_ray.planning.plan.training_memory import TrainingMemory
 from aft_ray.planning.plan.workload import workload
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """A run on a cluster. samples, trains, times, evaluates, vft: of the config's split. publications: by transport.
     problems: why it cannot run there, none when it can. best: the fastest split there, if one fits."""
 
@@ -37,7 +37,7 @@ class Plan:
     evaluation: SamplingTime | None
     training: TrainingTime
     vft: TrainingTime
-    publications: dict[str, PublicationTime]
+    manifests: dict[str, PublishTime]
     time: RoundTime
     best: tuple[Split, RoundTime] | None
     price_per_gpu_hour: float | None = None
@@ -68,7 +68,7 @@ class Plan:
         """Of the whole run: round 0 and all rounds after it; overlapped rounds fill and drain the pipeline once."""
         config, time = self.planner.config, self.time
         rounds = config.rounds.count
-        fine_tuning = self.vft.seconds + self.publications[config.weights.transport].trainer if config.vft.epochs else 0
+        fine_tuning = self.vft.seconds + self.manifests[config.weights.transport].trainer if config.vft.epochs else 0
         if not rounds:
             return fine_tuning
         return fine_tuning + rounds * time.round + (time.sampling + time.training - time.round)
@@ -79,11 +79,14 @@ class Plan:
 
 
 def plan(
-    config: RunConfig, cluster: Cluster, assumed: Assumptions | None = None, price_per_gpu_hour: float | None = None
-) -> Plan:
+    config: RunConfig,
+    cluster: ClusterShape,
+    assumed: PlanAssumptions | None = None,
+    price_per_gpu_hour: float | None = None,
+) -> RunPlan:
     """Plans a run. Raises ConfigError when the model or the number of questions is not known; what does not fit is in
     `problems`."""
-    assumed = assumed or Assumptions()
+    assumed = assumed or PlanAssumptions()
     if (config.training.gpus_per_worker or config.sampling.gpus_per_sampler) and not cluster.node.gpus:
         raise ConfigError(f"the config reserves GPUs and {cluster.node.name} has none; use another --node")
     model = architecture_of(config)
@@ -97,7 +100,7 @@ def plan(
     engine = planner.engine_memory(split.tensor_parallel) if split.samplers else None
     speeds = planner.speeds
     evaluated = engine is not None and config.rounds.evaluate_every > 0
-    return Plan(
+    return RunPlan(
         planner=planner,
         split=split,
         problems=tuple(problems(planner, split)),
@@ -111,8 +114,8 @@ def plan(
         else None,
         training=speeds.training(split.workers),
         vft=speeds.vft(split.workers),
-        publications={
-            transport: planner.publication(split, transport)
+        manifests={
+            transport: planner.manifest(split, transport)
             for transport in TRANSPORTS
             if transport != "lora" or config.lora is not None
         },
@@ -122,7 +125,7 @@ def plan(
     )
 
 
-def fewest_nodes(config: RunConfig, cluster: Cluster) -> Cluster:
+def fewest_nodes(config: RunConfig, cluster: ClusterShape) -> ClusterShape:
     """The cluster with as many nodes as the config's split needs; one when no number of them is enough."""
     needed = placing.nodes_needed(config, placing.split_of(config), cluster.node)
-    return Cluster(cluster.node, needed or 1)
+    return ClusterShape(cluster.node, needed or 1)

@@ -12,12 +12,12 @@ from functools import cached_property
 from aft_ray.config.run import RunConfig
 from aft_ray.planning.plan import splits as placing
 from aft_ray.planning.plan.architecture import Architecture
-from aft_ray.planning.plan.assumptions import Assumptions
+from aft_ray.planning.plan.assumptions import PlanAssumptions
 from aft_ray.planning.plan.engine_memory import EngineMemory, engine_memory
+from aft_ray.planning.plan.hardware import ClusterShape
+from aft_ray.planning.plan.publish_time import PublishTime, publish_time
 from aft_ray.planning.plan.quantities import counted
-from aft_ray.planning.plan.hardware import Cluster
 from aft_ray.planning.plan.splits import Split
-from aft_ray.planning.plan.publish_time import PublicationTime, publication_time
 from aft_ray.planning.plan.timing import Speeds
 from aft_ray.planning.plan.training_memory import TrainingMemory, training_memory
 from aft_ray.planning.plan.workload import Workload
@@ -42,8 +42,8 @@ class Planner:
     """A config on a cluster under some assumptions, and what follows from them for any split."""
 
     config: RunConfig
-    cluster: Cluster
-    assumed: Assumptions
+    cluster: ClusterShape
+    assumed: PlanAssumptions
     model: Architecture
     work: Workload
 
@@ -57,8 +57,8 @@ class Planner:
     def engine_memory(self, tensor_parallel: int) -> EngineMemory:
         return engine_memory(self.config, self.model, self.work, self.assumed, self.cluster.node, tensor_parallel)
 
-    def publication(self, split: Split, transport: str | None = None) -> PublicationTime:
-        return publication_time(
+    def manifest(self, split: Split, transport: str | None = None) -> PublishTime:
+        return publish_time(
             self.config,
             self.model,
             self.assumed,
@@ -82,7 +82,7 @@ class Planner:
         if not split.samplers:
             return {}
         memory, size = self.engine_memory(split.tensor_parallel), split.tensor_parallel
-        parts = {"new version": self.publication(split).engines}
+        parts = {"new version": self.manifest(split).engines}
         if self.config.samples:
             parts["answers"] = self.speeds.sampling(split.samplers, memory, size).seconds
             parts["round_overhead_s"] = self.assumed.round_overhead_s
@@ -92,7 +92,7 @@ class Planner:
 
     def training_side(self, split: Split) -> float:
         """Seconds of a round that its train workers are busy."""
-        seconds = self.speeds.training(split.workers).seconds + self.publication(split).trainer
+        seconds = self.speeds.training(split.workers).seconds + self.manifest(split).trainer
         return seconds + self.turns(split.workers)
 
     def turns(self, workers: int) -> float:

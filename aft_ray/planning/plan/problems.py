@@ -10,9 +10,9 @@ from itertools import combinations
 from aft_ray.config.run import RunConfig
 from aft_ray.planning.plan import splits as placing
 from aft_ray.planning.plan.engine_memory import splits
+from aft_ray.planning.plan.planner import Planner, describe
 from aft_ray.planning.plan.quantities import GB, counted, gigabytes
 from aft_ray.planning.plan.splits import Split
-from aft_ray.planning.plan.planner import Planner, describe
 from aft_ray.planning.plan.training_memory import training_memory
 
 

@@ -12,15 +12,15 @@ from typing import get_args
 
 from aft_ray.config.run import RunConfig, WeightsConfig
 from aft_ray.planning.plan.architecture import Architecture
-from aft_ray.planning.plan.assumptions import Assumptions
-from aft_ray.planning.plan.quantities import GB, Figure, counted, gigabytes
-from aft_ray.planning.plan.hardware import Node
+from aft_ray.planning.plan.assumptions import PlanAssumptions
+from aft_ray.planning.plan.hardware import NodeType
+from aft_ray.planning.plan.quantities import GB, Quantity, counted, gigabytes
 
 TRANSPORTS: tuple[str, ...] = get_args(WeightsConfig.model_fields["transport"].annotation)
 
 
 @dataclass(frozen=True, slots=True)
-class PublicationTime:
+class PublishTime:
     """Seconds. trainer: until the version is offered. engines: from then until the last engine has loaded it.
 
     saving: of the training state, beside the next round.
@@ -28,9 +28,9 @@ class PublicationTime:
 
     trainer: float
     engines: float
-    saving: Figure
-    trainer_lines: tuple[Figure, ...]
-    engine_lines: tuple[Figure, ...]
+    saving: Quantity
+    trainer_lines: tuple[Quantity, ...]
+    engine_lines: tuple[Quantity, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,16 +52,16 @@ def sizes(config: RunConfig, model: Architecture) -> Sizes:
     return Sizes(width * model.parameters, width * adapter, (width + 12) * trained)
 
 
-def publication_time(
+def publish_time(
     config: RunConfig,
     model: Architecture,
-    assumed: Assumptions,
-    node: Node,
+    assumed: PlanAssumptions,
+    node: NodeType,
     transport: str,
     workers: int,
     sampler_nodes: int,
     engine_processes: int,
-) -> PublicationTime:
+) -> PublishTime:
     """Of one version to engines of `engine_processes` processes on `sampler_nodes` nodes."""
     size = sizes(config, model)
     efficiency, gpu = assumed.link_efficiency, config.training.gpus_per_worker > 0
@@ -70,24 +70,28 @@ def publication_time(
     if gpu:
         gathering = size.weights / (node.pcie * GB * efficiency)
         how = f"{gigabytes(size.weights)} / (PCIe {node.pcie:g} GB/s x {efficiency:g})"
-        lines.append(Figure("gathering on rank 0", gathering, "s", how))
+        lines.append(Quantity("gathering on rank 0", gathering, "s", how))
     writing = size.weights / (node.storage * GB)
     how = f"{gigabytes(size.weights)} / storage {node.storage:g} GB/s of one node"
-    lines.append(Figure("writing the model directory", writing, "s", how))
+    lines.append(Quantity("writing the model directory", writing, "s", how))
     storage = min(worker_nodes * node.storage, assumed.shared_storage)
     how = f"{gigabytes(size.checkpoint)} / storage {storage:g} GB/s of {counted(worker_nodes, 'node')}"
-    saving = Figure("saving the training state", size.checkpoint / (storage * GB), "s", f"{how}, beside the next round")
+    saving = Quantity(
+        "saving the training state", size.checkpoint / (storage * GB), "s", f"{how}, beside the next round"
+    )
     moved, bandwidth, how = _transport(size, assumed, node, transport, max(1, sampler_nodes))
-    arriving = [Figure(f"to the engines by {transport}", moved / bandwidth, "s", how)]
+    arriving = [Quantity(f"to the engines by {transport}", moved / bandwidth, "s", how)]
     if gpu and transport in {"object_store", "checkpoint"}:
         share = size.weights / engine_processes
         how = f"{gigabytes(share)} a process / (PCIe {node.pcie:g} GB/s x {efficiency:g})"
-        arriving.append(Figure("loading", share / (node.pcie * GB * efficiency), "s", how))
+        arriving.append(Quantity("loading", share / (node.pcie * GB * efficiency), "s", how))
     trainer, engines = (sum(line.value for line in part) for part in (lines, arriving))
-    return PublicationTime(trainer, engines, saving, tuple(lines), tuple(arriving))
+    return PublishTime(trainer, engines, saving, tuple(lines), tuple(arriving))
 
 
-def _transport(size: Sizes, assumed: Assumptions, node: Node, transport: str, nodes: int) -> tuple[float, float, str]:
+def _transport(
+    size: Sizes, assumed: PlanAssumptions, node: NodeType, transport: str, nodes: int
+) -> tuple[float, float, str]:
     """Bytes, bytes a second, and the formula."""
     if transport == "nccl":
         rate = (min(node.network, node.between_gpus) if node.gpus else node.network) * assumed.link_efficiency

@@ -11,7 +11,7 @@ GB = 1e9
 
 
 @dataclass(frozen=True, slots=True)
-class Figure:
+class Quantity:
     """how: the formula with its numbers. total: whether the lines above add up to it."""
 
     label: str
@@ -25,11 +25,11 @@ class Figure:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class QuantityTable:
     """Figures that belong together, under a title."""
 
     title: str
-    figures: tuple[Figure, ...]
+    figures: tuple[Quantity, ...]
 
 
 def show(value: float, unit: str) -> str:

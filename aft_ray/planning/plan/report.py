@@ -11,48 +11,48 @@ from rich.table import Table
 from rich.text import Text
 
 from aft_ray.planning.plan import splits as placing
-from aft_ray.planning.plan.assumptions import Assumptions
-from aft_ray.planning.plan.quantities import GB, Figure, Part, duration, gigabytes
-from aft_ray.planning.plan.splits import Split
+from aft_ray.planning.plan.assumptions import PlanAssumptions
+from aft_ray.planning.plan.plan import RunPlan
 from aft_ray.planning.plan.planner import describe
-from aft_ray.planning.plan.plan import Plan
 from aft_ray.planning.plan.publish_time import sizes
+from aft_ray.planning.plan.quantities import GB, Quantity, QuantityTable, duration, gigabytes
+from aft_ray.planning.plan.splits import Split
 
 
-def parts(plan: Plan) -> list[Part]:
+def parts(plan: RunPlan) -> list[QuantityTable]:
     """Every figure of a plan, in the order in which it is read."""
     found = [_model(plan), _trainer(plan)]
     if plan.engine is not None:
-        found.append(Part("memory of an engine's process", plan.engine.lines))
+        found.append(QuantityTable("memory of an engine's process", plan.engine.lines))
     if not plan.in_memory:
         return found  # times of what cannot run would only mislead
-    found.append(Part("training a round", plan.training.lines))
+    found.append(QuantityTable("training a round", plan.training.lines))
     if plan.sampling is not None:
-        found.append(Part("sampling a round, the busiest engine", plan.sampling.lines))
+        found.append(QuantityTable("sampling a round, the busiest engine", plan.sampling.lines))
     if plan.evaluation is not None:
-        found.append(Part("evaluating a version, the busiest engine", plan.evaluation.lines))
-    found.append(_publication(plan))
+        found.append(QuantityTable("evaluating a version, the busiest engine", plan.evaluation.lines))
+    found.append(_manifest(plan))
     found.append(_round(plan))
     return [part for part in found if part.figures]
 
 
-def _model(plan: Plan) -> Part:
+def _model(plan: RunPlan) -> QuantityTable:
     planner = plan.planner
     model, config, work = planner.model, planner.config, planner.work
-    figures = [Figure("parameters", model.parameters, "", model.parameters_how())]
+    figures = [Quantity("parameters", model.parameters, "", model.parameters_how())]
     if config.lora is not None:
         trained = model.lora_parameters(config.lora.rank, config.lora.targets)
         targets = len(set(config.lora.targets))
-        figures.append(Figure("of adapters", trained, "", f"rank {config.lora.rank} on {targets} linear layers"))
+        figures.append(Quantity("of adapters", trained, "", f"rank {config.lora.rank} on {targets} linear layers"))
     figures += [
-        Figure("questions a round", work.questions, "", work.counted),
-        Figure("rows of a group", work.rows, "", "1 reference + trained candidates (signal, distinct)"),
-        Figure("tokens of a row", work.row, "", f"{work.prompt:.0f} of prompt + {work.response:.0f} of response"),
+        Quantity("questions a round", work.questions, "", work.counted),
+        Quantity("rows of a group", work.rows, "", "1 reference + trained candidates (signal, distinct)"),
+        Quantity("tokens of a row", work.row, "", f"{work.prompt:.0f} of prompt + {work.response:.0f} of response"),
     ]
-    return Part(model.name, tuple(figures))
+    return QuantityTable(model.name, tuple(figures))
 
 
-def _trainer(plan: Plan) -> Part:
+def _trainer(plan: RunPlan) -> QuantityTable:
     planner, memory = plan.planner, plan.trainer
     training = planner.config.training
     what = "GPU" if training.gpus_per_worker else "process"
@@ -61,54 +61,56 @@ def _trainer(plan: Plan) -> Part:
     if training.gpus_per_worker:
         room = planner.cluster.node.gpu_memory * GB
         have = f" of {gigabytes(room)}: " + ("fits" if memory.device <= room else "does NOT fit")
-    figures.append(Figure(f"a train worker's {what}", memory.device, "bytes", f"the sum{have}", total=True))
-    figures += [Figure(f"in host memory: {line.label}", line.value, line.unit, line.how) for line in memory.host_lines]
+    figures.append(Quantity(f"a train worker's {what}", memory.device, "bytes", f"the sum{have}", total=True))
+    figures += [
+        Quantity(f"in host memory: {line.label}", line.value, line.unit, line.how) for line in memory.host_lines
+    ]
     stage = f"ZeRO-{training.zero_stage}"
-    return Part(f"memory of a train worker's {what}, {stage} over {plan.split.workers}", tuple(figures))
+    return QuantityTable(f"memory of a train worker's {what}, {stage} over {plan.split.workers}", tuple(figures))
 
 
-def _publication(plan: Plan) -> Part:
+def _manifest(plan: RunPlan) -> QuantityTable:
     config = plan.planner.config
-    chosen = plan.publications[config.weights.transport]
+    chosen = plan.manifests[config.weights.transport]
     figures = [*chosen.trainer_lines, chosen.saving, *chosen.engine_lines]
     figures += [
-        Figure(f"by {name} instead", time.engines, "s", "; ".join(line.how for line in time.engine_lines))
-        for name, time in plan.publications.items()
+        Quantity(f"by {name} instead", time.engines, "s", "; ".join(line.how for line in time.engine_lines))
+        for name, time in plan.manifests.items()
         if name != config.weights.transport
     ]
     size = gigabytes(sizes(config, plan.planner.model).weights)
-    return Part(f"publication of a version ({size})", tuple(figures))
+    return QuantityTable(f"publication of a version ({size})", tuple(figures))
 
 
-def _round(plan: Plan) -> Part:
+def _round(plan: RunPlan) -> QuantityTable:
     time, config, planner = plan.time, plan.planner.config, plan.planner
     staleness = config.rounds.max_staleness
     joined = "max(G, T)" if staleness and not config.sampling.colocate else "G + T"
     slow = f"{time.bottleneck} is the longer side"
     answering = " + ".join(f"{duration(v)} {name}" for name, v in planner.sampling_parts(plan.split).items())
-    published = plan.publications[config.weights.transport].trainer
+    published = plan.manifests[config.weights.transport].trainer
     steps = f"{duration(plan.training.seconds)} steps ({plan.training.tokens_per_s:,.0f} tokens/s)"
     if turns := planner.turns(plan.split.workers):
         steps += f" + {duration(turns)} to hand the GPUs over"
     figures = [
-        Figure("G, sampling side", time.sampling, "s", answering or "nothing is sampled"),
-        Figure("T, training side", time.training, "s", f"{steps} + {duration(published)} model directory"),
-        Figure("a round", time.round, "s", f"{joined}, rounds.max_staleness={staleness}; {slow}", total=True),
+        Quantity("G, sampling side", time.sampling, "s", answering or "nothing is sampled"),
+        Quantity("T, training side", time.training, "s", f"{steps} + {duration(published)} model directory"),
+        Quantity("a round", time.round, "s", f"{joined}, rounds.max_staleness={staleness}; {slow}", total=True),
     ]
     if config.vft.epochs:
-        figures.append(Figure("round 0 (VFT)", plan.vft.seconds, "s", f"{planner.work.vft_steps} steps"))
+        figures.append(Quantity("round 0 (VFT)", plan.vft.seconds, "s", f"{planner.work.vft_steps} steps"))
     cluster = planner.cluster
-    figures.append(Figure("the whole run", plan.seconds, "s", f"round 0 + {config.rounds.count} rounds", total=True))
+    figures.append(Quantity("the whole run", plan.seconds, "s", f"round 0 + {config.rounds.count} rounds", total=True))
     if cluster.gpus:
         hours = plan.gpu_hours(plan.seconds)
-        figures.append(Figure("GPU-hours", hours, "", f"{cluster.gpus} GPUs x {duration(plan.seconds)}"))
+        figures.append(Quantity("GPU-hours", hours, "", f"{cluster.gpus} GPUs x {duration(plan.seconds)}"))
         if plan.price_per_gpu_hour is not None:
             cost = hours * plan.price_per_gpu_hour
-            figures.append(Figure("cost", cost, "", f"{hours:,.1f} GPU-hours x {plan.price_per_gpu_hour:g}"))
-    return Part("a round", tuple(figures))
+            figures.append(Quantity("cost", cost, "", f"{hours:,.1f} GPU-hours x {plan.price_per_gpu_hour:g}"))
+    return QuantityTable("a round", tuple(figures))
 
 
-def placement_lines(plan: Plan) -> list[str]:
+def placement_lines(plan: RunPlan) -> list[str]:
     """What the config uses of the cluster, what is idle, and what would be best there."""
     planner, split = plan.planner, plan.split
     cluster, config = planner.cluster, planner.config
@@ -135,7 +137,7 @@ def placement_lines(plan: Plan) -> list[str]:
     return lines
 
 
-def overrides(plan: Plan, split: Split) -> list[str]:
+def overrides(plan: RunPlan, split: Split) -> list[str]:
     """The `key=value` of the command line that turn the config into a split."""
     config = plan.planner.config
     changed = {"sampling.samplers": (config.sampling.samplers, split.samplers or config.sampling.samplers)}
@@ -148,15 +150,15 @@ def overrides(plan: Plan, split: Split) -> list[str]:
     return [f"{key}={new}" for key, (old, new) in changed.items() if old != new]
 
 
-def assumed_lines(assumed: Assumptions) -> Iterator[tuple[str, str, str]]:
+def assumed_lines(assumed: PlanAssumptions) -> Iterator[tuple[str, str, str]]:
     """Name, value and meaning of every assumption; those that were given are marked."""
-    for name, field in Assumptions.model_fields.items():
+    for name, field in PlanAssumptions.model_fields.items():
         value = getattr(assumed, name)
         given = " (given)" if name in assumed.model_fields_set else ""
         yield name, ("none" if value is None else f"{value:g}") + given, field.description or ""
 
 
-def rendered(plan: Plan) -> RenderableType:
+def rendered(plan: RunPlan) -> RenderableType:
     """The tables of a plan."""
     blocks: list[RenderableType] = [Text("\n".join(placement_lines(plan)))]
     for part in parts(plan):
@@ -176,7 +178,7 @@ def rendered(plan: Plan) -> RenderableType:
     return Group(*blocks)
 
 
-def as_json(plan: Plan) -> dict[str, Any]:
+def as_json(plan: RunPlan) -> dict[str, Any]:
     """Every figure as plain values: seconds, bytes, counts."""
     planner = plan.planner
     best = None
@@ -198,7 +200,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "evaluation": asdict(plan.evaluation) if plan.evaluation else None,
         "training": asdict(plan.training),
         "vft": asdict(plan.vft),
-        "publications": {name: asdict(time) for name, time in plan.publications.items()},
+        "publications": {name: asdict(time) for name, time in plan.manifests.items()},
         "round": {**asdict(plan.time), "bottleneck": plan.time.bottleneck},
         "run_seconds": plan.seconds,
         "gpu_hours": plan.gpu_hours(plan.seconds),

@@ -12,9 +12,9 @@ from itertools import count
 
 from aft_ray.cluster.connect import needs_samplers
 from aft_ray.planning.plan import splits as placing
-from aft_ray.planning.plan.splits import Split
 from aft_ray.planning.plan.planner import Planner, RoundTime
 from aft_ray.planning.plan.problems import engine_fits, host_problem, trainer_fits
+from aft_ray.planning.plan.splits import Split
 
 TENSOR_PARALLEL = (1, 2, 4, 8, 16)
 

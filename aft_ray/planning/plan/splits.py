@@ -10,9 +10,9 @@ import math
 from dataclasses import dataclass
 
 from aft_ray.cluster.connect import DATA_CPUS, needs_samplers
-from aft_ray.config.run import RunConfig
 from aft_ray.cluster.placement import Bundle
-from aft_ray.planning.plan.hardware import Cluster, Node
+from aft_ray.config.run import RunConfig
+from aft_ray.planning.plan.hardware import ClusterShape, NodeType
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ def gpus(config: RunConfig, split: Split) -> float:
     return max(engines, workers) if config.sampling.colocate else engines + workers
 
 
-def sampler_nodes(config: RunConfig, split: Split, node: Node) -> int:
+def sampler_nodes(config: RunConfig, split: Split, node: NodeType) -> int:
     """Nodes with an engine on them."""
     if not config.sampling.gpus_per_sampler or not split.samplers:
         return 1
@@ -50,7 +50,7 @@ def sampler_nodes(config: RunConfig, split: Split, node: Node) -> int:
     return max(1, -(-split.samplers * config.sampling.pipeline_parallel_size // in_a_node))
 
 
-def stages_in_a_node(config: RunConfig, split: Split, node: Node) -> int:
+def stages_in_a_node(config: RunConfig, split: Split, node: NodeType) -> int:
     """Stages of engines that fit in a node; 0 when none does."""
     stage = _stage(config, split)
     if split.tensor_parallel > node.gpus and config.sampling.gpus_per_sampler:
@@ -59,7 +59,7 @@ def stages_in_a_node(config: RunConfig, split: Split, node: Node) -> int:
     return int(min(round(node.cpus / stage.cpus, 6), by_gpu))
 
 
-def fits(config: RunConfig, split: Split, cluster: Cluster) -> bool:
+def fits(config: RunConfig, split: Split, cluster: ClusterShape) -> bool:
     """Whether the cluster's nodes hold it: engines first, as they need several GPUs of one node, then workers.
 
     The same answer as `aft_ray.cluster.placement.place` gives, in a time that does not grow with the cluster.
@@ -90,20 +90,20 @@ def _stage(config: RunConfig, split: Split) -> Bundle:
     return Bundle(sampling.cpus_per_sampler / sampling.pipeline_parallel_size, 0 if sampling.colocate else gpus)
 
 
-def nodes_needed(config: RunConfig, split: Split, node: Node, most: int = 4096) -> int | None:
+def nodes_needed(config: RunConfig, split: Split, node: NodeType, most: int = 4096) -> int | None:
     """The fewest nodes that hold a split; None when no number of them does."""
     if split.samplers and not stages_in_a_node(config, split, node):
         return None
     if config.training.gpus_per_worker and not node.gpus:
         return None
     low, high = 1, 1
-    while not fits(config, split, Cluster(node, high)):
+    while not fits(config, split, ClusterShape(node, high)):
         low, high = high + 1, 2 * high
         if high > 2 * most:
             return None
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if fits(config, split, Cluster(node, middle)) else (middle + 1, high)
+        low, high = (low, middle) if fits(config, split, ClusterShape(node, middle)) else (middle + 1, high)
     return low
 
 

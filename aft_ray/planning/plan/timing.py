@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 
 from aft_ray.config.run import RunConfig
 from aft_ray.planning.plan.architecture import Architecture
-from aft_ray.planning.plan.assumptions import Assumptions
+from aft_ray.planning.plan.assumptions import PlanAssumptions
 from aft_ray.planning.plan.engine_memory import EngineMemory
-from aft_ray.planning.plan.quantities import GB, Figure, duration, giga, gigabytes
-from aft_ray.planning.plan.hardware import Node, device
+from aft_ray.planning.plan.hardware import NodeType, device
+from aft_ray.planning.plan.quantities import GB, Quantity, duration, giga, gigabytes
 from aft_ray.planning.plan.workload import Workload
 
 
@@ -32,7 +32,7 @@ class SamplingTime:
     step: float
     running: int
     tokens_per_s: float
-    lines: tuple[Figure, ...]
+    lines: tuple[Quantity, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,21 +43,21 @@ class TrainingTime:
     seconds: float
     tokens_per_s: float
     communication: float
-    lines: tuple[Figure, ...]
+    lines: tuple[Quantity, ...]
 
 
 class Speeds:
     """The times of a config's parts on a kind of node, as functions of how many processes do them."""
 
     def __init__(
-        self, config: RunConfig, model: Architecture, work: Workload, assumed: Assumptions, node: Node
+        self, config: RunConfig, model: Architecture, work: Workload, assumed: PlanAssumptions, node: NodeType
     ) -> None:
         self.config, self.model, self.work, self.assumed, self.node = config, model, work, assumed, node
         self.width = 2 if config.model.dtype == "bfloat16" else 4
 
     # --- sampling
 
-    def step(self, running: float, memory: EngineMemory, tensor_parallel: int) -> Figure:
+    def step(self, running: float, memory: EngineMemory, tensor_parallel: int) -> Quantity:
         """One step of an engine in which `running` sequences get a token each, seconds."""
         assumed, sampling, model = self.assumed, self.config.sampling, self.model
         stages = sampling.pipeline_parallel_size
@@ -83,7 +83,7 @@ class Speeds:
             count = 2 * model.layers / stages
             reduces = count * (assumed.all_reduce_s + volume / self._link(tensor_parallel, inside=True))
             how += f" + {count:.0f} all-reduces {duration(reduces)}"
-        return Figure("a step", max(reading, computing) + overhead + reduces, "s", how)
+        return Quantity("a step", max(reading, computing) + overhead + reduces, "s", how)
 
     def sampling(self, samplers: int, memory: EngineMemory, tensor_parallel: int) -> SamplingTime:
         """A round's questions, k candidates each."""
@@ -109,13 +109,13 @@ class Speeds:
         last = self.step(1, memory, tensor_parallel).value
         tail = sampling.max_tokens * last if questions else 0.0
         lines = (
-            Figure("reading prompts", reading, "s", f"{questions:,} questions x {work.prompt:.0f} tokens (their k "
+            Quantity("reading prompts", reading, "s", f"{questions:,} questions x {work.prompt:.0f} tokens (their k "
                    f"candidates share them) = {flops:.3g} FLOP / ({processes} x {one.flops:.3g} FLOP/s x "
                    f"{assumed.prefill_mfu:g})"),
             replace(full, label=f"a step of {running:,} sequences"),
-            Figure("decoding", decoding, "s", f"{questions:,} x k={k} x {work.response:.0f} tokens / {running:,} at "
+            Quantity("decoding", decoding, "s", f"{questions:,} x k={k} x {work.response:.0f} tokens / {running:,} at "
                    f"once x {duration(step)}"),
-            Figure("the last response", tail, "s", f"max_tokens={sampling.max_tokens} x {duration(last)}, alone"),
+            Quantity("the last response", tail, "s", f"max_tokens={sampling.max_tokens} x {duration(last)}, alone"),
         )  # fmt: skip
         return SamplingTime(reading + decoding + tail, step, running, running / step, lines)
 
@@ -167,8 +167,8 @@ class Speeds:
         step = computing + waiting + offloaded + update + passes * assumed.pass_overhead_s
         seconds = steps * step
         lines = [
-            Figure("steps", steps, "", f"{epochs} x {questions:,} groups / {per_step}, rounded up"),
-            Figure("computing, a step", computing, "s", f"{groups} groups of the busiest worker x {rows:.3g} rows x "
+            Quantity("steps", steps, "", f"{epochs} x {questions:,} groups / {per_step}, rounded up"),
+            Quantity("computing, a step", computing, "s", f"{groups} groups of the busiest worker x {rows:.3g} rows x "
                    f"{work.row:.0f} tokens / {assumed.filling:g} = {groups * group:,.0f} tokens x {factor} x "
                    f"{giga(forward)} FLOP / ({one.flops:.3g} FLOP/s x {assumed.mfu:g})"),
         ]  # fmt: skip
@@ -176,16 +176,16 @@ class Speeds:
             how += (
                 f" = {gigabytes(moved)} / {link / GB:.0f} GB/s = {duration(moving)}, {assumed.overlap:.0%} of it hidden"
             )
-            lines.append(Figure("waiting for others, a step", waiting, "s", f"{how} if it can be"))
+            lines.append(Quantity("waiting for others, a step", waiting, "s", f"{how} if it can be"))
         if offloaded:
             how = f"PCIe at {self.node.pcie:g} GB/s x {assumed.link_efficiency:g}"
-            lines.append(Figure("to and from host memory, a step", offloaded, "s", how))
+            lines.append(Quantity("to and from host memory, a step", offloaded, "s", how))
         overhead = duration(assumed.pass_overhead_s)
         lines += [
-            Figure("optimizer, a step", update, "s", "42 bytes a parameter of the worker's share"),
-            Figure("passes, a step", passes, "", f"{groups} groups, {in_a_pass} in tokens_per_microbatch="
+            Quantity("optimizer, a step", update, "s", "42 bytes a parameter of the worker's share"),
+            Quantity("passes, a step", passes, "", f"{groups} groups, {in_a_pass} in tokens_per_microbatch="
                    f"{training.tokens_per_microbatch}; {overhead} each beside the model"),
-            Figure("all steps", seconds, "s", f"{steps} x {duration(step)}", total=True),
+            Quantity("all steps", seconds, "s", f"{steps} x {duration(step)}", total=True),
         ]  # fmt: skip
         tokens = questions * epochs * rows * work.row
         return TrainingTime(seconds, tokens / seconds, steps * waiting / seconds, tuple(lines))

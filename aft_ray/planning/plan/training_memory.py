@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 from aft_ray.config.run import RunConfig
 from aft_ray.planning.plan.architecture import Architecture
-from aft_ray.planning.plan.assumptions import Assumptions
-from aft_ray.planning.plan.quantities import GB, Figure, giga
+from aft_ray.planning.plan.assumptions import PlanAssumptions
+from aft_ray.planning.plan.quantities import GB, Quantity, giga
 from aft_ray.planning.plan.workload import Workload
 
 # aft_ray.training.deepspeed._BUCKET, and DeepSpeed's stage3_max_live_parameters and sub_group_size: elements.
@@ -32,8 +32,8 @@ class TrainingMemory:
     device: float
     host: float
     states: float
-    lines: tuple[Figure, ...]
-    host_lines: tuple[Figure, ...]
+    lines: tuple[Quantity, ...]
+    host_lines: tuple[Quantity, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +46,9 @@ class States:
     sharded: bool
     on_host: bool
 
-    def figure(self, workers: int) -> Figure:
+    def figure(self, workers: int) -> Quantity:
         how = f"{self.bytes:g} bytes x {giga(self.count)}" + (f" / {workers} workers" if self.sharded else "")
-        return Figure(self.label, self.bytes * self.count / (workers if self.sharded else 1), "bytes", how)
+        return Quantity(self.label, self.bytes * self.count / (workers if self.sharded else 1), "bytes", how)
 
 
 def states(config: RunConfig, model: Architecture) -> list[States]:
@@ -95,7 +95,7 @@ def activation_bytes(model: Architecture, row: int, half: bool) -> float:
 
 
 def training_memory(
-    config: RunConfig, model: Architecture, work: Workload, assumed: Assumptions, workers: int
+    config: RunConfig, model: Architecture, work: Workload, assumed: PlanAssumptions, workers: int
 ) -> TrainingMemory:
     """The peak of one of `workers` train workers."""
     training, half = config.training, config.model.dtype == "bfloat16"
@@ -107,16 +107,16 @@ def training_memory(
     lines += _working(config, model, work, workers, half)
     if training.gpus_per_worker:
         reserve = assumed.training_reserve * GB
-        lines.append(Figure("CUDA, NCCL, fragmentation", reserve, "bytes", "assumed (training_reserve)"))
+        lines.append(Quantity("CUDA, NCCL, fragmentation", reserve, "bytes", "assumed (training_reserve)"))
     if config.sampling.colocate:
-        host_lines.append(Figure("states while engines have the GPU", state_bytes, "bytes", "sampling.colocate"))
+        host_lines.append(Quantity("states while engines have the GPU", state_bytes, "bytes", "sampling.colocate"))
     process = assumed.process_memory * GB
-    host_lines.append(Figure("the process", process, "bytes", "assumed (process_memory)"))
+    host_lines.append(Quantity("the process", process, "bytes", "assumed (process_memory)"))
     device, host = sum(line.value for line in lines), sum(line.value for line in host_lines)
     return TrainingMemory(device, host, state_bytes, tuple(lines), tuple(host_lines))
 
 
-def _buffers(config: RunConfig, model: Architecture) -> list[Figure]:
+def _buffers(config: RunConfig, model: Architecture) -> list[Quantity]:
     """DeepSpeed's own buffers, and at stage 3 the weights that are whole at one time."""
     half = config.model.dtype == "bfloat16"
     stage = max(config.training.zero_stage, 1) if half else config.training.zero_stage
@@ -127,11 +127,11 @@ def _buffers(config: RunConfig, model: Architecture) -> list[Figure]:
         largest = model.embedding_parameters if config.lora is None else 0
         size = width * (buckets * BUCKET + largest)
         how = f"{width} bytes x ({buckets} x {giga(BUCKET)} + {giga(largest)} of the largest gradient)"
-        lines.append(Figure("reduction buckets", size, "bytes", how))
+        lines.append(Quantity("reduction buckets", size, "bytes", how))
     if stage == 3:
         live = min(model.parameters, MAX_LIVE)
         lines.append(
-            Figure("weights gathered at one time", width * live, "bytes", f"{width} bytes x at most {giga(live)}")
+            Quantity("weights gathered at one time", width * live, "bytes", f"{width} bytes x at most {giga(live)}")
         )
     return lines
 
@@ -149,7 +149,7 @@ def microbatch_tokens(config: RunConfig, workers: int) -> tuple[int, str]:
     return training.tokens_per_microbatch, "tokens_per_microbatch"
 
 
-def _working(config: RunConfig, model: Architecture, work: Workload, workers: int, half: bool) -> list[Figure]:
+def _working(config: RunConfig, model: Architecture, work: Workload, workers: int, half: bool) -> list[Quantity]:
     """Activations, logits, and the larger of what they and the optimizer's step need only for a while."""
     tokens, source = microbatch_tokens(config, workers)
     longest, width = config.model.max_length, 2 if half else 4
@@ -160,7 +160,7 @@ def _working(config: RunConfig, model: Architecture, work: Workload, workers: in
     else:
         saved = layer * model.layers * tokens
         how = f"{tokens:,} tokens ({source}) x {model.layers} layers x {layer:,.0f} bytes"
-    lines = [Figure("saved activations", saved, "bytes", how)]
+    lines = [Quantity("saved activations", saved, "bytes", how)]
     columns: float = min(1.0, config.sampling.max_tokens / min(longest, work.prompt + config.sampling.max_tokens))
     responses = tokens * columns
     # Logits, their float32 copy and log-softmax forward; log-softmax and two gradients of it backward.
@@ -175,5 +175,5 @@ def _working(config: RunConfig, model: Architecture, work: Workload, workers: in
         what = f"the optimizer's step: 2 x 4 bytes x {giga(share)}, in the activations' place"
         passing[what] = max(0.0, 8.0 * share - saved)
     what, peak = max(passing.items(), key=lambda item: item[1])
-    lines.append(Figure("largest passing need", peak, "bytes", what))
+    lines.append(Quantity("largest passing need", peak, "bytes", what))
     return lines

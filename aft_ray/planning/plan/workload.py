@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from aft_ray.config.run import UNSAMPLED_OBJECTIVES, ConfigError, RunConfig
-from aft_ray.planning.plan.assumptions import Assumptions
-from aft_ray.tasks.dataset import round_size
 from aft_ray.config.tasks import DataConfig
+from aft_ray.planning.plan.assumptions import PlanAssumptions
+from aft_ray.tasks.dataset import round_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class Workload:
         return self.prompt + self.response
 
 
-def workload(config: RunConfig, assumed: Assumptions) -> Workload:
+def workload(config: RunConfig, assumed: PlanAssumptions) -> Workload:
     """What a round of the run amounts to. Raises ConfigError when the number of questions is not known."""
     facts = {name: _facts(name, data, assumed) for name, data in config.task_configs.items()}
     counts = {name: fact.train for name, fact in facts.items()}
@@ -90,7 +90,7 @@ def workload(config: RunConfig, assumed: Assumptions) -> Workload:
     )
 
 
-def _rows(config: RunConfig, assumed: Assumptions) -> float:
+def _rows(config: RunConfig, assumed: PlanAssumptions) -> float:
     """Rows of a group: the reference, and the distinct candidates of groups whose rewards differ; `rft` trains on the
     right ones of every group, about half."""
     name = config.objective.name
@@ -100,7 +100,7 @@ def _rows(config: RunConfig, assumed: Assumptions) -> float:
     return 1 + share * assumed.distinct * config.sampling.k
 
 
-def _facts(name: str, data: DataConfig, assumed: Assumptions) -> TaskFacts:
+def _facts(name: str, data: DataConfig, assumed: PlanAssumptions) -> TaskFacts:
     if data.task == "arithmetic":
         sizes = data.arithmetic
         steps = (sizes.min_steps + sizes.max_steps) / 2
@@ -121,7 +121,7 @@ def _scaled(counts: Mapping[str, int], questions: int) -> dict[str, int]:
     return {name: max(1, round(questions * weight / sum(weights.values()))) for name, weight in weights.items()}
 
 
-def _counted(config: RunConfig, counts: Mapping[str, int], assumed: Assumptions) -> str:
+def _counted(config: RunConfig, counts: Mapping[str, int], assumed: PlanAssumptions) -> str:
     parts = []
     for name, data in config.task_configs.items():
         if assumed.questions is not None:

@@ -15,7 +15,7 @@ from pydantic import Field
 from aft_ray.config.section import Natural, Positive, Section
 
 
-class Assumptions(Section):
+class SimulationAssumptions(Section):
     """Speeds of one engine and one train worker, seconds of the steps between, answers, and failures.
 
     The defaults are round figures for a 70B model in bfloat16 with engines of 8 H100 and one H100 a train worker. They
@@ -70,7 +70,7 @@ class Work:
     right: NDArray[np.bool_]
 
 
-def draw_work(assumed: Assumptions, seed: int, stage: int, questions: int, k: int, max_tokens: int) -> Work:
+def draw_work(assumed: SimulationAssumptions, seed: int, stage: int, questions: int, k: int, max_tokens: int) -> Work:
     """The answers of a stage (a round, or an evaluation): log-normal lengths, cut at `max_tokens`; beta pass rates."""
     prompts, references = _tokens(assumed, seed, questions)
     rng = np.random.default_rng([seed, stage])
@@ -82,7 +82,7 @@ def draw_work(assumed: Assumptions, seed: int, stage: int, questions: int, k: in
     )
 
 
-def _tokens(assumed: Assumptions, seed: int, questions: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _tokens(assumed: SimulationAssumptions, seed: int, questions: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Prompts and references are the same in every round."""
     rng = np.random.default_rng([seed])
     normal = rng.standard_normal((2, questions))
@@ -98,7 +98,7 @@ def _log_normal(mean: float, spread: float, normal: NDArray[np.float64]) -> NDAr
     return tokens
 
 
-def _pass_rates(assumed: Assumptions, rng: np.random.Generator, questions: int) -> NDArray[np.float64]:
+def _pass_rates(assumed: SimulationAssumptions, rng: np.random.Generator, questions: int) -> NDArray[np.float64]:
     """Of each question: beta distributed with mean `pass_rate`; its two parameters sum to 1/spread - 1."""
     rate, spread = assumed.pass_rate, assumed.pass_spread
     if spread == 0 or rate in (0, 1):

@@ -1,4 +1,4 @@
-"""Assumptions read off a run: how long its answers are and how often right, how fast its engines and workers were.
+"""SimulationAssumptions read off a run: how long its answers are and how often right, how fast its engines and workers were.
 
 Invariant: from the first sampled round alone, so that the rounds after it are left to check the simulation against.
 """
@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 
 from aft_ray.config.run import ConfigError, RunConfig
-from aft_ray.storage.ledger import Ledger
 from aft_ray.objectives import build_objective
 from aft_ray.observe.summary import read_events
-from aft_ray.planning.simulation.trainer import pass_cost
+from aft_ray.planning.simulation.assumptions import SimulationAssumptions
 from aft_ray.planning.simulation.simulate import simulate
-from aft_ray.planning.simulation.assumptions import Assumptions
-from aft_ray.storage.versions import find_run, read_config
+from aft_ray.planning.simulation.trainer import pass_cost
+from aft_ray.storage.ledger import Ledger
 from aft_ray.storage.records import Group, Verdict
+from aft_ray.storage.versions import find_run, read_config
 from aft_ray.training.batching import group_size
 
 # Times that speeds are corrected by what a simulation of the round takes.
@@ -26,7 +26,7 @@ _CORRECTIONS = 4
 
 
 def assumptions_like(argument: str) -> dict[str, Any]:
-    """What a run directory tells of `Assumptions`. Raises ConfigError when no round of it is sampled and trained."""
+    """What a run directory tells of `SimulationAssumptions`. Raises ConfigError when no round of it is sampled and trained."""
     found = find_run(argument)
     if found is None:
         raise ConfigError(f"{argument} is not a run directory; --like takes one")
@@ -45,7 +45,7 @@ def assumptions_like(argument: str) -> dict[str, Any]:
     loads = {"load_s": first["published"]["seconds"]} if "published" in first else {}
     tree = {**answers, **trained, **loads, "train_tokens_per_s": 1.0}
     objective = build_objective(config.objective.name, **config.objective.options)
-    cost = pass_cost(config, Assumptions(**tree), [group_size(group, objective) for group in groups], 1)
+    cost = pass_cost(config, SimulationAssumptions(**tree), [group_size(group, objective) for group in groups], 1)
     tree["train_tokens_per_s"] = cost.seconds / first["trained"]["train_s"]
     return {**tree, **_like_speeds(config, tree, first["sampled"]["seconds"], first["trained"]["train_s"])}
 
@@ -78,12 +78,13 @@ def _like_speeds(config: RunConfig, tree: dict[str, Any], sampling_s: float, tra
     stays in proportion."""
     once = config.model_copy(update={"rounds": config.rounds.model_copy(update={"count": 1, "evaluate_every": 0})})
     speeds = {
-        name: getattr(Assumptions(), name) for name in ("step_ms", "step_us_per_sequence", "prefill_tokens_per_s")
+        name: getattr(SimulationAssumptions(), name)
+        for name in ("step_ms", "step_us_per_sequence", "prefill_tokens_per_s")
     }
-    fixed = {"overhead_s": min(Assumptions().overhead_s, sampling_s / 2), "forward_ms": 0.1}
+    fixed = {"overhead_s": min(SimulationAssumptions().overhead_s, sampling_s / 2), "forward_ms": 0.1}
     speeds["train_tokens_per_s"] = tree["train_tokens_per_s"]
     for _ in range(_CORRECTIONS):
-        simulated = simulate(once, Assumptions(**{**tree, **fixed, **speeds}))
+        simulated = simulate(once, SimulationAssumptions(**{**tree, **fixed, **speeds}))
         slower = (sampling_s - fixed["overhead_s"]) / (simulated.sampled[0].seconds - fixed["overhead_s"])
         speeds["step_ms"] *= slower
         speeds["step_us_per_sequence"] *= slower

@@ -9,9 +9,9 @@ from typing import Any
 
 from rich.console import Console
 
-from aft_ray.config.run import ConfigError, RunConfig, load_config
 from aft_ray.config.loader import apply_override, describe_keys, parse_section
-from aft_ray.planning.simulation.assumptions import Assumptions
+from aft_ray.config.run import ConfigError, RunConfig, load_config
+from aft_ray.planning.simulation.assumptions import SimulationAssumptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +34,10 @@ class Request:
 def simulate_all(request: Request, console: Console) -> None:
     """Simulates and shows. Raises ConfigError."""
     if request.assume == ["help"]:
-        console.print("\n".join(describe_keys(Assumptions)), markup=False, highlight=False)
+        console.print("\n".join(describe_keys(SimulationAssumptions)), markup=False, highlight=False)
         return
-    from aft_ray.planning.simulation.simulate import simulate
     from aft_ray.planning.simulation.report import comparison_of, draw, figures_of, rounds_of, totals_of
+    from aft_ray.planning.simulation.simulate import simulate
 
     variants = _variants(request)
     if request.plot and len(variants) > 1:
@@ -76,7 +76,7 @@ def _config(request: Request, override: list[str]) -> RunConfig:
     return load_config(request.config, [*request.overrides, *rounds, *override])
 
 
-def _assumptions(request: Request, config: RunConfig) -> Assumptions:
+def _assumptions(request: Request, config: RunConfig) -> SimulationAssumptions:
     """The defaults, then those of `--like`, then what is said on the command line."""
     tree: dict[str, Any] = {}
     if request.like:
@@ -88,6 +88,6 @@ def _assumptions(request: Request, config: RunConfig) -> Assumptions:
     for override in request.assume:
         apply_override(tree, override)
     try:
-        return parse_section(Assumptions, tree)
+        return parse_section(SimulationAssumptions, tree)
     except ConfigError as error:
         raise ConfigError(str(error).replace("`aft-ray keys`", "`aft-ray simulate CONFIG --assume help`")) from None

@@ -14,12 +14,12 @@ from typing import Any
 
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
-from aft_ray.planning.simulation.assumptions import Assumptions, Work
-from aft_ray.storage.records import Candidate
 from aft_ray.inference.engine import Prompt, SamplingSpec
+from aft_ray.planning.simulation.assumptions import SimulationAssumptions, Work
+from aft_ray.sampling.sampler import UpdateReport, WrongVersion
 from aft_ray.sampling.sampler_pool import RESTARTS
-from aft_ray.sampling.sampler import Loaded, WrongVersion
-from aft_ray.weights.version_manifest import Publication
+from aft_ray.storage.records import Candidate
+from aft_ray.weights.version_manifest import VersionManifest
 
 
 class _Request:
@@ -39,7 +39,7 @@ class SimulatedEngine:
     Between two events all running sequences advance alike, so an event is needed only where one ends.
     """
 
-    def __init__(self, assumed: Assumptions, max_num_seqs: int) -> None:
+    def __init__(self, assumed: SimulationAssumptions, max_num_seqs: int) -> None:
         self._loop = asyncio.get_running_loop()
         self._step_s, self._per_sequence_s = assumed.step_ms / 1e3, assumed.step_us_per_sequence / 1e6
         self._prefill = assumed.prefill_tokens_per_s
@@ -128,7 +128,7 @@ class SimulatedSampler:
     """The handle of a sampler actor. A simulated prompt is two tokens, its stage and its question's number in `work`;
     a simulated response is one, its length."""
 
-    def __init__(self, index: int, assumed: Assumptions, max_num_seqs: int, work: Mapping[int, Work]) -> None:
+    def __init__(self, index: int, assumed: SimulationAssumptions, max_num_seqs: int, work: Mapping[int, Work]) -> None:
         self._loop = asyncio.get_running_loop()
         self._name, self._assumed, self._work = f"sampler {index}", assumed, work
         self.engine = SimulatedEngine(assumed, max_num_seqs)
@@ -190,10 +190,10 @@ class SimulatedSampler:
             call.set_result({"version": self.version})
         return call
 
-    def _load(self, publication: Publication, tolerance: float, timeout_s: float) -> asyncio.Future[Any]:
+    def _load(self, manifest: VersionManifest, tolerance: float, timeout_s: float) -> asyncio.Future[Any]:
         call = self._call()
         if self._up:
-            task = self._loop.create_task(self._load_in_turn(publication.version, call, self._life))
+            task = self._loop.create_task(self._load_in_turn(manifest.version, call, self._life))
             call.add_done_callback(lambda _: task)  # an event loop keeps no reference to its tasks
         return call
 
@@ -207,7 +207,7 @@ class SimulatedSampler:
                 return
             self.version = version
             if not call.done():
-                call.set_result(Loaded(version, 0.0, self._assumed.load_s if needed else 0.0, 0.0, 0.0))
+                call.set_result(UpdateReport(version, 0.0, self._assumed.load_s if needed else 0.0, 0.0, 0.0))
 
     def _answer(self, prompts: Sequence[Prompt], how: SamplingSpec, version: int | None) -> asyncio.Future[Any]:
         call = self._call()

@@ -1,7 +1,7 @@
 """A run in virtual time: the scheduling code of real runs, driven by simulated engines and train workers.
 
-What is real: `sampling.stream.Ask` and `sampling.members.Members` (whom a question is sent to, what happens when that
-fails), `board.Board` (who waits for whom), `schedule.order_of_rounds` (which version samples which round),
+What is real: `sampling.stream.SampleStage` and `sampling.members.Members` (whom a question is sent to, what happens when that
+fails), `board.Coordinator` (who waits for whom), `schedule.order_of_rounds` (which version samples which round),
 `questions.questions_of_round` and `training.batching.plan_pass`. What is simulated: the time that engines, train
 workers, loads and publications take, and what fails. Invariant: every question of a round is answered or parked once,
 or the simulation says so and fails.
@@ -18,23 +18,23 @@ from typing import Protocol
 import numpy as np
 import pyarrow as pa
 
-from aft_ray.coordination.coordinator import Board, BoardFailed
 from aft_ray.config.run import ConfigError, RunConfig
+from aft_ray.coordination.coordinator import Coordinator, PeerFailed
+from aft_ray.inference.engine import SamplingSpec
+from aft_ray.planning.plan.workload import KNOWN
+from aft_ray.planning.simulation.assumptions import SimulationAssumptions, Work, draw_work
+from aft_ray.planning.simulation.result import SampledRound, Simulated
 from aft_ray.planning.simulation.sampler import SimulatedSampler
 from aft_ray.planning.simulation.trainer import SimulatedTrainer, group_sizes
-from aft_ray.planning.simulation.assumptions import Assumptions, Work, draw_work
-from aft_ray.planning.simulation.result import SampledRound, Simulated
 from aft_ray.planning.simulation.virtual_time import run_virtually
-from aft_ray.planning.plan.workload import KNOWN
-from aft_ray.tasks.dataset import questions_of_round
-from aft_ray.storage.records import Group, Question, groups_to_table, table_to_groups
-from aft_ray.inference.engine import SamplingSpec
+from aft_ray.run.schedule import AwaitVersion, order_of_rounds
 from aft_ray.sampling.sampler_health import SamplersFailed, reason_of
 from aft_ray.sampling.sampler_pool import Samplers
-from aft_ray.sampling.stream import Ask, Job, data_flow, sampling_spec
-from aft_ray.run.schedule import AwaitVersion, order_of_rounds
+from aft_ray.sampling.stream import SampleJob, SampleStage, data_flow, sampling_spec
+from aft_ray.storage.records import Group, Question, groups_to_table, table_to_groups
+from aft_ray.tasks.dataset import questions_of_round
 from aft_ray.training.batching import GroupSize
-from aft_ray.weights.version_manifest import Publication, PublicationFailed
+from aft_ray.weights.version_manifest import VersionManifest, WeightUpdateFailed
 
 # Stages of evaluations are numbered from here, those of rounds from 1.
 _EVALUATION = 1_000_000
@@ -46,7 +46,7 @@ class _Breaks(Protocol):
     def fail(self, noticed_s: float, back_s: float) -> None: ...
 
 
-def simulate(config: RunConfig, assumed: Assumptions, seed: int = 0) -> Simulated:
+def simulate(config: RunConfig, assumed: SimulationAssumptions, seed: int = 0) -> Simulated:
     """The rounds of a run after round 0, from engines that run to the last publication. Raises ConfigError."""
     if not config.samples or not config.rounds.count:
         raise ConfigError(
@@ -79,10 +79,10 @@ class _Answered:
 
 
 class _Run:
-    def __init__(self, config: RunConfig, assumed: Assumptions, seed: int) -> None:
+    def __init__(self, config: RunConfig, assumed: SimulationAssumptions, seed: int) -> None:
         self.config, self.assumed, self.seed = config, assumed, seed
         self.loop = asyncio.get_running_loop()
-        self.board = Board()
+        self.coordinator = Coordinator()
         self.work: dict[int, Work] = {}
         sampling = config.sampling
         self.samplers = [
@@ -98,29 +98,29 @@ class _Run:
             tolerance=config.score_tolerance,
             ready=frozenset(range(sampling.samplers)),
         )
-        self.members = self.pool.members()
+        self.health = self.pool.health()
         self.questions = _questions(config, assumed)
-        self.trainer = SimulatedTrainer(config, assumed, self.board, self._sizes)
+        self.trainer = SimulatedTrainer(config, assumed, self.coordinator, self._sizes)
         self.forwarder = _SerialProcess()
         self.answered: dict[int, list[tuple[str, int]]] = {}
         self.sampled: list[SampledRound] = []
         self.curve: list[tuple[float, float]] = []
 
     @classmethod
-    async def simulated(cls, config: RunConfig, assumed: Assumptions, seed: int) -> Simulated:
+    async def simulated(cls, config: RunConfig, assumed: SimulationAssumptions, seed: int) -> Simulated:
         run = cls(config, assumed, seed)
         stopped = None
-        run.members.watch()
+        run.health.watch()
         others = [run.loop.create_task(run._watch()), *run._start_failures()]
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(run.trainer.run(1, config.rounds.count))
                 group.create_task(run._conduct())
-        except* (BoardFailed, SamplersFailed, PublicationFailed) as failed:
+        except* (PeerFailed, SamplersFailed, WeightUpdateFailed) as failed:
             stopped = str(failed.exceptions[0])
         for task in others:
             task.cancel()
-        await run.members.close()
+        await run.health.close()
         sampling_s = sum(one.seconds for one in run.sampled)
         return Simulated(
             sampled=run.sampled,
@@ -135,39 +135,39 @@ class _Run:
         )
 
     async def _conduct(self) -> None:
-        """The conductor's side, in the order that `rounds.Conductor` follows."""
+        """The conductor's side, in the order that `rounds.Orchestrator` follows."""
         rounds = self.config.rounds
-        await self.board.publish(Publication(0, "", (), ()))
+        await self.coordinator.publish(VersionManifest(0, "", (), ()))
         for step in order_of_rounds(1, rounds.count, rounds.max_staleness):
-            publication, waited = await self.board.wait_publication(step.version, rounds.timeout_s)
+            manifest, waited = await self.coordinator.wait_version(step.version, rounds.timeout_s)
             began = self.loop.time()
-            await self._bring_samplers_to(publication)
+            await self._bring_samplers_to(manifest)
             loaded = self.loop.time()
-            await self._evaluate_if_due(publication)
+            await self._evaluate_if_due(manifest)
             if isinstance(step, AwaitVersion):
                 continue
-            await self._sample(step.round, publication, waited, loaded - began, self.loop.time() - loaded)
-            await self.board.set_ready(step.round)
+            await self._sample(step.round, manifest, waited, loaded - began, self.loop.time() - loaded)
+            await self.coordinator.set_ready(step.round)
 
-    async def _bring_samplers_to(self, publication: Publication) -> None:
+    async def _bring_samplers_to(self, manifest: VersionManifest) -> None:
         """What `SamplerPool.load` does: all that answer, as many as must at least; one that ends meanwhile waits."""
         pool, loaded = self.pool, set[int]()
         patience = 3 * pool.load_timeout_s + 30
         while not loaded or len(loaded) < pool.minimum:
-            wanted = sorted(await self.members.enough() - loaded)
-            calls = {self.samplers[i].load.remote(publication, pool.tolerance, pool.load_timeout_s): i for i in wanted}
+            wanted = sorted(await self.health.enough() - loaded)
+            calls = {self.samplers[i].load.remote(manifest, pool.tolerance, pool.load_timeout_s): i for i in wanted}
             done, late = await asyncio.wait(calls, timeout=patience) if calls else (set(), set())
             if late:
-                raise PublicationFailed(f"{len(late)} samplers did not load a version within {patience:.0f} s")
+                raise WeightUpdateFailed(f"{len(late)} samplers did not load a version within {patience:.0f} s")
             for call in done:
                 if (error := call.exception()) is None:
                     loaded.add(calls[call])
                 else:
-                    self.members.lost(calls[call], reason_of(error))
+                    self.health.lost(calls[call], reason_of(error))
 
-    async def _evaluate_if_due(self, publication: Publication) -> None:
+    async def _evaluate_if_due(self, manifest: VersionManifest) -> None:
         rounds, evaluation, count = self.config.rounds, self.config.evaluation, _validation(self.config, self.assumed)
-        version, stage = publication.version, _EVALUATION + publication.version
+        version, stage = manifest.version, _EVALUATION + manifest.version
         due = rounds.evaluate_every and (version % rounds.evaluate_every == 0 or version == rounds.count)
         if not due or not count or stage in self.work:
             return
@@ -175,19 +175,19 @@ class _Run:
         how = SamplingSpec(1 + evaluation.during_training_k, 1.0, 1.0, self.config.sampling.max_tokens)
         self.work[stage] = draw_work(self.assumed, self.seed, stage, count, how.k, how.max_tokens)
         groups = [_group(stage, number, "validation") for number in range(count)]
-        await self._answer(groups, publication, how, f"evaluation {version}")
+        await self._answer(groups, manifest, how, f"evaluation {version}")
 
     async def _sample(
-        self, number: int, publication: Publication, waited: float, load_s: float, evaluate_s: float
+        self, number: int, manifest: VersionManifest, waited: float, load_s: float, evaluate_s: float
     ) -> None:
         how = sampling_spec(self.config.sampling)
         wanted = questions_of_round(self.config, self.questions, number)
         self.work[number] = draw_work(self.assumed, self.seed, number, len(self.questions), how.k, how.max_tokens)
         groups = [_group(number, group.prompt_token_ids[1], group.question.task) for group in wanted]
         started, tokens, busy = self.loop.time(), self._tokens(), self._busy_s()
-        done = await self._answer(groups, publication, how, f"round {number}")
+        done = await self._answer(groups, manifest, how, f"round {number}")
         await asyncio.sleep(self.assumed.overhead_s)
-        await self.board.check()
+        await self.coordinator.check()
         ended = self.loop.time()
         ids = sorted([one for one, _ in done.answered] + [one for one, _ in done.parked])
         if ids != sorted(group.question.id for group in groups):
@@ -195,19 +195,19 @@ class _Run:
                 f"round {number}: of {len(groups)} questions {len(ids)} came back, {len(set(ids))} unlike"
             )
         if len(done.parked) > self.config.sampling.max_parked * len(groups):
-            await self.board.fail(
+            await self.coordinator.fail(
                 f"round {number}: {len(done.parked)} of {len(groups)} questions could not be sampled, more than "
                 f"sampling.max_parked={self.config.sampling.max_parked:g}; the first: {done.parked[0][1]}"
             )
-            await self.board.check()
+            await self.coordinator.check()
         self.answered[number] = done.answered
         generated, seconds = self._tokens() - tokens, ended - started
         at = sorted(done.at)
         self.sampled.append(
             SampledRound(
                 round=number,
-                version=publication.version,
-                staleness=number - 1 - publication.version,
+                version=manifest.version,
+                staleness=number - 1 - manifest.version,
                 waited_s=waited,
                 load_s=load_s,
                 evaluate_s=evaluate_s,
@@ -223,13 +223,13 @@ class _Run:
         )
 
     async def _answer(
-        self, groups: list[Group], publication: Publication, how: SamplingSpec, purpose: str
+        self, groups: list[Group], manifest: VersionManifest, how: SamplingSpec, purpose: str
     ) -> _Answered:
-        """The pipeline of `sampling.stream`: batches in order, so many of them in flight through one `Ask`."""
-        ask = Ask()
-        job = Job(
-            replace(self.pool, ready=self.members.ready),
-            publication,
+        """The pipeline of `sampling.stream`: batches in order, so many of them in flight through one `SampleStage`."""
+        ask = SampleStage()
+        job = SampleJob(
+            replace(self.pool, ready=self.health.ready),
+            manifest,
             how,
             self.config.sampling,
             self.config.seed,
@@ -312,7 +312,7 @@ class _Run:
                 victim.fail(noticed_s, back_s)
 
 
-def peak_tokens_per_s(config: RunConfig, assumed: Assumptions) -> float:
+def peak_tokens_per_s(config: RunConfig, assumed: SimulationAssumptions) -> float:
     """Of one engine with `max_num_seqs` sequences."""
     running = config.sampling.max_num_seqs
     return running / (assumed.step_ms / 1e3 + running * assumed.step_us_per_sequence / 1e6)
@@ -324,7 +324,7 @@ def _gpus(config: RunConfig) -> tuple[int, int]:
     return sampling.samplers * sampling.processes_per_sampler, training.workers
 
 
-def _questions(config: RunConfig, assumed: Assumptions) -> list[Group]:
+def _questions(config: RunConfig, assumed: SimulationAssumptions) -> list[Group]:
     """The training questions of each task, numbered over all of them."""
     counts: dict[str, int | None] = dict.fromkeys(config.task_configs, assumed.questions)
     for name, entry in config.task_configs.items():
@@ -344,7 +344,7 @@ def _questions(config: RunConfig, assumed: Assumptions) -> list[Group]:
     return prepared
 
 
-def _validation(config: RunConfig, assumed: Assumptions) -> int:
+def _validation(config: RunConfig, assumed: SimulationAssumptions) -> int:
     """Validation questions that the config knows of."""
     if assumed.validation is not None:
         return assumed.validation

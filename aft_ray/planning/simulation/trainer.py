@@ -10,11 +10,11 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from aft_ray.coordination.coordinator import Board
 from aft_ray.config.run import RANKING_OBJECTIVES, RunConfig
-from aft_ray.planning.simulation.assumptions import Assumptions, Work
+from aft_ray.coordination.coordinator import Coordinator
+from aft_ray.planning.simulation.assumptions import SimulationAssumptions, Work
 from aft_ray.training.batching import GroupSize, StepPlan, plan_pass
-from aft_ray.weights.version_manifest import Publication
+from aft_ray.weights.version_manifest import VersionManifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ def group_sizes(config: RunConfig, work: Work, answered: list[tuple[str, int]]) 
     return sizes
 
 
-def pass_cost(config: RunConfig, assumed: Assumptions, sizes: list[GroupSize], round_number: int) -> PassCost:
+def pass_cost(config: RunConfig, assumed: SimulationAssumptions, sizes: list[GroupSize], round_number: int) -> PassCost:
     """What the plan of a pass takes. In each forward and backward pass the workers wait for the slowest of them,
     because sharded weights and gradients are gathered by all."""
     training = config.training
@@ -111,9 +111,13 @@ class SimulatedTrainer:
     """All train workers as one: what ends one of them restarts all."""
 
     def __init__(
-        self, config: RunConfig, assumed: Assumptions, board: Board, sizes: Callable[[int], list[GroupSize]]
+        self,
+        config: RunConfig,
+        assumed: SimulationAssumptions,
+        coordinator: Coordinator,
+        sizes: Callable[[int], list[GroupSize]],
     ) -> None:
-        self._config, self._assumed, self._board, self._sizes = config, assumed, board, sizes
+        self._config, self._assumed, self._coordinator, self._sizes = config, assumed, coordinator, sizes
         self._loop = asyncio.get_running_loop()
         self._failed = asyncio.Event()
         self._back_at = 0.0
@@ -128,12 +132,12 @@ class SimulatedTrainer:
         self._failed.set()
 
     async def run(self, first: int, last: int) -> None:
-        """What every worker does, `training.worker`: wait, train, publish. Raises BoardFailed when the run failed."""
+        """What every worker does, `training.worker`: wait, train, publish. Raises PeerFailed when the run failed."""
         for number in range(first, last + 1):
-            waited = await self._board.wait_ready(number, self._config.rounds.timeout_s)
+            waited = await self._coordinator.wait_ready(number, self._config.rounds.timeout_s)
             cost = pass_cost(self._config, self._assumed, self._sizes(number), number)
             started, failures = self._loop.time(), self.failures
-            # Publication is part of the round: a failure in it also goes back to the last checkpoint.
+            # VersionManifest is part of the round: a failure in it also goes back to the last checkpoint.
             while not (await self._undisturbed(cost.seconds) and await self._undisturbed(self._assumed.publish_s)):
                 await self._restarted()
             published = self._loop.time()
@@ -144,7 +148,7 @@ class SimulatedTrainer:
                     number, waited, started, trained, published, cost.steps, cost.tokens, busy, self.failures - failures
                 )
             )
-            await self._board.publish(Publication(number, "", (), ()))
+            await self._coordinator.publish(VersionManifest(number, "", (), ()))
 
     async def _undisturbed(self, seconds: float) -> bool:
         """Whether the workers got through so many seconds of work without a failure, from the last one on."""
@@ -158,11 +162,11 @@ class SimulatedTrainer:
 
     async def _restarted(self) -> None:
         if self.failures > self._config.training.max_failures:
-            await self._board.fail(
+            await self._coordinator.fail(
                 f"training failed: its workers ended {self.failures} times, more than training.max_failures="
                 f"{self._config.training.max_failures}"
             )
-            await self._board.check()
+            await self._coordinator.check()
         while self._loop.time() < self._back_at:
             await asyncio.sleep(self._back_at - self._loop.time())
         self._failed.clear()

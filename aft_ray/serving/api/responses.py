@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from aft_ray.serving.reasoning import Ask, Reasoned, Scored
+from aft_ray.serving.reasoning import Reasoned, ReasoningRequest, Scored
 
 Json = dict[str, Any]
 OpenAiKind = Literal["chat.completion", "text_completion"]
@@ -23,7 +23,7 @@ class Answer:
     id: str
     created: int
     model: str
-    ask: Ask
+    ask: ReasoningRequest
     reasoned: Reasoned
     queued_s: float
     total_s: float

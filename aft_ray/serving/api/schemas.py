@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from aft_ray.config.serve import AnsweringConfig, Strategy
-from aft_ray.serving.reasoning import Stopped
 from aft_ray.serving.api.requests import ErrorType
+from aft_ray.serving.reasoning import Stopped
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]

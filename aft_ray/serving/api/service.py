@@ -12,19 +12,19 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from typing import Any
 
-from aft_ray.tasks.dataset import load_tokenizer
-from aft_ray.storage.records import Question
-from aft_ray.inference.engine import NoRoom, SamplingSpec, response_room
 from aft_ray.config.serve import ServeConfig
-from aft_ray.serving.examples import examples
+from aft_ray.inference.engine import NoRoom, SamplingSpec, response_room
 from aft_ray.serving.api.admission import Admission, Keys
-from aft_ray.serving.engine.server import BadRequest
-from aft_ray.serving.reasoning import Ask, EngineUnavailable, Reasoned, Reasoning, Scored, TooLate
 from aft_ray.serving.api.requests import ChatRequest, CompletionRequest, ReasonRequest, Refusal
 from aft_ray.serving.api.responses import Answer, Opening
+from aft_ray.serving.engine.server import BadRequest
+from aft_ray.serving.examples import examples
 from aft_ray.serving.model import ServedModel
+from aft_ray.serving.reasoning import EngineUnavailable, Reasoned, Reasoning, ReasoningRequest, Scored, TooLate
 from aft_ray.serving.telemetry import Record, Telemetry
+from aft_ray.storage.records import Question
 from aft_ray.tasks import Task, build_tasks
+from aft_ray.tasks.dataset import load_tokenizer
 from aft_ray.tasks.rendering import render_prompt
 
 # Seconds a client is told to wait when no engine answers.
@@ -48,13 +48,13 @@ class Service:
 
     # ── from requests to questions ───────────────────────────────────────────────────────────────────────────────
 
-    def reason_ask(self, request: ReasonRequest, record: Record) -> Ask:
+    def reason_ask(self, request: ReasonRequest, record: Record) -> ReasoningRequest:
         self.check_model(request.model)
         record.asked(request.question)
         task = self._task(request.task)
         return self._ask(request, self._render(task, request.question, "question"), task, 1)
 
-    def chat_ask(self, request: ChatRequest, record: Record) -> Ask:
+    def chat_ask(self, request: ChatRequest, record: Record) -> ReasoningRequest:
         """The question is the last message, put as the task puts it. What comes before it reaches the model only
         through a chat template: a model without one was not trained on conversations."""
         self.check_model(request.model)
@@ -65,7 +65,7 @@ class Service:
         prompt = self._render(task, last.text, "messages", turns)
         return self._ask(request, prompt, task, request.choices, request.max_completion_tokens)
 
-    def completion_asks(self, request: CompletionRequest, record: Record) -> list[Ask]:
+    def completion_asks(self, request: CompletionRequest, record: Record) -> list[ReasoningRequest]:
         self.check_model(request.model)
         task = self._task(request.task)
         prompts = request.prompts
@@ -93,7 +93,7 @@ class Service:
         task: Task,
         choices: int,
         max_completion_tokens: int | None = None,
-    ) -> Ask:
+    ) -> ReasoningRequest:
         defaults, limits = self.config.answering, self.config.limits
         temperature = defaults.temperature if request.temperature is None else request.temperature
         strategy = request.strategy or (defaults.strategy if temperature else "greedy")
@@ -116,7 +116,7 @@ class Service:
             response_room(len(prompt), self.served.run.model.max_length)
         except NoRoom as error:
             raise Refusal(400, str(error), param=request.asked_in, code="context_length_exceeded") from error
-        return Ask(
+        return ReasoningRequest(
             prompt_token_ids=prompt,
             task=task,
             strategy=strategy,
@@ -164,14 +164,14 @@ class Service:
             finally:
                 self.telemetry.inside(self._admission.inside - 1)
 
-    async def answer(self, ask: Ask, record: Record) -> Answer:
+    async def answer(self, ask: ReasoningRequest, record: Record) -> Answer:
         """Admits and answers. Raises Refusal."""
         async with self.admitted() as queued_s:
             with refusals():
                 reasoned = await self._reasoning.reason(ask, self._left(queued_s))
             return self._done(ask, reasoned, queued_s, record)
 
-    async def answer_all(self, asks: Sequence[Ask], record: Record) -> list[Answer]:
+    async def answer_all(self, asks: Sequence[ReasoningRequest], record: Record) -> list[Answer]:
         """Several at once, each admitted by itself; one that is refused ends the others. Raises Refusal."""
         answering = [asyncio.ensure_future(self.answer(ask, record)) for ask in asks]
         try:
@@ -181,7 +181,7 @@ class Service:
                 one.cancel()
 
     async def candidates(
-        self, ask: Ask, queued_s: float, record: Record, alive_every_s: float
+        self, ask: ReasoningRequest, queued_s: float, record: Record, alive_every_s: float
     ) -> AsyncGenerator[Scored | Answer | None, None]:
         """Each candidate as it is finished, then the answer; None every so often while nothing comes.
 
@@ -205,7 +205,9 @@ class Service:
         finally:
             working.cancel()
 
-    async def spoken(self, ask: Ask, queued_s: float, record: Record) -> AsyncGenerator[str | Answer, None]:
+    async def spoken(
+        self, ask: ReasoningRequest, queued_s: float, record: Record
+    ) -> AsyncGenerator[str | Answer, None]:
         """The text of a single response as it is generated, then the answer. For an admitted question."""
         with refusals():
             async with contextlib.aclosing(self._reasoning.stream(ask, self._left(queued_s))) as parts:
@@ -227,7 +229,7 @@ class Service:
     def opening(self, record: Record) -> Opening:
         return Opening(record.id, int(time.time()), self.served.name)
 
-    def _done(self, ask: Ask, reasoned: Reasoned, queued_s: float, record: Record) -> Answer:
+    def _done(self, ask: ReasoningRequest, reasoned: Reasoned, queued_s: float, record: Record) -> Answer:
         total_s = queued_s + reasoned.sampling_s
         answer = Answer(record.id, int(time.time()), self.served.name, ask, reasoned, queued_s, total_s)
         self._last_version = reasoned.version

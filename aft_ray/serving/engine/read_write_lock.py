@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import AsyncIterator
 
 
-class Gate:
+class ReadWriteLock:
     """For one event loop."""
 
     def __init__(self) -> None:

@@ -10,9 +10,9 @@ import logging
 import time
 
 from aft_ray.storage.ledger import Ledger
-from aft_ray.storage.versions import find_published, read_config
 from aft_ray.storage.run_dir import RunDir
-from aft_ray.weights.version_manifest import Publication, read_publication
+from aft_ray.storage.versions import find_version, read_config
+from aft_ray.weights.version_manifest import VersionManifest, read_version_manifest
 
 logger = logging.getLogger("ray.serve")
 
@@ -29,20 +29,20 @@ class Rollout:
         self._refused: dict[int, str] = {}
         self._loading: tuple[str, float] | None = None
 
-    async def current(self) -> Publication:
+    async def current(self) -> VersionManifest:
         """What an engine that starts now is to load."""
-        return self._publication()
+        return self._manifest()
 
-    async def turn(self, engine: str, version: int | None) -> Publication | None:
+    async def turn(self, engine: str, version: int | None) -> VersionManifest | None:
         """What the engine is to load now; None: nothing, or it is not its turn."""
         if self._loading is not None and self._loading[0] != engine and time.monotonic() < self._loading[1]:
             return None
-        publication = self._publication()
-        if publication.version == version:
+        manifest = self._manifest()
+        if manifest.version == version:
             return None
         self._loading = (engine, time.monotonic() + self._turn_s)
-        logger.info(f"version {publication.version} of {self._run_dir.uri()} goes to engine {engine[:8]}")
-        return publication
+        logger.info(f"version {manifest.version} of {self._run_dir.uri()} goes to engine {engine[:8]}")
+        return manifest
 
     async def done(self, engine: str, version: int, error: str | None) -> None:
         """Ends the engine's turn; with an error the version is given up."""
@@ -52,8 +52,8 @@ class Rollout:
             logger.warning(f"engine {engine[:8]} did not take version {version} of {self._run_dir.uri()}: {error}")
             self._refused[version] = error
 
-    def _publication(self) -> Publication:
+    def _manifest(self) -> VersionManifest:
         self._ledger.refresh()
         trained = [version for version in self._ledger.trained_rounds() if version not in self._refused]
-        published = find_published(self._run_dir, self._config, None, trained)
-        return read_publication(published.version, published.model)
+        published = find_version(self._run_dir, self._config, None, trained)
+        return read_version_manifest(published.version, published.model)

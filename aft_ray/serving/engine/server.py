@@ -19,8 +19,6 @@ from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
 
-from aft_ray.storage.records import Candidate
-from aft_ray.storage.run_dir import local_model
 from aft_ray.inference.engine import (
     NoRoom,
     Prompt,
@@ -31,8 +29,10 @@ from aft_ray.inference.engine import (
     score_of,
     scoring_parameters,
 )
-from aft_ray.serving.engine.read_write_lock import Gate
-from aft_ray.weights.version_manifest import Publication
+from aft_ray.serving.engine.read_write_lock import ReadWriteLock
+from aft_ray.storage.records import Candidate
+from aft_ray.storage.run_dir import local_model
+from aft_ray.weights.version_manifest import VersionManifest
 
 
 class WrongVersion(RuntimeError):
@@ -44,7 +44,7 @@ class BadRequest(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Draw:
+class SampleRequest:
     """Those candidates of a question that have the given indices.
 
     how: its k is not read. seed: of the candidate with index 0; each next one has one more, as in one vLLM request for
@@ -61,7 +61,7 @@ class Draw:
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
+class SampleChunk:
     """Candidates as they are finished, by their indices, without texts; the policy version that made them."""
 
     version: int | None
@@ -69,7 +69,7 @@ class Drawn:
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class EngineStatus:
     """What an engine holds, and for how many seconds it has been answering."""
 
     version: int | None
@@ -84,7 +84,7 @@ class PolicySpec:
     score, nats per token. drain_s: deadline of waiting for running candidates before weights change.
     """
 
-    publication: Publication | None
+    manifest: VersionManifest | None
     eos_token_id: int
     max_length: int
     tolerance: float
@@ -115,19 +115,19 @@ class PolicyServer(LLMServer):  # type: ignore[misc]
         self, llm_config: LLMConfig, spec: PolicySpec, rollout: Any = None
     ) -> None:
         self._spec = spec
-        self._gate = Gate()
+        self._lock = ReadWriteLock()
         self._failure: str | None = None
-        self._publication = spec.publication if rollout is None else await rollout.current.remote()
-        if self._publication is not None:
-            model = await asyncio.to_thread(local_model, self._publication.model)
+        self._manifest = spec.manifest if rollout is None else await rollout.current.remote()
+        if self._manifest is not None:
+            model = await asyncio.to_thread(local_model, self._manifest.model)
             llm_config = _with_model(llm_config, model)
         await super().__init__(llm_config, engine_cls=PolicyEngine)
-        if self._publication is not None:
-            await self._prove(self._publication)
+        if self._manifest is not None:
+            await self._verify_probes(self._manifest)
         self._began = time.monotonic()
         self._following = asyncio.create_task(self._follow(rollout)) if rollout is not None else None
 
-    async def sample(self, draw: Draw) -> AsyncIterator[Drawn]:
+    async def sample(self, draw: SampleRequest) -> AsyncIterator[SampleChunk]:
         """The candidates as they are finished; closing the iterator ends those that still run.
 
         Raises WrongVersion, or BadRequest when the prompt leaves no room for a response.
@@ -138,13 +138,13 @@ class PolicyServer(LLMServer):  # type: ignore[misc]
                 while running:
                     await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
                     done, running = await asyncio.wait(running, timeout=draw.together_s)
-                    yield Drawn(version, tuple(task.result() for task in done))
+                    yield SampleChunk(version, tuple(task.result() for task in done))
             finally:
                 for task in running:
                     task.cancel()
                 await asyncio.gather(*running, return_exceptions=True)
 
-    async def sample_tokens(self, draw: Draw) -> AsyncIterator[Drawn | list[int]]:
+    async def sample_tokens(self, draw: SampleRequest) -> AsyncIterator[SampleChunk | list[int]]:
         """The one candidate, token by token: lists of new token ids, then the candidate itself."""
         async with self._answering(draw) as version:
             seen = 0
@@ -156,14 +156,14 @@ class PolicyServer(LLMServer):  # type: ignore[misc]
                 seen += len(new)
                 yield new
                 last = output
-            yield Drawn(version, ((index, candidates_of(last)[0]),))
+            yield SampleChunk(version, ((index, candidates_of(last)[0]),))
 
-    async def standing(self) -> Standing:
-        return Standing(self._version, time.monotonic() - self._began)
+    async def standing(self) -> EngineStatus:
+        return EngineStatus(self._version, time.monotonic() - self._began)
 
     @property
     def _version(self) -> int | None:
-        return self._publication.version if self._publication is not None else None
+        return self._manifest.version if self._manifest is not None else None
 
     async def check_health(self) -> None:
         if self._failure is not None:
@@ -171,24 +171,24 @@ class PolicyServer(LLMServer):  # type: ignore[misc]
         await super().check_health()
 
     @contextlib.asynccontextmanager
-    async def _answering(self, draw: Draw) -> AsyncIterator[int | None]:
-        async with self._gate.shared():
+    async def _answering(self, draw: SampleRequest) -> AsyncIterator[int | None]:
+        async with self._lock.shared():
             if self._failure is not None:
                 raise WrongVersion(self._failure)
             if draw.version is not None and draw.version != self._version:
                 raise WrongVersion(f"asked for version {draw.version}; this engine holds {self._version}")
             yield self._version
 
-    def _requests(self, draw: Draw) -> list[Coroutine[Any, Any, tuple[int, Candidate]]]:
+    def _requests(self, draw: SampleRequest) -> list[Coroutine[Any, Any, tuple[int, Candidate]]]:
         parameters = [(index, self._parameters(draw, index)) for index in draw.indices]
         return [self._one(draw, index, params) for index, params in parameters]
 
-    async def _one(self, draw: Draw, index: int, params: Any) -> tuple[int, Candidate]:
+    async def _one(self, draw: SampleRequest, index: int, params: Any) -> tuple[int, Candidate]:
         async for output in self._generate(draw.prompt_token_ids, params):
             last = output
         return index, candidates_of(last)[0]
 
-    def _parameters(self, draw: Draw, index: int) -> Any:
+    def _parameters(self, draw: SampleRequest, index: int) -> Any:
         prompt = Prompt(draw.prompt_token_ids, draw.seed + index)
         how = SamplingSpec(1, draw.how.temperature, draw.how.top_p, draw.how.max_tokens)
         with _refused():
@@ -208,27 +208,27 @@ class PolicyServer(LLMServer):  # type: ignore[misc]
         while True:
             await asyncio.sleep(self._spec.follow_s)
             try:
-                present = self._publication
-                publication = await rollout.turn.remote(me, self._version)
-                if publication is None or present is None:
+                present = self._manifest
+                manifest = await rollout.turn.remote(me, self._version)
+                if manifest is None or present is None:
                     continue
-                await rollout.done.remote(me, publication.version, await self._take(publication, present))
+                await rollout.done.remote(me, manifest.version, await self._take(manifest, present))
             except Exception as error:  # the next look may go better; the present version goes on answering
                 print(f"following the run failed for now: {error}", flush=True)
 
-    async def _take(self, publication: Publication, previous: Publication) -> str | None:
+    async def _take(self, manifest: VersionManifest, previous: VersionManifest) -> str | None:
         """Loads a version in place; returns why it could not be. Running candidates finish with the old weights.
 
         Raises TimeoutError, with nothing changed, when they do not in time.
         """
         # From an object store it takes minutes, in which this engine still answers; what fails is tried again.
-        await asyncio.to_thread(local_model, publication.model)
-        async with self._gate.exclusive(self._spec.drain_s):
+        await asyncio.to_thread(local_model, manifest.model)
+        async with self._lock.exclusive(self._spec.drain_s):
             try:
-                await self._load(publication)
-                self._publication = publication
+                await self._load(manifest)
+                self._manifest = manifest
             except Exception as error:
-                reason = f"version {publication.version} could not be loaded: {error}"
+                reason = f"version {manifest.version} could not be loaded: {error}"
                 try:
                     await self._load(previous)
                 except Exception as again:
@@ -237,24 +237,24 @@ class PolicyServer(LLMServer):  # type: ignore[misc]
                 return reason
         return None
 
-    async def _load(self, publication: Publication) -> None:
+    async def _load(self, manifest: VersionManifest) -> None:
         """Loads and proves."""
         client = self.engine.client
-        for call in publication.calls(self._spec.drain_s):
+        for call in manifest.calls(self._spec.drain_s):
             await client.collective_rpc(call.method, args=call.args)
         if not await client.reset_prefix_cache():
             raise RuntimeError("the prefix cache could not be reset")
-        await self._prove(publication)
+        await self._verify_probes(manifest)
 
-    async def _prove(self, publication: Publication) -> None:
-        """Raises PublicationFailed when the probes score otherwise than they did for the trainer."""
+    async def _verify_probes(self, manifest: VersionManifest) -> None:
+        """Raises WeightUpdateFailed when the probes score otherwise than they did for the trainer."""
         scores = []
-        for probe in publication.probes:
+        for probe in manifest.probes:
             sequence = [*probe.prompt_token_ids, *probe.response_token_ids]
             async for output in self._generate(sequence, scoring_parameters()):
                 last = output
             scores.append(score_of(last, len(probe.prompt_token_ids)))
-        publication.prove(scores, self._spec.tolerance, f"the engine of {publication.model}")
+        manifest.verify_probes(scores, self._spec.tolerance, f"the engine of {manifest.model}")
 
 
 @contextlib.contextmanager

@@ -14,8 +14,8 @@ from aft_ray.verify.answers.latex import compare_latex
 from aft_ray.verify.answers.markup import MAX_ANSWER_LENGTH, inside, plain, shown
 from aft_ray.verify.answers.numbers import compare_numbers, read_number
 from aft_ray.verify.answers.options import read_option
-from aft_ray.verify.result import Outcome, decided, undecided
 from aft_ray.verify.answers.yes_no import read_yes_no
+from aft_ray.verify.result import VerificationResult, decided, undecided
 
 _WORDS = re.compile(
     r"(?=.*[^\W\d_]{3})[^\W\d_]+(?: [^\W\d_]+)*"
@@ -24,7 +24,7 @@ _WORDS = re.compile(
 Kind = Literal["number", "option", "yes_no", "math", "text"]
 
 
-def compare(kind: Kind, answer: str | None, gold: str) -> Outcome:
+def compare(kind: Kind, answer: str | None, gold: str) -> VerificationResult:
     """Whether `answer` states what `gold` states, read as `kind`. Never raises.
 
     number: see `compare_numbers`. option: a letter in any usual spelling. yes_no: also true and false. math: numbers,
@@ -48,15 +48,15 @@ def failure(error: BaseException) -> str:
     return f"{type(error).__name__}: {message}"[:120] if message else type(error).__name__
 
 
-def _options(answer: str, gold: str) -> Outcome:
+def _options(answer: str, gold: str) -> VerificationResult:
     return _as_read(read_option, "one option", answer, gold)
 
 
-def _yes_no(answer: str, gold: str) -> Outcome:
+def _yes_no(answer: str, gold: str) -> VerificationResult:
     return _as_read(read_yes_no, "yes or no", answer, gold)
 
 
-def _as_read(read: Callable[[str], object], what: str, answer: str, gold: str) -> Outcome:
+def _as_read(read: Callable[[str], object], what: str, answer: str, gold: str) -> VerificationResult:
     wanted, given = read(gold), read(answer)
     for text, value in ((gold, wanted), (answer, given)):
         if value is None:
@@ -64,7 +64,7 @@ def _as_read(read: Callable[[str], object], what: str, answer: str, gold: str) -
     return decided(given == wanted, answer)
 
 
-def _math(answer: str, gold: str) -> Outcome:
+def _math(answer: str, gold: str) -> VerificationResult:
     same_words = _WORDS.fullmatch(plain(gold)) and plain(answer) == plain(gold)
     if same_words or _compact(answer) == _compact(gold):
         return decided(True, answer)
@@ -77,11 +77,11 @@ def _compact(text: str) -> str:
     return "".join(inside(text).split())
 
 
-def _texts(answer: str, gold: str) -> Outcome:
+def _texts(answer: str, gold: str) -> VerificationResult:
     return decided(plain(answer) == plain(gold), answer)
 
 
-_COMPARISONS: dict[Kind, Callable[[str, str], Outcome]] = {
+_COMPARISONS: dict[Kind, Callable[[str, str], VerificationResult]] = {
     "number": compare_numbers,
     "option": _options,
     "yes_no": _yes_no,

@@ -15,7 +15,7 @@ from itertools import product
 from typing import Any
 
 from aft_ray.verify.answers.markup import inside, shown
-from aft_ray.verify.result import Outcome, decided, undecided
+from aft_ray.verify.result import VerificationResult, decided, undecided
 
 _SPAN = re.compile(r"\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _COMMAND = re.compile(r"\\[a-zA-Z]+\*?(?:\{[a-z]*matrix\})?|\bsqrt\b")
@@ -27,7 +27,7 @@ _NEAR, _FAR = 1e-9, 1e-5  # between them lies what was rounded, which math_verif
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 
-def compare_latex(answer: str, gold: str) -> Outcome:
+def compare_latex(answer: str, gold: str) -> VerificationResult:
     """Whether two expressions are equal. Raises whatever the parser and the simplifier raise."""
     from math_verify import verify
 

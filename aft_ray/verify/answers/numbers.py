@@ -11,7 +11,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from aft_ray.verify.answers.markup import MAX_ANSWER_LENGTH, plain, shown, unwrap
-from aft_ray.verify.result import Outcome, decided, undecided
+from aft_ray.verify.result import VerificationResult, decided, undecided
 
 RELATIVE_TOLERANCE = Fraction(1, 10**6)
 
@@ -100,7 +100,7 @@ def extract_after_marker(text: str, marker: str) -> str | None:
     return (after.partition("\n")[0].strip() or None) if found else None
 
 
-def compare_numbers(answer: str | None, gold: str) -> Outcome:
+def compare_numbers(answer: str | None, gold: str) -> VerificationResult:
     """Whether `answer` states what `gold` states.
 
     No answer is wrong: the model did not answer. A gold answer that is empty or too long to read is undecided.

@@ -18,7 +18,7 @@ from typing import Any
 
 from aft_ray.config.run import ConfigError, JudgeConfig
 from aft_ray.verify.judge.cache import CacheBroken, JudgeCache, Reply, request_key
-from aft_ray.verify.judge.endpoint import Endpoint, JudgeFailed, Refused
+from aft_ray.verify.judge.endpoint import Endpoint, EndpointRefused, JudgeFailed
 from aft_ray.verify.judge.prompt import judge_prompt, read_reply, reply_pattern
 
 __all__ = ["Judge", "JudgeCounts", "JudgeFailed", "JudgeItem", "Rating"]
@@ -137,7 +137,7 @@ class Judge:
 
 
 @dataclass(frozen=True, slots=True)
-class _Ask:
+class _RatingRequest:
     """One rating to get. key: of its reply in the cache; item: the candidate's name in messages."""
 
     key: str
@@ -145,7 +145,7 @@ class _Ask:
     item: str
 
 
-def _ask(config: JudgeConfig, model: str, item: JudgeItem, index: int) -> _Ask:
+def _ask(config: JudgeConfig, model: str, item: JudgeItem, index: int) -> _RatingRequest:
     request: dict[str, Any] = {
         "model": model,
         "messages": [{"role": "user", "content": judge_prompt(item.question, item.reference, item.response)}],
@@ -156,13 +156,15 @@ def _ask(config: JudgeConfig, model: str, item: JudgeItem, index: int) -> _Ask:
         request["seed"] = config.seed + index
     if config.guided:
         request["extra_body"] = {"structured_outputs": {"regex": reply_pattern(config.max_tokens)}}
-    return _Ask(request_key(request, index), request, item.key)
+    return _RatingRequest(request_key(request, index), request, item.key)
 
 
 class _Batch:
     """Distinct requests, worked off by as many workers as may be in flight, until none is left or one has failed."""
 
-    def __init__(self, config: JudgeConfig, endpoint: Endpoint, cache: JudgeCache, asks: Sequence[_Ask]) -> None:
+    def __init__(
+        self, config: JudgeConfig, endpoint: Endpoint, cache: JudgeCache, asks: Sequence[_RatingRequest]
+    ) -> None:
         self._config = config
         self._endpoint = endpoint
         self._cache = cache
@@ -188,13 +190,13 @@ class _Batch:
                 self._failure = self._failure or error
                 self._endpoint.halt()
 
-    async def _reply(self, ask: _Ask) -> Reply:
+    async def _reply(self, ask: _RatingRequest) -> Reply:
         if reply := self._cache.get(ask.key):
             self.counts += JudgeCounts(hits=1)
         else:
             try:
                 reply = self._cache.put(ask.key, await self._endpoint.reply(ask.request))
-            except Refused as error:
+            except EndpointRefused as error:
                 self.counts += JudgeCounts(refused=1)
                 self._tolerate(f"the request for {ask.item} was refused: {error}")
                 return Reply("", True, 0, 0)

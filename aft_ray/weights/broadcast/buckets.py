@@ -18,7 +18,7 @@ from aft_ray.weights.broadcast.layout import Layout
 Wait = Callable[[], None]
 
 
-class Group(Protocol):
+class ProcessGroup(Protocol):
     """Those who share the stream; rank 0 sends."""
 
     def broadcast(self, bucket: torch.Tensor) -> Wait:
@@ -26,7 +26,9 @@ class Group(Protocol):
         ...
 
 
-def send(tensors: Iterator[tuple[str, torch.Tensor]], layout: Layout, group: Group, device: torch.device) -> None:
+def send(
+    tensors: Iterator[tuple[str, torch.Tensor]], layout: Layout, group: ProcessGroup, device: torch.device
+) -> None:
     """Rank 0's end: packs tensors, in any dtype, straight into two buckets in turn; one is filled as the other travels.
 
     Takes exactly the layout's tensors from the iterator. Raises ValueError when they are not those of the layout.
@@ -48,7 +50,10 @@ def send(tensors: Iterator[tuple[str, torch.Tensor]], layout: Layout, group: Gro
 
 
 def receive(
-    layout: Layout, group: Group, load: Callable[[Iterable[tuple[str, torch.Tensor]]], object], device: torch.device
+    layout: Layout,
+    group: ProcessGroup,
+    load: Callable[[Iterable[tuple[str, torch.Tensor]]], object],
+    device: torch.device,
 ) -> None:
     """The other end: calls `load` with the tensors of each bucket, as copies, while the next bucket travels."""
     slots = _Slots(layout, device)

@@ -1,6 +1,6 @@
 """Train worker 0's end of a meeting: opens the table, waits for the engines, streams the live weights to them.
 
-Invariants: whatever fails on the way (an engine that does not come, or dies) is a MeetingFailed within the deadline of
+Invariants: whatever fails on the way (an engine that does not come, or dies) is a BroadcastFailed within the deadline of
 its phase; the weights are read, never changed.
 """
 
@@ -15,13 +15,13 @@ from typing import Any, Protocol
 
 import torch
 
-from aft_ray.weights.broadcast.buckets import Group, Wait, send
+from aft_ray.coordination.broadcast_group import BroadcastFailed, BroadcastGroup
+from aft_ray.weights.broadcast.buckets import ProcessGroup, Wait, send
 from aft_ray.weights.broadcast.gloo_group import GlooGroup, missing, open_store
 from aft_ray.weights.broadcast.layout import Layout
-from aft_ray.coordination.broadcast_group import Invitation, MeetingFailed
 
 
-class Hub(Group, Protocol):
+class Sender(ProcessGroup, Protocol):
     """Rank 0 of a group that forms around it."""
 
     port: int
@@ -38,7 +38,7 @@ class Hub(Group, Protocol):
     def destroy(self) -> None: ...
 
 
-class GlooHub:
+class GlooSender:
     """Without GPUs."""
 
     device = torch.device("cpu")
@@ -70,7 +70,7 @@ class GlooHub:
         self._group = self._store = None
 
 
-class NcclHub:
+class NcclSender:
     """On GPUs: vLLM's communicator, as its own NCCL engines expect. Needs vLLM in the train workers."""
 
     def __init__(self, timeout_s: float) -> None:
@@ -129,7 +129,7 @@ class NcclHub:
 
 
 @dataclass(frozen=True, slots=True)
-class Streamed:
+class BroadcastStats:
     """How a stream went: seconds until all were there, and until the last bucket was through."""
 
     rendezvous_s: float
@@ -138,22 +138,26 @@ class Streamed:
 
 
 def stream(
-    tensors: Iterator[tuple[str, torch.Tensor]], layout: Layout, hub: Hub, invitation: Invitation, timeout_s: float
-) -> Streamed:
-    """Waits for the guests at the hub and sends them the weights. Raises MeetingFailed, naming version and phase."""
+    tensors: Iterator[tuple[str, torch.Tensor]],
+    layout: Layout,
+    hub: Sender,
+    invitation: BroadcastGroup,
+    timeout_s: float,
+) -> BroadcastStats:
+    """Waits for the guests at the hub and sends them the weights. Raises BroadcastFailed, naming version and phase."""
     began = time.monotonic()
     with_phase = _Guard(hub, invitation.version)
     with_phase.form(invitation.names, timeout_s)
     formed = time.monotonic()
     hub.begin(timeout_s)
     send(tensors, layout, with_phase, hub.device)
-    return Streamed(formed - began, time.monotonic() - formed, layout.bytes)
+    return BroadcastStats(formed - began, time.monotonic() - formed, layout.bytes)
 
 
 class _Guard:
-    """A hub whose failures are MeetingFailed; those of the weights' own source stay what they are."""
+    """A hub whose failures are BroadcastFailed; those of the weights' own source stay what they are."""
 
-    def __init__(self, hub: Hub, version: int) -> None:
+    def __init__(self, hub: Sender, version: int) -> None:
         self._hub, self._version = hub, version
 
     def form(self, names: list[str], timeout_s: float) -> None:
@@ -176,6 +180,6 @@ class _Guard:
 
         return guarded
 
-    def _failed(self, phase: str, error: Exception) -> MeetingFailed:
+    def _failed(self, phase: str, error: Exception) -> BroadcastFailed:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
-        return MeetingFailed(f"the stream of version {self._version} failed in phase {phase!r}: {reason}")
+        return BroadcastFailed(f"the stream of version {self._version} failed in phase {phase!r}: {reason}")

@@ -1,0 +1,216 @@
+"""Buckets: what goes in comes out, in order, and no end holds more than two of them."""
+
+import math
+import os
+import queue
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from aft_ray.coordination.broadcast_group import BroadcastFailed, BroadcastGroup, Receiver
+from aft_ray.weights.broadcast.buckets import receive, send
+from aft_ray.weights.broadcast.layout import Layout
+from aft_ray.weights.broadcast.sender import GlooSender, stream
+
+CPU = torch.device("cpu")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class Pipe:
+    """Both ends of a group in one process: what rank 0 sends is copied at once, and may then be overwritten."""
+
+    def __init__(self) -> None:
+        self.sent: queue.Queue[torch.Tensor] = queue.Queue()
+        self.sizes: list[int] = []
+
+    def sender(self):
+        def broadcast(bucket):
+            self.sizes.append(bucket.numel())
+            self.sent.put(bucket.clone())
+            return lambda: None
+
+        return _End(broadcast)
+
+    def receiver(self):
+        def broadcast(bucket):
+            def wait():
+                arrived = self.sent.get_nowait()
+                assert arrived.numel() == bucket.numel()
+                bucket.copy_(arrived)
+
+            return wait
+
+        return _End(broadcast)
+
+
+class _End:
+    def __init__(self, broadcast) -> None:
+        self.broadcast = broadcast
+
+
+shapes = st.lists(st.lists(st.integers(0, 9), max_size=3), max_size=12)
+
+
+@settings(deadline=None, max_examples=150)
+@given(shapes=shapes, source=st.sampled_from(DTYPES), dtype=st.sampled_from(DTYPES), bucket=st.integers(1, 3000))
+def test_what_goes_in_comes_out_in_order_and_in_the_layouts_dtype(shapes, source, dtype, bucket):
+    tensors = [(f"w{i}", torch.randn(shape).to(getattr(torch, source))) for i, shape in enumerate(shapes)]
+    layout = Layout.of([name for name, _ in tensors], shapes, dtype, bucket)
+    pipe, out = Pipe(), []
+    send(iter(tensors), layout, pipe.sender(), CPU)
+    receive(layout, pipe.receiver(), out.extend, CPU)
+    assert [name for name, _ in out] == [name for name, _ in tensors]
+    for (_, before), (_, after) in zip(tensors, out, strict=True):
+        assert after.dtype == getattr(torch, dtype)
+        assert torch.equal(after, before.to(after.dtype))
+    assert sum(pipe.sizes) == layout.bytes
+    assert max(pipe.sizes, default=0) <= max(bucket, max(layout.sizes, default=0))
+
+
+@settings(deadline=None, max_examples=150)
+@given(shapes=shapes, bucket=st.integers(1, 3000))
+def test_buckets_end_where_vllm_ends_them(shapes, bucket):
+    """vLLM's packed consumer goes on until the size is above the threshold; the last bucket is what is left."""
+    layout = Layout.of([f"w{i}" for i in range(len(shapes))], shapes, "float32", bucket)
+    expected, present, size = [], [], 0
+    for index, shape in enumerate(shapes):
+        present.append(index)
+        size += math.prod(shape) * 4
+        if size > layout.threshold:
+            expected.append(present)
+            present, size = [], 0
+    assert layout.buckets() == expected + ([present] if present else [])
+
+
+def test_weights_that_are_not_those_announced_are_refused_by_name():
+    layout = Layout.of(["a", "b"], [(2,), (3,)], "float32", 1 << 20)
+    for wrong in ([("a", torch.ones(2)), ("c", torch.ones(3))], [("a", torch.ones(2)), ("b", torch.ones(4))], []):
+        with pytest.raises(ValueError, match=r"was announced, and"):
+            send(iter(wrong), layout, Pipe().sender(), CPU)
+
+
+class Memory(TorchDispatchMode):
+    """The most bytes that tensors made meanwhile held at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        given = {arg.untyped_storage()._cdata for arg in args if isinstance(arg, torch.Tensor)}
+        if isinstance(made, torch.Tensor) and made.untyped_storage()._cdata not in given:
+            storage = made.untyped_storage()
+            self.live[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.live = {key: one for key, one in self.live.items() if not one[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.live.values()))
+        return made
+
+
+@pytest.mark.parametrize("bucket", [1000, 2048, 8192])
+def test_each_end_holds_two_buckets_and_the_receiver_one_layer(bucket):
+    layer = 8 * 1024
+    names, shapes = [f"w{i}" for i in range(64)], [(256,)] * 64  # eight a layer of 8 KiB
+    layout = Layout.of(names, shapes, "float32", bucket)
+    weights = [(name, torch.randn(256)) for name in names]
+    pipe = Pipe()
+    kept: list[torch.Tensor] = []
+
+    def load(tensors):
+        """As vLLM loads: tensors are kept until their layer is whole."""
+        for _, tensor in tensors:
+            kept.append(tensor)
+            if len(kept) == 8:
+                kept.clear()
+
+    with Memory() as sending:
+        # What the pipe copies is the network's.
+        sender = pipe.sender()
+        send(iter(weights), layout, _End(lambda tensor: _outside(sending, sender.broadcast, tensor)), CPU)
+    with Memory() as receiving:
+        receive(layout, pipe.receiver(), load, CPU)
+    largest = max(bucket, 1024)  # a tensor larger than a bucket travels alone
+    assert 0 < sending.peak <= 2 * largest
+    assert 0 < receiving.peak <= 2 * largest + layer
+    with Memory() as naive:  # what the measurement says of an end that holds everything
+        held = [tensor.clone() for _, tensor in weights]
+    assert naive.peak == layout.bytes == sum(tensor.nbytes for tensor in held)
+
+
+def _outside(mode, function, tensor):
+    with torch.utils._python_dispatch._disable_current_modes():
+        return function(tensor)
+
+
+# --- over gloo, between processes
+
+
+def peer(port: int, rank: int, layout_args: str, *, dies: bool = False) -> subprocess.Popen:
+    command = [
+        sys.executable,
+        str(Path(__file__).parents[2] / "support/gloo_peer.py"),
+        str(port),
+        str(rank),
+        layout_args,
+    ]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3]), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*command, "dies" if dies else "lives"], env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def meeting(names, shapes, bucket, timeout_s, dies=()):
+    """A stream to two processes. Returns what became of it, and of each."""
+    layout = Layout.of(names, shapes, "float32", bucket)
+    hub = GlooSender(timeout_s)
+    spec = ";".join([str(layout.threshold), *("x".join(map(str, shape)) for shape in shapes)])
+    peers = [peer(hub.port, rank, spec, dies=rank in dies) for rank in (1, 2)]
+    filled = [torch.full(shape, float(i)) for i, shape in enumerate(shapes)]
+    tensors = zip(names, filled, strict=True)
+    try:
+        how = stream(
+            tensors, layout, hub, BroadcastGroup(3, (Receiver("sampler 0", 1), Receiver("sampler 1", 1))), timeout_s
+        )
+    except BroadcastFailed as error:
+        how = error
+        hub.destroy()
+    at = time.monotonic()
+    try:
+        said = [process.communicate(timeout=60)[0].strip() for process in peers]
+    finally:
+        for process in peers:
+            process.kill()
+    return how, said, time.monotonic() - at
+
+
+def test_a_stream_over_gloo_reaches_every_process():
+    shapes = [(64, 64), (64,), (300, 64), (64, 64)]
+    how, said, _ = meeting(["a", "b", "c", "d"], shapes, 32 << 10, 60)
+    assert how.bytes == sum(math.prod(shape) for shape in shapes) * 4
+    assert said == [f"received {[0.0, 1.0, 2.0, 3.0]}"] * 2
+
+
+def test_a_process_that_dies_in_the_stream_fails_it_at_once_for_all():
+    how, said, seconds = meeting([f"w{i}" for i in range(40)], [(512, 512)] * 40, 2 << 20, 60, dies=(2,))
+    assert isinstance(how, BroadcastFailed)
+    assert str(how).startswith("the stream of version 3 failed in phase 'fetch': ")
+    assert said[0].startswith("failed")
+    assert seconds < 30  # long before the deadline
+
+
+def test_a_process_that_never_comes_is_named_within_the_deadline():
+    layout = Layout.of(["a"], [(4,)], "float32", 64)
+    hub, began = GlooSender(2), time.monotonic()
+    invitation = BroadcastGroup(7, (Receiver("sampler 0", 1), Receiver("sampler 1", 2)))
+    with pytest.raises(
+        BroadcastFailed, match=r"version 7 failed in phase 'rendezvous': sampler 0, sampler 1 did not come within 2 s"
+    ):
+        stream(iter([("a", torch.ones(4))]), layout, hub, invitation, 2)
+    assert time.monotonic() - began < 10

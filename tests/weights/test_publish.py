@@ -1,0 +1,83 @@
+"""The way of shards from the trainer to an engine: over the object store, and from disk when that has lost them."""
+
+import time
+from pathlib import Path
+
+import pytest
+import ray
+from transformers import AutoModelForCausalLM
+
+from aft_ray.weights.export import write_model
+from aft_ray.weights.publish import ObjectStore, SharedStorage
+from aft_ray.weights.version_manifest import VersionManifest
+
+TRANSPORTS = {"checkpoint": SharedStorage, "object_store": ObjectStore}
+
+pytestmark = pytest.mark.usefixtures("ray_here")
+
+
+@ray.remote(num_cpus=0)
+class Trainer:
+    """Owns what it offers, as rank 0 of training does."""
+
+    def publish(self, source: str, directory: str, transport: str, shard_bytes: int) -> VersionManifest:
+        import torch
+
+        model = AutoModelForCausalLM.from_pretrained(source)
+        end = TRANSPORTS[transport]()
+        written = write_model(model, Path(directory), shard_bytes, end.offer, 0, torch.float32)
+        return end.describe(VersionManifest(1, directory, tuple(written.shards), ()), written.handles, model)
+
+
+def publish(model, directory, transport, shard_bytes=40_000):
+    trainer = Trainer.remote()
+    manifest = ray.get(trainer.publish.remote(str(model), str(directory), transport, shard_bytes), timeout=120)
+    return trainer, manifest
+
+
+def contents(manifest) -> tuple[list[str], list[bytes]]:
+    """The paths that the engine would be given, and what is in each file at that moment."""
+    paths, data, methods = [], [], []
+    for call in manifest.calls(30):
+        methods.append(call.method)
+        if call.method == "load_weights_file":
+            paths.append(call.args[0])
+            data.append(Path(paths[-1]).read_bytes())
+    assert methods == ["begin_weights", *["load_weights_file"] * len(manifest.shards), "finish_weights"]
+    return paths, data
+
+
+def on_disk(manifest) -> list[bytes]:
+    return [(Path(manifest.model) / name).read_bytes() for name in manifest.shards]
+
+
+def test_shards_come_over_the_object_store_one_at_a_time_and_leave_nothing(tiny_model, tmp_path):
+    _trainer, manifest = publish(tiny_model, tmp_path / "model", "object_store")
+    paths, data = contents(manifest)
+    assert data == on_disk(manifest)
+    assert len(paths) > 3
+    assert len(set(paths)) == 1
+    assert not Path(paths[0]).is_relative_to(tmp_path)
+    assert not Path(paths[0]).parent.exists()
+
+
+def test_shards_come_from_shared_storage(tiny_model, tmp_path):
+    _trainer, manifest = publish(tiny_model, tmp_path / "model", "checkpoint")
+    assert manifest.receive_plan is None
+    paths, data = contents(manifest)
+    assert data == on_disk(manifest)
+    assert paths == [str(tmp_path / "model" / name) for name in manifest.shards]
+
+
+def test_shards_whose_owner_died_come_from_disk(tiny_model, tmp_path):
+    # In one shard: smaller ones travel inside their references.
+    trainer, manifest = publish(tiny_model, tmp_path / "model", "object_store", 1 << 30)
+    ray.kill(trainer)
+    deadline = time.monotonic() + 60
+    while True:  # until Ray has noticed
+        (path,), data = contents(manifest)
+        assert data == on_disk(manifest)
+        if path == str(tmp_path / "model" / manifest.shards[0]):
+            break
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
