@@ -7,7 +7,7 @@ import pytest
 from tiny import LENGTH
 
 from aft_ray.cluster.connect import start_ray
-from jobs.tiny_model import build_tiny_model
+from jobs.tiny_model import build_tiny_model, build_tokenizer
 
 # A Ray that one test starts must not ask another's for a token.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -36,3 +36,8 @@ def ray_here():
     start_ray(num_cpus=8, object_store_memory=256 << 20, log_to_driver=False)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return build_tokenizer()

@@ -21,9 +21,8 @@ from aft_ray.cluster.colocated_placement import EnginePlacement
 from aft_ray.cluster.connect import connected, needs_samplers, training_placement
 from aft_ray.config.loader import config_difference, dump_config
 from aft_ray.config.run import ConfigError, RunConfig
-from aft_ray.coordination import coordinator as coordinator
 from aft_ray.coordination.colocation import Colocation
-from aft_ray.coordination.coordinator import PeerFailed
+from aft_ray.coordination.coordinator import PeerFailed, call, start_coordinator
 from aft_ray.evaluation.evaluator import answer_questions, unanswered
 from aft_ray.evaluation.generations import generations_text
 from aft_ray.evaluation.statistics.metrics import measure
@@ -88,9 +87,7 @@ class Orchestrator:
         self._publish_what_is_on_disk(first - 1)
         for step in order_of_rounds(first, self.config.rounds.count, self.config.rounds.max_staleness):
             if isinstance(step, AwaitVersion):
-                manifest, _ = coordinator.call(
-                    self.coordinator.wait_version, step.version, self.config.rounds.timeout_s
-                )
+                manifest, _ = call(self.coordinator.wait_version, step.version, self.config.rounds.timeout_s)
                 if self.pool is not None or self.colocation is not None:
                     self._bring_samplers_to(manifest)
                 continue
@@ -102,7 +99,7 @@ class Orchestrator:
                 self._sample(step.round, manifest, waited)
             if self.colocation is not None:
                 self.colocation.end()
-            coordinator.call(self.coordinator.set_ready, step.round)
+            call(self.coordinator.set_ready, step.round)
 
     @property
     def samplers(self) -> SamplerPool:
@@ -112,7 +109,7 @@ class Orchestrator:
     def _manifest_for(self, step: SampleRound) -> tuple[VersionManifest, float]:
         """The version that samples a round: the newest within max_staleness, or the one it was begun with."""
         begun_with = self.ledger.policy_version(step.round)
-        manifest, waited = coordinator.call(self.coordinator.wait_version, step.version, self.config.rounds.timeout_s)
+        manifest, waited = call(self.coordinator.wait_version, step.version, self.config.rounds.timeout_s)
         if begun_with is not None and begun_with != manifest.version:
             manifest = self._on_disk(begun_with)
         self.ledger.record_policy_version(step.round, manifest.version)
@@ -164,7 +161,7 @@ class Orchestrator:
                     self.ledger.commit(written.file)
                 for parked in written.parked:
                     self.ledger.park(parked)
-                coordinator.call(self.coordinator.check)  # training may have failed meanwhile
+                call(self.coordinator.check)  # training may have failed meanwhile
                 total, done = total + written.count_groups, done + written.count_groups.groups + len(written.parked)
                 speed = total.tokens / (time.monotonic() - started)
                 self.reporter.progress(what, done, len(wanted), f"{speed:,.0f} tokens/s, {total.pass_rate:.0%} right")
@@ -262,10 +259,10 @@ class Orchestrator:
 
     def _publish_what_is_on_disk(self, version: int) -> None:
         if version > 0 or (version == 0 and self.config.vft.epochs):
-            coordinator.call(self.coordinator.publish, self._on_disk(version))
+            call(self.coordinator.publish, self._on_disk(version))
         elif not self.config.vft.epochs:
             # The model as it was given is version 0; engines start from it.
-            coordinator.call(self.coordinator.publish, VersionManifest(0, self.config.model.name, (), ()))
+            call(self.coordinator.publish, VersionManifest(0, self.config.model.name, (), ()))
 
     def _on_disk(self, version: int) -> VersionManifest:
         if version == 0 and not self.config.vft.epochs:
@@ -329,8 +326,8 @@ def _run_on_cluster(
     eos_token_id: int,
 ) -> None:
     started = time.monotonic()
-    coordinator = coordinator.start_coordinator()
-    hold.on_lost = lambda reason: coordinator.call(coordinator.fail, reason)
+    coordinator = start_coordinator()
+    hold.on_lost = lambda reason: call(coordinator.fail, reason)
     pool = colocation = None
 
     def start_samplers(placements: tuple[EnginePlacement, ...] | None) -> SamplerPool:
@@ -357,7 +354,7 @@ def _run_on_cluster(
                 # Training failed: what Ray Train raised says more than the board does.
                 raise RunFailed(str(failures[0]) if failures else str(error)) from error
             except BaseException as error:
-                coordinator.call(coordinator.fail, f"the driver stopped: {error}")
+                call(coordinator.fail, f"the driver stopped: {error}")
                 raise
     finally:
         for samplers in (pool, colocation):
@@ -378,11 +375,11 @@ def _training(worker: Any, reporter: Reporter) -> Iterator[list[str]]:
         except Exception as error:
             failures.append(_training_failure(error, worker.run_dir))
             with suppress(RayError):  # the driver may have left the cluster meanwhile
-                coordinator.call(worker.coordinator.fail, failures[0])
+                call(worker.coordinator.fail, failures[0])
 
     def listen() -> None:
         while not ended.wait(0.5):
-            _pass_on(coordinator.call(worker.coordinator.drain), reporter)
+            _pass_on(call(worker.coordinator.drain), reporter)
 
     threads = [threading.Thread(target=function, daemon=True) for function in (train, listen)]
     for thread in threads:
@@ -399,7 +396,7 @@ def _training(worker: Any, reporter: Reporter) -> Iterator[list[str]]:
         threads[0].join(_PATIENCE_S)
         ended.set()
         threads[1].join()
-        _pass_on(coordinator.call(worker.coordinator.drain), reporter)
+        _pass_on(call(worker.coordinator.drain), reporter)
 
 
 def _pass_on(events: list[dict[str, Any]], reporter: Reporter) -> None:

@@ -13,8 +13,8 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError
 
-from aft_ray.coordination import coordinator as coordinator
 from aft_ray.coordination.broadcast_group import BroadcastGroup, BroadcastMembership, Receiver
+from aft_ray.coordination.coordinator import call
 from aft_ray.inference.update_phases import GRACE_S
 from aft_ray.sampling.sampler import UpdateReport
 from aft_ray.sampling.sampler_health import last_line
@@ -44,7 +44,7 @@ def meet(coordinator: Any, pool: SamplerPool, manifest: VersionManifest, process
     ready, samplers = pool.wait_ready(), pool.handles()
     coming = _without(manifest.version, samplers, ready)
     invitation = BroadcastGroup(manifest.version, tuple(Receiver(f"sampler {index}", processes) for index in coming))
-    table = coordinator.call(coordinator.invite, invitation, samplers.load_timeout_s)
+    table = call(coordinator.invite, invitation, samplers.load_timeout_s)
     if table is None:
         return Met([], [])
     calls = {}

@@ -1,11 +1,8 @@
-"""Real data where it is there, and a tiny tokenizer."""
+"""Real data where it is there."""
 
 from pathlib import Path
 
 import pytest
-from transformers import PreTrainedTokenizerFast
-
-from jobs.tiny_model import build_tokenizer
 
 
 def real_data(name: str) -> Path:
@@ -28,8 +25,3 @@ def aqua_rat_path() -> Path:
 @pytest.fixture(scope="session")
 def ecqa_path() -> Path:
     return real_data("ecqa")
-
-
-@pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
-    return build_tokenizer()
