@@ -55,12 +55,12 @@ def meet(coordinator: Any, pool: SamplerPool, manifest: VersionManifest, process
     deadline = 4 * (samplers.load_timeout_s + GRACE_S)
     done, _ = ray.wait(list(calls.values()), num_returns=len(calls), timeout=deadline)
     loaded, missed = [], []
-    for index, call in calls.items():
-        if call not in done:
+    for index, pending in calls.items():
+        if pending not in done:
             missed.append(f"sampler {index} did not come back from the meeting within {deadline:.0f} s")
             continue
         try:
-            loaded.append(ray.get(call))
+            loaded.append(ray.get(pending))
         except RayActorError:
             missed.append(f"sampler {index}: its process or node ended")
         except RayError as error:
@@ -73,10 +73,10 @@ def _without(version: int, samplers: Samplers, ready: Sequence[int]) -> list[int
     calls = {samplers.actors[index].status.remote(): index for index in ready}
     done, _ = ray.wait(list(calls), num_returns=len(calls), timeout=_GREETING_S)
     coming = []
-    for call, index in calls.items():
-        if call in done:
+    for pending, index in calls.items():
+        if pending in done:
             try:
-                status = ray.get(call)
+                status = ray.get(pending)
             except RayError:
                 continue
             if status["version"] != version:
