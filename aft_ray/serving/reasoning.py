@@ -18,12 +18,12 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
 from aft_ray.config.serve import Strategy
-from aft_ray.evaluation.statistics.metrics import normalise
 from aft_ray.inference.engine import SamplingSpec
 from aft_ray.serving.engine.server import BadRequest, EngineStatus, SampleChunk, SampleRequest, WrongVersion
 from aft_ray.serving.strategies import Ranking, Vote, certainty, next_wave, rank
 from aft_ray.storage.records import Candidate
 from aft_ray.tasks import Task
+from aft_ray.verify.answers.canonical import normalise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -18,7 +18,8 @@ import numpy as np
 from aft_ray.config.run import ConfigError
 from aft_ray.evaluation.answers import Answered
 from aft_ray.evaluation.statistics.bootstrap import Floats, finite, interval, over_seeds, resampled
-from aft_ray.evaluation.statistics.metrics import Canonical, columns_of, normalise, smallest_k
+from aft_ray.evaluation.statistics.metrics import Canonical, columns_of, smallest_k
+from aft_ray.verify.answers.canonical import normalise
 
 # Up to this many questions that differ, all 2^n exchanges are counted; beyond, this many are drawn.
 EXACT, EXCHANGES = 12, 9999

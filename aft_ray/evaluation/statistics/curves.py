@@ -16,8 +16,9 @@ import numpy as np
 
 from aft_ray.evaluation.answers import Answered
 from aft_ray.evaluation.statistics.bootstrap import Estimate, estimates, resampled
-from aft_ray.evaluation.statistics.metrics import Canonical, normalise, pass_at, seeds_of, smallest_k
+from aft_ray.evaluation.statistics.metrics import Canonical, pass_at, seeds_of, smallest_k
 from aft_ray.evaluation.statistics.voting import BY_SCORE, RULES, Ints, ballot
+from aft_ray.verify.answers.canonical import normalise
 
 # Subsets that a point is averaged over where there are more.
 SUBSETS = 64

@@ -7,10 +7,8 @@ assessment, and is shown as a number of its own. Invariant: no figure depends on
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from decimal import Decimal, InvalidOperation
 from typing import Any
 
 import numpy as np
@@ -19,6 +17,7 @@ from aft_ray.evaluation.answers import Answered, Response
 from aft_ray.evaluation.statistics.bootstrap import Estimate, Floats, estimates, finite, interval, resampled
 from aft_ray.evaluation.statistics.voting import BY_SCORE, RULES, ballot
 from aft_ray.storage.records import Verdict
+from aft_ray.verify.answers.canonical import normalise
 
 Canonical = Callable[[str], Hashable]
 
@@ -80,20 +79,6 @@ class Result:
 
 
 _COUNTS = ("questions", "seeds", "k", "assessed", "undecided_greedy", "undecided_samples")
-
-
-def normalise(answer: str) -> str:
-    """A simple canonical form: case, spaces, currency sign, thousands separators, final full stop, 4.0 = 4."""
-    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", " ".join(answer.casefold().split()))
-    text = text.strip("$ ").removesuffix(".")
-    try:
-        number = Decimal(text)
-    except InvalidOperation:
-        return text
-    if not number.is_finite() or abs(number.adjusted()) > 60:  # 1e999999999 would be written out
-        return text
-    digits = f"{number:f}"  # not normalize(): it rounds to the context's precision
-    return (digits.rstrip("0").rstrip(".") if "." in digits else digits) if number else "0"
 
 
 def measure(

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from aft_ray.evaluation.answers import Answered, Response
 from aft_ray.evaluation.report.table import results_table, results_text
-from aft_ray.evaluation.statistics.metrics import Result, assessment, measure, normalise, pass_at, right_perplexity
+from aft_ray.evaluation.statistics.metrics import Result, assessment, measure, pass_at, right_perplexity
 from aft_ray.storage.records import Verdict
 
 # Few answers and coarse scores, so that ties are common; an answer always has the same verdict.
@@ -67,22 +67,6 @@ def test_assessment_equals_a_slow_loop(samples, assessed):
         return
     points = sum(1.0 if r > w else 0.5 if r == w else 0.0 for r in rights for w in wrongs)
     assert assessment(samples, assessed) == pytest.approx(points / assessed**2)
-
-
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [("4", "4.0"), ("1,234", "1234"), (" $7. ", "7"), ("-0", "0"), ("Yes", "yes"), ("0.50", ".5"), ("a  b", "a b")],
-)
-def test_normalise_joins(one, other):
-    assert normalise(one) == normalise(other)
-
-
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [("4", "40"), ("1,2", "12"), ("4", "-4"), ("nan", "4"), ("1e999999999", "1"), ("0e-999999999", "1")],
-)
-def test_normalise_separates(one, other):
-    assert normalise(one) != normalise(other)
 
 
 def test_the_figures_of_a_small_split():

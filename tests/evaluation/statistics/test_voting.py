@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from aft_ray.evaluation.answers import Response
 from aft_ray.evaluation.statistics.curves import subsets
-from aft_ray.evaluation.statistics.metrics import normalise
 from aft_ray.evaluation.statistics.voting import ballot, best, majority, weighted_vote
 from aft_ray.storage.records import Verdict
+from aft_ray.verify.answers.canonical import normalise
 
 RIGHT, WRONG, UNDECIDED = Verdict.RIGHT, Verdict.WRONG, Verdict.UNDECIDED
 VERDICTS = {"4": RIGHT, "5": WRONG, "6": WRONG, "7": UNDECIDED, None: UNDECIDED}
