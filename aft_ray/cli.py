@@ -1,13 +1,13 @@
-"""The aft-ray command: parses, calls, prints. An error of the user's is one sentence and a non-zero exit status."""
+"""The `aft-ray` command: parses arguments, calls the package and prints results.
+
+Invariant: a mistake of the user is reported as one sentence with a non-zero exit status, without a traceback.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
-import tempfile
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,13 +25,13 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-# The click that typer runs on, which may be a copy inside it, is only reached through what typer exports.
+# Typer may bundle its own copy of click, so click's UsageError is taken from a class that typer exports.
 UsageError: Any = typer.BadParameter.__base__
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="`key.sub=value`, each overriding the file", metavar="[KEY=VALUE]...")
+    list[str] | None, typer.Argument(help="`key.sub=value` replaces a value of the file", metavar="[KEY=VALUE]...")
 ]
 
-DryRun = Annotated[bool, typer.Option("--dry-run", help="print the resolved config and the placement, then stop")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="only print the resolved config and the placement")]
 
 
 @app.command()
@@ -40,7 +40,7 @@ def train(
     overrides: Overrides = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Train a reasoner: VFT, then rounds of sampling and AFT. The same command resumes a run that was stopped.
+    """Train a reasoner: VFT (supervised fine-tuning, SFT), then rounds of AFT. Run it again to resume a stopped run.
 
     Examples:
 
@@ -48,7 +48,7 @@ def train(
 
         aft-ray train jobs/configs/gsm8k_smoke.yaml model.name=/path/to/model rounds.max_staleness=0 --dry-run
 
-    Every key, its default and its meaning: `aft-ray keys`.
+    `aft-ray keys` lists every key with its default and its meaning.
     """
     parsed = load_config(config, overrides or [])
     if dry_run:
@@ -65,15 +65,16 @@ def print_plan(config: Section, placement: list[str]) -> None:
 
 
 def train_run(config: RunConfig) -> None:
-    """Runs to the end and prints the table of rounds. Other libraries' output goes to logs/driver.log."""
-    from aft_ray.observe.reporter import Reporter, chatter_to
+    """Trains until the run is finished, then prints the table of rounds. Other libraries print to logs/driver.log."""
+    from aft_ray.observe.logs import driver_log_path, library_output_to, upload_log_at_exit
+    from aft_ray.observe.reporter import Reporter
     from aft_ray.observe.summary import read_events, rounds_table
     from aft_ray.storage.run_dir import RunDir
 
     run_dir = RunDir(config.run_dir)
-    log = driver_log(run_dir)
-    with kept_log(run_dir, log), chatter_to(log) as console, Reporter(run_dir, console) as reporter:
-        from aft_ray.run.orchestrator import run
+    log = driver_log_path(run_dir)
+    with upload_log_at_exit(run_dir, log), library_output_to(log) as console, Reporter(run_dir, console) as reporter:
+        from aft_ray.run.launch import run
 
         if not run(config, reporter):
             reporter.say(f"{run_dir.uri()} is finished: all {config.rounds.count} rounds are trained. Nothing to do.")
@@ -87,7 +88,7 @@ def train_run(config: RunConfig) -> None:
 def plan_run(
     config: Annotated[Path, typer.Argument(help="YAML config, see jobs/configs")],
     overrides: Overrides = None,
-    nodes: Annotated[int | None, typer.Option(min=1, help="nodes; default: as few as the config needs")] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="number of nodes; default: as few as possible")] = None,
     node: Annotated[
         str | None,
         typer.Option(
@@ -95,21 +96,23 @@ def plan_run(
         ),
     ] = None,
     assume: Annotated[
-        list[str] | None, typer.Option(help="name=value of an assumption, such as mfu=0.45; repeatable")
+        list[str] | None, typer.Option(help="NAME=VALUE changes an assumption, such as mfu=0.45; may be repeated")
     ] = None,
-    price_per_gpu_hour: Annotated[float | None, typer.Option(min=0, help="shows what the run costs")] = None,
-    output: Annotated[Path | None, typer.Option("--json", help="write every figure to this file")] = None,
+    price_per_gpu_hour: Annotated[
+        float | None, typer.Option(min=0, help="price of a GPU hour, to show the cost")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--json", help="also write all numbers to this JSON file")] = None,
 ) -> None:
-    """Say what a run needs before it runs: memory, placement, time and cost, each figure beside its formula.
+    """Estimate what a run needs before it starts: memory, placement, time and cost, each with its formula.
 
-    Needs no GPU, no weights and, for the models it knows by name, no network. Refuses what cannot fit. docs/planning.md
-    has the formulas and what was checked.
+    It needs no GPU and no weights, and for the models that it knows by name no network. It refuses a run that cannot
+    fit. docs/planning.md explains the formulas and how they were checked.
 
-    How few nodes hold it, and how long a round takes there:
+    Find the smallest number of nodes, and the time of a round on them:
 
         aft-ray plan jobs/configs/llama2_70b_gsm8k.yaml
 
-    On the nodes that there are, and what would be the best split of them:
+    Plan for given nodes, and find the best split of them between sampling and training:
 
         aft-ray plan jobs/configs/llama2_70b_gsm8k.yaml --nodes 8 --node h100-80gb --price-per-gpu-hour 2.5
     """
@@ -125,48 +128,49 @@ def evaluate(
         list[str],
         typer.Argument(
             help="what to measure: a run directory (its last model), RUN@VERSION, a model directory (with --config), "
-            "a generations file, a Parquet file of groups; and `key.sub=value` overrides of the config",
+            "a generations file or a Parquet file of groups; `key.sub=value` replaces a value of the config",
             metavar="TARGET... [KEY=VALUE]...",
         ),
     ],
-    config: Annotated[Path | None, typer.Option(help="YAML config that names the task; a run has its own")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML config that names the task; default: the run's")] = None,
     baseline: Annotated[
-        str | None, typer.Option(help="which target the others are compared with; default the first")
+        str | None, typer.Option(help="the target that the others are compared with; default: the first")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="JSON file; default in the run's evaluations/, else in this directory")
+        Path | None, typer.Option(help="JSON file; default: in the run's evaluations/, else in this directory")
     ] = None,
-    plots: Annotated[bool, typer.Option("--plots/--no-plots", help="draw PNG and SVG pictures beside the JSON")] = True,
+    plots: Annotated[bool, typer.Option("--plots/--no-plots", help="draw PNG and SVG plots beside the JSON")] = True,
 ) -> None:
-    """Measure a model, or compare several on the same questions and the same draws.
+    """Measure a model, or compare several models on the same questions with the same sampling seeds.
 
-    Greedy accuracy, pass@k, maj@k, best-of-k by score, weighted vote, assessment accuracy and perplexity, each with a
-    95 % interval; for every target but the baseline also the paired difference with its interval and p-value. Writes a
-    JSON file, the answers as JSONL and pictures. What each figure means and the formats: docs/evaluation.md.
+    Metrics: greedy accuracy, pass@k, maj@k, best-of-k by score, weighted vote, assessment accuracy and perplexity, each
+    with a 95 % interval; for every target but the baseline also the paired difference with its interval and p-value.
+    The command writes a JSON file, the answers as JSONL, and plots. docs/evaluation.md explains metrics and formats.
 
-    One model of a run, with 8 samples a question drawn by each of 3 seeds:
+    Measure the last model of a run with 3 sampling seeds and 8 samples per question and seed:
 
         aft-ray evaluate runs/gsm8k evaluation.k=8 evaluation.seeds=3
 
-    Did the rounds help? Version 0 (fine-tuned) against 1 and 3, on 100 validation questions:
+    Compare version 0 (fine-tuned) with versions 1 and 3 on 100 validation questions:
 
         aft-ray evaluate runs/gsm8k@0 runs/gsm8k@1 runs/gsm8k@3 evaluation.split=validation data.validation_limit=100
 
-    Model directories, with the task of a config:
+    Compare model directories on the task of a config:
 
         aft-ray evaluate /models/vft /models/aft --config jobs/configs/gsm8k_smoke.yaml data.path=/path/to/gsm8k
 
-    Answers that exist already, from here or from elsewhere; no engine is started:
+    Measure existing answers, from aft-ray or from another program; no engine is started:
 
         aft-ray evaluate ours.jsonl theirs.jsonl --baseline theirs --config jobs/configs/gsm8k_smoke.yaml
     """
     from aft_ray.evaluation.command import evaluate_targets
     from aft_ray.evaluation.report.table import results_table
     from aft_ray.evaluation.targets import plan
+    from aft_ray.observe.logs import driver_log_path
 
     planned = plan(targets, config)
     run_dir = next((target.run_dir for target in planned.targets if target.run_dir is not None), None)
-    outcome, title, files = evaluate_targets(planned, baseline, output, plots, driver_log(run_dir))
+    outcome, title, files = evaluate_targets(planned, baseline, output, plots, driver_log_path(run_dir))
     console = Console() if sys.stdout.isatty() else Console(width=200)
     console.print(results_table(outcome.results, title, outcome.comparisons))
     for model in outcome.evaluated:
@@ -182,25 +186,25 @@ def serve(
     ],
     overrides: Overrides = None,
     config: Annotated[Path | None, typer.Option(help="YAML config, see jobs/serve.yaml")] = None,
-    host: Annotated[str, typer.Option(help="address to listen on; 0.0.0.0: all, which needs keys")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="address to listen on; 0.0.0.0 means all and needs API keys")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="port to listen on")] = 8000,
     follow: Annotated[
-        bool, typer.Option("--follow", help="of a run: serve each new version as it is published, without an outage")
+        bool, typer.Option("--follow", help="serve each new version of the run when it is published")
     ] = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Serve a reasoner over HTTP: samples several answers and returns the one its own score ranks best.
+    """Serve a reasoner over HTTP: it samples several answers and returns the one with the best score under the model.
 
-    POST /v1/reason, OpenAI's /v1/chat/completions and /v1/completions, a page at /, API documents at /docs. Every key:
-    `aft-ray keys --serve`; all of it: docs/serving.md.
+    Endpoints: POST /v1/reason, OpenAI's /v1/chat/completions and /v1/completions, a web page at / and API documentation
+    at /docs. `aft-ray keys --serve` lists every key; docs/serving.md explains the service.
 
-    The last model of a run, and one that goes on training:
+    Serve the last model of a run, or follow a run that is still training:
 
         aft-ray serve runs/gsm8k
 
         aft-ray serve runs/gsm8k --follow answering.n=16
 
-    A model directory, for other machines, with keys:
+    Serve a model directory to other machines, with API keys:
 
         aft-ray serve /path/to/model task.task=gsm8k --host 0.0.0.0 access.keys_file=keys.txt
     """
@@ -212,14 +216,15 @@ def serve(
 
         print_plan(parsed, serving_placement(parsed).lines())
         return
+    from aft_ray.observe.logs import driver_log_path
     from aft_ray.serving.command import serve as serve_until_stopped
 
-    serve_until_stopped(parsed, host, port, driver_log(None))
+    serve_until_stopped(parsed, host, port, driver_log_path(None))
 
 
 @app.command()
 def status(run_dir: Annotated[str, typer.Argument(help="run directory")]) -> None:
-    """Show how far a run is: its rounds so far, what is sampled of the next, and whether a driver works on it.
+    """Show the state of a run: its rounds so far, the progress of the next, and whether a driver is running.
 
     Example:
 
@@ -241,24 +246,22 @@ def status(run_dir: Annotated[str, typer.Argument(help="run directory")]) -> Non
 def simulate(
     config: Annotated[Path, typer.Argument(help="YAML config, see jobs/configs")],
     overrides: Overrides = None,
-    assume: Annotated[
-        list[str] | None, typer.Option(help="`key=value` of a speed, of the answers or of failures; repeatable")
-    ] = None,
+    assume: Annotated[list[str] | None, typer.Option(help="KEY=VALUE changes an assumption; may be repeated")] = None,
     like: Annotated[
-        str | None, typer.Option(help="run directory whose answers and speeds are assumed, instead of a 70B's on H100s")
+        str | None, typer.Option(help="run directory to take answers and speeds from; default: a 70B model on H100s")
     ] = None,
-    mtbf_hours: Annotated[float | None, typer.Option(help="mean hours until one GPU ends its process")] = None,
-    rounds: Annotated[int | None, typer.Option(min=1, help="rounds to simulate; none: rounds.count")] = None,
-    seed: Annotated[int, typer.Option(help="of the answers and the failures")] = 0,
+    mtbf_hours: Annotated[float | None, typer.Option(help="mean hours until a GPU fails and ends its process")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="rounds to simulate; default: rounds.count")] = None,
+    seed: Annotated[int, typer.Option(help="seed of the simulated answers and failures")] = 0,
     staleness: Annotated[str | None, typer.Option(help="compare these values of rounds.max_staleness: 0,1,2")] = None,
     compare: Annotated[str | None, typer.Option(help="compare these values of a key: KEY=VALUE,VALUE")] = None,
     plot: Annotated[Path | None, typer.Option(help="draw the timeline to this PNG, SVG or PDF file")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="write all figures to this file")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="also write all numbers to this JSON file")] = None,
 ) -> None:
-    """Play through a run's rounds in virtual time: round times, who waits for whom, what failures cost.
+    """Simulate the rounds of a run in virtual time: round times, waiting times, and the cost of failures.
 
-    The scheduling code is the one that runs use; engines, train workers and failures are simulated, for any number of
-    GPUs, without one. What is assumed and how near it comes: docs/simulation.md; every assumption: `--assume help`.
+    The scheduling code is the code of real runs. Engines, train workers and failures are simulated, so any number of
+    GPUs can be tried without one. `--assume help` lists the assumptions; docs/simulation.md compares with real runs.
 
     Examples:
 
@@ -280,22 +283,21 @@ def simulate(
 
 @app.command()
 def submit(
-    config: Annotated[Path, typer.Argument(help="YAML config, see jobs/configs; it may lie anywhere")],
+    config: Annotated[Path, typer.Argument(help="YAML config, see jobs/configs; in any directory")],
     overrides: Overrides = None,
     address: Annotated[
-        str | None, typer.Option(help="http://HEAD:8265; default RAY_API_SERVER_ADDRESS, then RAY_ADDRESS")
+        str | None, typer.Option(help="http://HEAD:8265; default: RAY_API_SERVER_ADDRESS, then RAY_ADDRESS")
     ] = None,
     working_dir: Annotated[
-        Path | None,
-        typer.Option(help="checkout to upload; default this directory, or aft_ray's own"),
+        Path | None, typer.Option(help="checkout to upload; default: this directory, else aft_ray's own")
     ] = None,
     env: Annotated[
         list[str] | None, typer.Option(metavar="NAME[=VALUE]", help="variable for every process of the job; no secrets")
     ] = None,
-    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="follow the job and end with its exit status")] = True,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the shell command, then stop")] = False,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="show the job's output, exit with its status")] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only print the shell command")] = False,
 ) -> None:
-    """Train on a cluster: check the config, then `ray job submit` it. See docs/clusters.md.
+    """Train on a cluster: check the config, then submit the run with `ray job submit`. See docs/clusters.md.
 
     Examples:
 
@@ -313,19 +315,19 @@ def submit(
 
 @app.command()
 def doctor(
-    config: Annotated[Path | None, typer.Argument(help="YAML config: also look for its model and run_dir")] = None,
+    config: Annotated[Path | None, typer.Argument(help="YAML config; its model and run_dir are checked too")] = None,
     overrides: Overrides = None,
-    address: Annotated[str | None, typer.Option(help="HOST:6379 of the head; default RAY_ADDRESS, else here")] = None,
-    storage: Annotated[str | None, typer.Option(help="directory or URI that all nodes share; default run_dir")] = None,
+    address: Annotated[str | None, typer.Option(help="HOST:6379 of the head; default: RAY_ADDRESS, else here")] = None,
+    storage: Annotated[str | None, typer.Option(help="directory or URI that all nodes share; default: run_dir")] = None,
     working_dir: Annotated[
-        Path | None, typer.Option(help="what `submit` would upload; default this directory, or aft_ray's own checkout")
+        Path | None, typer.Option(help="what `submit` would upload; default: this directory, else aft_ray's own")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print findings and facts as JSON")] = False,
 ) -> None:
-    """Look at every node of a running cluster for what would make a run fail; exit status 1 when something would.
+    """Check every node of a running cluster for faults that would make a run fail. Exit status 1 means that there are.
 
-    Versions, GPUs, clocks, shared storage, the model, shared memory, disks, limits, ports, a sum over all nodes, and
-    the size of the upload. Every failure comes with its cure.
+    It checks versions, GPUs, clocks, shared storage, the model, shared memory, disks, limits, ports, an all-reduce
+    over all nodes, and the size of the upload. It says how to repair each fault.
 
     Examples:
 
@@ -344,13 +346,13 @@ def doctor(
         print(report.as_json(facts, findings))
     else:
         (Console() if sys.stdout.isatty() else Console(width=200)).print(report.table(findings))
-        print("\n".join(report.lines(findings)) or f"{len(facts.nodes)} nodes are well")
+        print("\n".join(report.lines(findings)) or f"no fault found on {len(facts.nodes)} nodes")
     if not report.healthy(findings):
         raise SystemExit(1)
 
 
 @app.command()
-def keys(serve: Annotated[bool, typer.Option("--serve", help="the keys of `aft-ray serve` instead")] = False) -> None:
+def keys(serve: Annotated[bool, typer.Option("--serve", help="keys of `aft-ray serve` instead")] = False) -> None:
     """List every config key with its default and its meaning."""
     from aft_ray.config.serve import ServeConfig
 
@@ -359,10 +361,10 @@ def keys(serve: Annotated[bool, typer.Option("--serve", help="the keys of `aft-r
 
 
 def user_errors() -> tuple[type[BaseException], ...]:
-    """The errors whose message is one sentence for the user; everything else is ours and keeps its traceback."""
+    """The errors whose message is one sentence for the user. Any other error is a bug and keeps its traceback."""
     from aft_ray.coordination.coordinator import PeerFailed
     from aft_ray.operations.submit import SubmissionFailed
-    from aft_ray.run.orchestrator import RunFailed
+    from aft_ray.sampling.round import RunFailed
     from aft_ray.sampling.sampler_health import SamplersFailed
     from aft_ray.serving.command import ServingFailed
     from aft_ray.storage.run_dir import RunDirError
@@ -382,14 +384,14 @@ def user_errors() -> tuple[type[BaseException], ...]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point. Exit status: 0 done, 1 the run failed, 2 the command or the config is wrong, 130 interrupted."""
+    """Runs the command. Exit status: 0 success, 1 the run failed, 2 a wrong command or config, 130 interrupted."""
     quiet()
     try:
         app(arguments, standalone_mode=False)
     except ConfigError as error:
         fail(str(error), 2)
     except (KeyboardInterrupt, typer.Abort):
-        fail("interrupted; the same command goes on from here", 130)
+        fail("interrupted; run the same command again to continue", 130)
     except UsageError as error:
         error.show()
         raise SystemExit(error.exit_code) from None
@@ -399,36 +401,14 @@ def main(arguments: list[str] | None = None) -> None:
         fail(str(error), 1)
 
 
-def driver_log(run_dir: Any) -> Path:
-    """Where this process's libraries print: into the run directory, when that is on a mounted filesystem."""
-    from aft_ray.storage.run_dir import LOGS
-
-    if run_dir is not None and run_dir.is_local:
-        return Path(run_dir.local_path(f"{LOGS}/driver.log"))
-    return Path(tempfile.gettempdir()) / f"aft-ray-{os.getpid()}.log"
-
-
-@contextlib.contextmanager
-def kept_log(run_dir: Any, log: Path) -> Iterator[None]:
-    """Puts the log of a driver whose run directory is an object store there at the end, if it can."""
-    from aft_ray.storage.run_dir import LOGS, RunDirError
-
-    try:
-        yield
-    finally:
-        if not run_dir.is_local and log.exists():
-            with contextlib.suppress(OSError, RunDirError):
-                run_dir.write_bytes(f"{LOGS}/driver-{int(log.stat().st_ctime)}.log", log.read_bytes())
-                log.unlink()
-
-
 def fail(sentence: str, status_code: int) -> None:
+    """Prints the error and exits."""
     print(f"error: {sentence}", file=sys.stderr)
     raise SystemExit(status_code)
 
 
 def quiet() -> None:
-    """The libraries' warnings and logs do not belong between our lines; actors log to the run directory."""
+    """Silences warnings and logs of other libraries in this process. Actors log to the run directory."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -1,6 +1,6 @@
 """Claim: sampling round r+1 while round r trains gives at least 0.85 of the speed-up that it can give at best.
 
-Whole runs (`aft_ray.run.orchestrator.run`) with max_staleness 0 and 1 take turns, sampler and train worker pinned to one core
+Whole runs (`aft_ray.run.launch.run`) with max_staleness 0 and 1 take turns, sampler and train worker pinned to one core
 each. G is a round's sampling and T its training and publication, means over the window's rounds with staleness 0, by
 the runs' own metrics. In a steady state a round takes G + T with staleness 0 and max(G, T) with 1, so the ideal is
 (G + T) / max(G, T); it is what counts, measured from the end of round 1's training to the end of the last round's. The
@@ -93,14 +93,15 @@ def main(
 
 
 def _run(config: RunConfig) -> Timing:
-    from aft_ray.observe.reporter import Reporter, chatter_to
+    from aft_ray.observe.logs import library_output_to
+    from aft_ray.observe.reporter import Reporter
     from aft_ray.observe.summary import read_events
-    from aft_ray.run.orchestrator import run
+    from aft_ray.run.launch import run
     from aft_ray.storage.run_dir import RunDir
 
     run_dir = RunDir(config.run_dir)
     with (
-        chatter_to(run_dir.local_path("logs/driver.log")) as console,
+        library_output_to(run_dir.local_path("logs/driver.log")) as console,
         Reporter(run_dir, console) as reporter,
         _pinned(),
     ):

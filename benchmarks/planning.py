@@ -1,6 +1,6 @@
 """Claim: after it is calibrated on one run, `aft-ray plan` foretells the others of a machine within a factor of 1.5.
 
-Small real runs (`aft_ray.run.orchestrator.run`, one sampler and one train worker on the CPU, in turns) that differ in k, in the
+Small real runs (`aft_ray.run.launch.run`, one sampler and one train worker on the CPU, in turns) that differ in k, in the
 length of responses, in the steps they take and in the size of the model; or run directories that are there already.
 The last round of the first calibrates the machine's two constants: the training FLOP/s that its CPU reaches, and the
 seconds that its engine needs for a token beside the model's own arithmetic. Every round of every run is then planned
@@ -101,11 +101,12 @@ def _config(run_dir: str, model: str, questions: int, epochs: int, sections: dic
 
 
 def _run(config: RunConfig) -> None:
-    from aft_ray.observe.reporter import Reporter, chatter_to
-    from aft_ray.run.orchestrator import run
+    from aft_ray.observe.logs import library_output_to
+    from aft_ray.observe.reporter import Reporter
+    from aft_ray.run.launch import run
 
     run_dir = RunDir(config.run_dir)
-    with chatter_to(run_dir.local_path("logs/driver.log")) as console, Reporter(run_dir, console) as reporter:
+    with library_output_to(run_dir.local_path("logs/driver.log")) as console, Reporter(run_dir, console) as reporter:
         run(config, reporter)
 
 

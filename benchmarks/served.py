@@ -13,7 +13,8 @@ import typer
 from aft_ray.cluster.connect import connected, serving_placement
 from aft_ray.config.run import RunConfig
 from aft_ray.config.serve import ServeConfig, load_serve_config
-from aft_ray.observe.reporter import Reporter, chatter_to
+from aft_ray.observe.logs import library_output_to
+from aft_ray.observe.reporter import Reporter
 from aft_ray.serving.model import ServedModel, resolve
 from aft_ray.storage.versions import find_run, read_config
 
@@ -40,7 +41,7 @@ def service_of(model: str, port: int, overrides: Sequence[str]) -> Iterator[Serv
     config = load_serve_config(model, None, ["access.open=true", *overrides])
     resolved = resolve(config)
     with (
-        chatter_to(Path(tempfile.gettempdir()) / "aft-ray-benchmark.log") as console,
+        library_output_to(Path(tempfile.gettempdir()) / "aft-ray-benchmark.log") as console,
         Reporter(None, console) as reporter,
         connected(config.cluster, serving_placement(config)),
     ):

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import typer
 
-from aft_ray.cli import driver_log, fail, quiet, user_errors
+from aft_ray.cli import fail, quiet, user_errors
 from aft_ray.config.run import ConfigError, RunConfig, load_config
 
 CONFIG = Path(__file__).parent / "configs" / "arithmetic_demo.yaml"
@@ -37,7 +37,8 @@ def demo(
     from aft_ray.evaluation.standalone import ask_models
     from aft_ray.evaluation.statistics.metrics import Result
     from aft_ray.evaluation.targets import Target
-    from aft_ray.observe.reporter import Reporter, chatter_to
+    from aft_ray.observe.logs import driver_log_path, library_output_to
+    from aft_ray.observe.reporter import Reporter
     from aft_ray.storage.run_dir import RunDir
 
     started = time.monotonic()
@@ -54,7 +55,7 @@ def demo(
         "VFT, as many steps": Target("control", str(control_dir / "rounds" / last / "model")),
         "AFT": Target("AFT", str(aft_dir / "rounds" / last / "model")),
     }
-    with chatter_to(driver_log(RunDir(place))) as console, Reporter(None, console) as reporter:
+    with library_output_to(driver_log_path(RunDir(place))) as console, Reporter(None, console) as reporter:
         reporter.say(f"Everything is written to {place}; libraries' output to its logs/.")
         _build(base, seed)
         with connected(aft.cluster, training_placement(aft)):
@@ -89,7 +90,7 @@ def _train(config: RunConfig, console: object) -> None:
     from rich.console import Console
 
     from aft_ray.observe.reporter import Reporter
-    from aft_ray.run.orchestrator import run
+    from aft_ray.run.launch import run
     from aft_ray.storage.run_dir import RunDir
 
     assert isinstance(console, Console)

@@ -9,10 +9,10 @@ from tiny import tiny_config, tiny_tree
 
 from aft_ray.config.loader import config_difference
 from aft_ray.config.run import load_config, parse_config
-from aft_ray.run.orchestrator import adopt_config
+from aft_ray.run.resume import adopt_config
 from aft_ray.storage.ledger import FailedQuestion, Ledger, Trained, write_group_file
 from aft_ray.storage.run_dir import RunDir
-from aft_ray.tasks.dataset import load_tokenizer, prepare, questions_of_round
+from aft_ray.tasks.dataset import load_tokenizer, tokenize_split, questions_of_round
 
 
 def command(*arguments, status=0, timeout=120):
@@ -48,7 +48,7 @@ def begun(tmp_path, tiny_model):
     run_dir = RunDir(config.run_dir)
     adopt_config(config, run_dir)
     ledger = Ledger(run_dir)
-    groups = prepare(config, "train", load_tokenizer(config)).groups[:10]
+    groups = tokenize_split(config, "train", load_tokenizer(config)).groups[:10]
     ledger.commit(write_group_file(run_dir, groups))
     ledger.complete_sampling(0, 0, {})
     train(run_dir, ledger, 0)
@@ -137,8 +137,8 @@ def test_a_run_that_is_being_worked_on_is_refused(file, begun):
 def test_the_status_of_a_run_that_stopped_says_where_it_is_and_how_to_go_on(begun):
     said = command("status", begun.uri())
     assert "trained: 0 of rounds up to 2" in said
-    assert "round 1: 4 groups sampled, 1 parked" in said
-    assert "no driver works on it; start the same command again to go on" in said
+    assert "round 1: 4 groups sampled, 1 failed question" in said
+    assert "no driver is running; run the same command again to continue" in said
     assert "0.2500" in said
 
 

@@ -15,7 +15,8 @@ from aft_ray.config.run import ConfigError, EvaluationConfig, RunConfig
 from aft_ray.evaluation.generations import read_answered
 from aft_ray.evaluation.report.summary import Evaluated, EvaluationSummary, summarize, write
 from aft_ray.evaluation.targets import EvaluationPlan, Target
-from aft_ray.observe.reporter import Reporter, chatter_to
+from aft_ray.observe.logs import library_output_to
+from aft_ray.observe.reporter import Reporter
 from aft_ray.storage.run_dir import EVALUATIONS
 
 
@@ -25,7 +26,7 @@ def evaluate_targets(
     """Measures all targets; returns the figures, a title for their table, and the files written, the JSON first."""
     chosen = _baseline(plan.targets, baseline)
     evaluation = plan.config.evaluation if plan.config else EvaluationConfig()
-    with chatter_to(log) as console, Reporter(None, console) as reporter:
+    with library_output_to(log) as console, Reporter(None, console) as reporter:
         # Files first: a malformed line is found before an engine has worked for an hour.
         read = {target.label: _read(target, plan.config, reporter) for target in plan.targets if target.kind == "file"}
         models = [target for target in plan.targets if target.kind == "model"]

@@ -1,7 +1,12 @@
-"""A run's rounds as a table, read from its events: at the end of `train`, and any time by `status`."""
+"""The state of a run, read from its run directory: a table of its rounds, and sentences on how far it is.
+
+`aft-ray train` prints the table at the end; `aft-ray status` prints both at any time. Invariant: everything is read
+from the run directory, so any machine that can read it can show the state of the run.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,9 +18,7 @@ from aft_ray.storage.run_dir import METRICS, RunDir
 
 
 def read_events(run_dir: RunDir) -> list[dict[str, Any]]:
-    """The events of a run so far; a last line still being written is left out."""
-    import json
-
+    """All events of `metrics.jsonl` so far. A line that is not yet written completely is left out."""
     events = []
     for line in run_dir.read_lines(METRICS):
         try:
@@ -26,7 +29,10 @@ def read_events(run_dir: RunDir) -> list[dict[str, Any]]:
 
 
 def rounds_table(events: Iterable[dict[str, Any]]) -> Table:
-    """One row a round: who worked how long, who waited, and what was learnt. The last event of a round counts."""
+    """One row per round: time of sampling and training, time spent waiting, and quality.
+
+    If a round was repeated after a failure, its last event counts.
+    """
     sampled: dict[int, dict[str, Any]] = {}
     trained: dict[int, dict[str, Any]] = {}
     validated: dict[int, dict[str, Any]] = {}
@@ -41,34 +47,35 @@ def rounds_table(events: Iterable[dict[str, Any]]) -> Table:
     ):  # fmt: skip
         table.add_column(column, justify="right", no_wrap=True)
     for number in sorted(sampled.keys() | trained.keys()):
-        s, t, v = sampled.get(number, {}), trained.get(number, {}), validated.get(number, {})
+        sampling, training = sampled.get(number, {}), trained.get(number, {})
+        validation = validated.get(number, {})
         table.add_row(
             str(number),
-            _show(s.get("version"), "d"),
-            _show(s.get("groups", t.get("groups")), "d"),
-            _show(s.get("signal"), ".0%"),
-            _show(s.get("pass_rate"), ".1%"),
-            _show(s.get("right_score"), ".3f"),
-            _show(s.get("wrong_score"), ".3f"),
-            _show(t.get("loss"), ".4f"),
-            _show(s.get("seconds"), ".0f", " s"),
-            _show(s.get("tokens_per_s"), ",.0f"),
-            _show(s.get("waited_s"), ".0f", " s"),
-            _show(t.get("train_s"), ".0f", " s"),
-            _show(t.get("tokens_per_s"), ",.0f"),
-            _show(t.get("waited_s"), ".0f", " s"),
-            _show(t.get("publish_s"), ".1f", " s"),
-            _show(v.get("greedy"), ".1%"),
+            _cell(sampling.get("version"), "d"),
+            _cell(sampling.get("groups", training.get("groups")), "d"),
+            _cell(sampling.get("signal"), ".0%"),
+            _cell(sampling.get("pass_rate"), ".1%"),
+            _cell(sampling.get("right_score"), ".3f"),
+            _cell(sampling.get("wrong_score"), ".3f"),
+            _cell(training.get("loss"), ".4f"),
+            _cell(sampling.get("seconds"), ".0f", " s"),
+            _cell(sampling.get("tokens_per_s"), ",.0f"),
+            _cell(sampling.get("waited_s"), ".0f", " s"),
+            _cell(training.get("train_s"), ".0f", " s"),
+            _cell(training.get("tokens_per_s"), ",.0f"),
+            _cell(training.get("waited_s"), ".0f", " s"),
+            _cell(training.get("publish_s"), ".1f", " s"),
+            _cell(validation.get("greedy"), ".1%"),
         )
     return table
 
 
-def _show(value: Any, form: str, unit: str = "") -> str:
-    return "" if value is None else format(value, form) + unit
+def _cell(value: Any, format_spec: str, unit: str = "") -> str:
+    return "" if value is None else format(value, format_spec) + unit
 
 
 def state_lines(config: RunConfig, run_dir: RunDir) -> list[str]:
-    """Where a run stands, in sentences: finished, working, or stopped and how to go on."""
+    """Sentences that say whether a run is finished, running, or stopped and how to continue it."""
     ledger = Ledger(run_dir)
     trained = ledger.trained_rounds()
     last = config.rounds.count
@@ -77,13 +84,13 @@ def state_lines(config: RunConfig, run_dir: RunDir) -> list[str]:
     current = trained[-1] + 1 if trained else (0 if config.vft.epochs else 1)
     lines = [f"trained: {', '.join(map(str, trained)) or 'no round yet'} of rounds up to {last}"]
     for number in range(current, last + 1):
-        files, parked = ledger.group_files(number), ledger.parked(number)
-        if files or parked:
+        files, failed = ledger.group_files(number), ledger.parked(number)
+        if files or failed:
             groups = sum(len(file.question_ids) for file in files)
-            closed = " (complete)" if ledger.sampled(number) else ""
-            lines.append(f"round {number}: {groups} groups sampled{closed}, {len(parked)} parked")
+            complete = " (complete)" if ledger.sampled(number) else ""
+            lines.append(f"round {number}: {groups} groups sampled{complete}, {len(failed)} failed questions")
     if (busy := run_dir.in_use_by()) is None:
-        lines.append("no driver works on it; start the same command again to go on")
+        lines.append("no driver is running; run the same command again to continue")
     else:
         lines.append(f"working: {run_dir.uri()} is in use by {busy}")
     return lines

@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, NoReturn
 
 from aft_ray.inference.engine import (
@@ -25,6 +24,7 @@ from aft_ray.inference.engine import (
     prepare_environment,
 )
 from aft_ray.inference.update_phases import PhaseTimeout, UpdatePhases
+from aft_ray.observe.logs import redirect_output
 from aft_ray.sampling.placement_groups import wait_for_group
 from aft_ray.storage.records import Candidate
 from aft_ray.storage.run_dir import local_model
@@ -188,12 +188,3 @@ class Sampler:
     def _die(self, error: EngineDead) -> NoReturn:
         print(f"{self._name} ends: {error}", file=sys.stderr, flush=True)
         os._exit(1)
-
-
-def redirect_output(log_file: str) -> None:
-    """Sends this process's stdout and stderr, vLLM's and DeepSpeed's included, to a file of the run directory."""
-    Path(log_file).parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.close(descriptor)

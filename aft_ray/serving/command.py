@@ -21,7 +21,8 @@ from pathlib import Path
 from aft_ray.cluster.connect import connected, serving_placement
 from aft_ray.config.run import ConfigError
 from aft_ray.config.serve import ServeConfig
-from aft_ray.observe.reporter import Reporter, chatter_to
+from aft_ray.observe.logs import library_output_to
+from aft_ray.observe.reporter import Reporter
 from aft_ray.serving.api.proxy import CALLBACK
 from aft_ray.serving.model import Resolved, resolve
 
@@ -43,7 +44,7 @@ def serve(config: ServeConfig, host: str, port: int, log: Path) -> None:
     ended = threading.Event()
     with (
         _on_signals(ended),
-        chatter_to(log) as console,
+        library_output_to(log) as console,
         Reporter(None, console) as reporter,
         connected(config.cluster, serving_placement(config)),
     ):

@@ -22,7 +22,7 @@ import torch
 from aft_ray.config.run import ConfigError, RunConfig
 from aft_ray.coordination.coordinator import PeerFailed, call
 from aft_ray.objectives import Objective, build_objective
-from aft_ray.sampling.sampler import redirect_output
+from aft_ray.observe.logs import redirect_output
 from aft_ray.storage.ledger import Ledger, Trained
 from aft_ray.storage.records import Group
 from aft_ray.storage.run_dir import LOGS, RunDir, RunDirError
