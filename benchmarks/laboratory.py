@@ -31,8 +31,8 @@ from aft_ray.config.run import (
     TrainingConfig,
     parse_config,
 )
+from aft_ray.storage.files import write_atomically
 from aft_ray.storage.records import Group, Verdict
-from aft_ray.storage.run_dir import write_atomically
 
 # Tokens: the model's context, and the longest response.
 LENGTH, MAX_TOKENS = 160, 56
@@ -111,9 +111,9 @@ class Laboratory:
             with tempfile.TemporaryDirectory() as scratch:
                 untrained = build_tiny_model(Path(scratch) / "untrained", seed, layers=2)
                 config = self._config(seed, untrained)
-                from aft_ray.tasks.dataset import load_tokenizer, prepare
+                from aft_ray.tasks.dataset import load_tokenizer, tokenize_split
 
-                references = prepare(config, "train", load_tokenizer(config)).groups
+                references = tokenize_split(config, "train", load_tokenizer(config)).groups
                 self._train(untrained, references, "vft", {}, seed, model)
         if not groups.exists():
             import pyarrow.parquet as pq
@@ -244,13 +244,13 @@ class Laboratory:
         )
 
     def _sample_groups(self, seed: int) -> list[Group]:
-        from aft_ray.tasks.dataset import prepare, questions_of_round
+        from aft_ray.tasks.dataset import questions_of_round, tokenize_split
 
         config = self._config(seed, self._vft_model(seed))
         config = config.model_copy(
             update={"rounds": config.rounds.model_copy(update={"questions_per_round": self.settings.groups})}
         )
-        wanted = questions_of_round(config, prepare(config, "train", _tokenizer()).groups, 1)
+        wanted = questions_of_round(config, tokenize_split(config, "train", _tokenizer()).groups, 1)
         self._load(self._vft_model(seed))
         return self._answer(wanted, self.settings.k, 1.0, f"{seed}/round 1")
 
@@ -282,24 +282,24 @@ class Laboratory:
     @cached_property
     def _test_questions(self) -> list[Group]:
         """They depend on the settings alone."""
-        from aft_ray.tasks.dataset import prepare
+        from aft_ray.tasks.dataset import tokenize_split
 
-        return prepare(self._config(0, Path()), "test", _tokenizer()).groups
+        return tokenize_split(self._config(0, Path()), "test", _tokenizer()).groups
 
     def _measure(self) -> dict[str, Any]:
         """The metrics on unseen questions, the same for every experiment; which questions were right, one by one."""
-        from aft_ray.evaluation.answers import Answered, from_candidate
+        from aft_ray.evaluation.answers import AnsweredQuestion, response_from_candidate
         from aft_ray.evaluation.statistics.metrics import measure
 
         questions = self._test_questions
         greedy = self._answer(questions, 1, 0.0, "greedy")
         some = questions[: self.settings.sampled_questions]
         samples = {
-            group.question.id: [from_candidate(candidate) for candidate in group.candidates]
+            group.question.id: [response_from_candidate(candidate) for candidate in group.candidates]
             for group in self._answer(some, self.settings.evaluation_k, 1.0, "samples")
         }
         answered = [
-            Answered(g.question.id, from_candidate(g.candidates[0]), samples.get(g.question.id, ())) for g in greedy
+            AnsweredQuestion(g.question.id, response_from_candidate(g.candidates[0]), samples.get(g.question.id, ())) for g in greedy
         ]
         return {
             "result": measure(answered, seed=0).to_json(),
@@ -347,7 +347,7 @@ _laboratory: Laboratory | None = None
 def _open(directory: Path, settings: Settings) -> None:
     global _laboratory
     from aft_ray.cli import quiet
-    from aft_ray.sampling.sampler import redirect_output
+    from aft_ray.observe.logs import redirect_output
 
     quiet()
     redirect_output(str(directory / settings.name / "logs" / f"{os.getpid()}.log"))

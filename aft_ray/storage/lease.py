@@ -1,9 +1,11 @@
-"""One driver at a time where the operating system has no locks: a lease, kept alive by writing it again and again.
+"""A lease: keeps drivers apart on an object store, which has no locks.
 
-Invariants: no clock is compared with another machine's: a lease is given up when it has not changed while somebody
-watched it for `PATIENCE` beats. A holder whose lease is gone learns it within a few beats. Object stores cannot refuse
-a write of a driver that came back from the dead, so this keeps two drivers apart, but is no proof against one that was
-frozen for longer than that; the ledger still counts each question once then.
+The holder rewrites the lease file every `RENEWAL_S` seconds.
+
+Invariants: clocks of different machines are never compared: a lease counts as abandoned when it has not changed while
+another driver watched it for `MISSED_RENEWALS` renewals. A holder that lost its lease learns it within a few renewals.
+An object store cannot refuse a write of a driver that was suspended and resumed, so a lease does not protect against a
+driver that was suspended for longer than that. The ledger counts each question once even then.
 """
 
 from __future__ import annotations
@@ -17,109 +19,124 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from aft_ray.storage.run_dir import RunDir
+from aft_ray.storage.files import FileStore
 
 LEASE = "lease.json"
-# Seconds between two writes of a lease; how many of them a watcher waits; what a new holder waits for a rival's write.
-BEAT_S, PATIENCE, SETTLE_S = 10.0, 3, 1.0
+# Seconds between two renewals; the renewals after which an unchanged lease counts as abandoned; the seconds that a new
+# holder waits for the write of a driver that took the lease at the same moment.
+RENEWAL_S, MISSED_RENEWALS, SETTLE_S = 10.0, 3, 1.0
 
 
 class LeaseTaken(Exception):
-    """Somebody else holds the lease; the message names it."""
+    """Another driver holds the lease; the message names it."""
 
 
 @dataclass(slots=True)
-class Hold:
-    """A run directory that is ours. `on_lost` is called, in another thread, should it stop being so."""
+class HeldLock:
+    """The lock of a run directory while this process holds it.
+
+    on_lost: is called with a sentence, in another thread, when the lease is lost. A lock of the operating system is
+    never lost.
+    """
 
     on_lost: Callable[[str], None] | None = field(default=None)
 
 
 @contextmanager
-def lease(run_dir: RunDir, say: Callable[[str], None] | None = None) -> Iterator[Hold]:
-    """Holds the lease of a run directory. Raises LeaseTaken, after watching one that a dead driver may have left."""
-    mark = uuid.uuid4().hex
-    if (found := _read(run_dir)) is not None:
+def renewed_lease(store: FileStore, say: Callable[[str], None] | None = None) -> Iterator[HeldLock]:
+    """Takes the lease of a run directory and renews it in a thread until the context is closed.
+
+    A lease that a dead driver may have left is watched first, which `say` is told.
+
+    Raises:
+        LeaseTaken: Another driver holds the lease.
+    """
+    token = uuid.uuid4().hex
+    if (found := _read(store)) is not None:
         if say is not None:
             say(
-                f"{run_dir.uri()} was left in use by {found['who']}: watching for {PATIENCE * BEAT_S:.0f} s whether it "
-                "still works"
+                f"{store.uri()} was left in use by {found['who']}: watching for {MISSED_RENEWALS * RENEWAL_S:.0f} s "
+                "whether it still works"
             )
-        _watch(run_dir, found)
-    _write(run_dir, mark, 0)
-    time.sleep(SETTLE_S)  # a driver that looked at the same moment has written by now, and the last to write holds it
-    _check(run_dir, mark)
-    hold, ended = Hold(), threading.Event()
-    beats = threading.Thread(target=_beat, args=(run_dir, mark, hold, ended), name="lease", daemon=True)
-    beats.start()
+        _watch(store, found)
+    _write(store, token, 0)
+    # A driver that looked at the same moment has written by the end of this wait, and the last one to write holds it.
+    time.sleep(SETTLE_S)
+    _check_held(store, token)
+    held, closed = HeldLock(), threading.Event()
+    renewals = threading.Thread(target=_renew, args=(store, token, held, closed), name="lease", daemon=True)
+    renewals.start()
     try:
-        yield hold
+        yield held
     finally:
-        ended.set()
-        beats.join()
-        if (found := _read(run_dir)) is not None and found["mark"] == mark:
-            run_dir.delete(LEASE)
+        closed.set()
+        renewals.join()
+        if (found := _read(store)) is not None and found["mark"] == token:
+            store.delete(LEASE)
 
 
-def holder(run_dir: RunDir) -> str | None:
-    """Who renewed the lease of late, by this machine's clock and the store's: for people to read, not to rely on."""
-    found = _read(run_dir)
+def lease_holder(store: FileStore) -> str | None:
+    """The driver that renewed the lease of late, as a text for people; None when there is none.
+
+    It compares the clock of this machine with that of the store, so no decision may depend on it.
+    """
+    found = _read(store)
     if found is None:
         return None
-    (info,) = run_dir.filesystem.get_file_info([run_dir.full_path(LEASE)])
+    (info,) = store.filesystem.get_file_info([store.full_path(LEASE)])
     age_s = time.time() - info.mtime.timestamp() if info.mtime is not None else 0.0
-    return found["who"] if age_s < (PATIENCE + 1) * BEAT_S else None
+    return found["who"] if age_s < (MISSED_RENEWALS + 1) * RENEWAL_S else None
 
 
-def _watch(run_dir: RunDir, found: dict[str, str]) -> None:
-    deadline = time.monotonic() + PATIENCE * BEAT_S
+def _watch(store: FileStore, found: dict[str, str]) -> None:
+    """Returns when the lease is deleted or stays unchanged for long enough. Raises LeaseTaken when it changes."""
+    deadline = time.monotonic() + MISSED_RENEWALS * RENEWAL_S
     while time.monotonic() < deadline:
-        time.sleep(min(1.0, BEAT_S / 4))
-        now = _read(run_dir)
+        time.sleep(min(1.0, RENEWAL_S / 4))
+        now = _read(store)
         if now is None:
             return
         if now != found:
             raise LeaseTaken(now["who"])
 
 
-def _check(run_dir: RunDir, mark: str) -> None:
-    found = _read(run_dir)
-    if found is None or found["mark"] != mark:
+def _check_held(store: FileStore, token: str) -> None:
+    found = _read(store)
+    if found is None or found["mark"] != token:
         raise LeaseTaken(found["who"] if found else "another process")
 
 
-def _beat(run_dir: RunDir, mark: str, hold: Hold, ended: threading.Event) -> None:
-    beat, last = 0, time.monotonic()
-    while not ended.wait(BEAT_S):
-        beat += 1
+def _renew(store: FileStore, token: str, held: HeldLock, closed: threading.Event) -> None:
+    """Renews the lease until it is closed or lost."""
+    renewal, last = 0, time.monotonic()
+    while not closed.wait(RENEWAL_S):
+        renewal += 1
         try:
-            _check(run_dir, mark)
-            _write(run_dir, mark, beat)
+            _check_held(store, token)
+            _write(store, token, renewal)
             last = time.monotonic()
         except LeaseTaken as taken:
-            lost = f"{taken} has taken {run_dir.uri()} over"
-        except (OSError, RuntimeError) as error:  # a RunDirError, which says it in a sentence
-            if time.monotonic() - last < (PATIENCE - 1) * BEAT_S:
-                continue  # others still wait: try again
+            lost = f"{taken} has taken {store.uri()} over"
+        except (OSError, RuntimeError) as error:  # a RunDirError is a RuntimeError and one sentence
+            if time.monotonic() - last < (MISSED_RENEWALS - 1) * RENEWAL_S:
+                continue  # another driver would still be watching the lease, so there is time to try again
             lost = f"{error}; meanwhile another driver may have taken it over"
         else:
             continue
-        if hold.on_lost is not None:
-            hold.on_lost(f"{lost}; this driver stops, start the same command again to go on")
+        if held.on_lost is not None:
+            held.on_lost(f"{lost}; this driver stops, start the same command again to go on")
         return
 
 
-def _read(run_dir: RunDir) -> dict[str, str] | None:
+def _read(store: FileStore) -> dict[str, str] | None:
     try:
-        found: dict[str, str] = json.loads(run_dir.read_bytes(LEASE))
+        found: dict[str, str] = json.loads(store.read_bytes(LEASE))
     except FileNotFoundError:
         return None
     return found
 
 
-def _write(run_dir: RunDir, mark: str, beat: int) -> None:
+def _write(store: FileStore, token: str, renewal: int) -> None:
     who = f"process {os.getpid()} on {socket.gethostname()}"
-    run_dir.write_json(LEASE, {"mark": mark, "beat": str(beat), "who": who})
+    store.write_json(LEASE, {"mark": token, "beat": str(renewal), "who": who})

@@ -38,7 +38,7 @@ def options(tmp_path_factory):
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(lease, "BEAT_S", 0.5)
+    monkeypatch.setattr(lease, "RENEWAL_S", 0.5)
     monkeypatch.setattr(lease, "SETTLE_S", 0.1)
 
 
@@ -106,7 +106,7 @@ def test_an_adapter_is_fetched_for_the_engine_that_loads_it(options, tmp_path, m
 
 
 def test_a_second_driver_is_refused_and_the_first_keeps_its_lease(options, quick, monkeypatch):
-    monkeypatch.setattr(lease, "BEAT_S", 2.0)  # on a busy machine a beat takes a while
+    monkeypatch.setattr(lease, "RENEWAL_S", 2.0)  # a renewal takes a while on a busy machine
     run_dir = bucket(options, "lease")
     with run_dir.lock():
         with pytest.raises(RunDirError, match=rf"lease\?.* is in use by process {os.getpid()} on"), run_dir.lock():

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from aft_ray.config.run import ConfigError
-from aft_ray.evaluation.answers import Answered
+from aft_ray.evaluation.answers import AnsweredQuestion
 from aft_ray.evaluation.generations import generations_text
 from aft_ray.evaluation.statistics.comparison import Comparison, compare
 from aft_ray.evaluation.statistics.curves import Curves, curves
 from aft_ray.evaluation.statistics.histograms import Histogram, histograms
-from aft_ray.evaluation.statistics.metrics import Result, measure, smallest_k
-from aft_ray.storage.run_dir import write_atomically
+from aft_ray.evaluation.statistics.metrics import EvaluationMetrics, measure, smallest_k
+from aft_ray.storage.files import write_atomically
 
 RULE_TITLES = {
     "maj@n": "self-consistency (maj@n)",
@@ -31,7 +31,7 @@ RULE_TITLES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Evaluated:
+class EvaluatedModel:
     """One model's answers.
 
     model: where they come from. on_file: it is a file that holds these very answers, so that none needs writing.
@@ -40,7 +40,7 @@ class Evaluated:
 
     label: str
     model: str
-    answered: Sequence[Answered]
+    answered: Sequence[AnsweredQuestion]
     facts: Mapping[str, Any] = field(default_factory=dict)
     on_file: bool = False
 
@@ -49,15 +49,15 @@ class Evaluated:
 class EvaluationSummary:
     """Everything that is said of the models, by label. comparisons: of every model but the baseline with it."""
 
-    evaluated: list[Evaluated]
+    evaluated: list[EvaluatedModel]
     baseline: str
-    results: dict[str, Result]
+    results: dict[str, EvaluationMetrics]
     comparisons: dict[str, Comparison]
     curves: dict[str, Curves]
     histograms: dict[str, Histogram]
 
 
-def summarize(evaluated: Sequence[Evaluated], baseline: str | None, resamples: int, seed: int) -> EvaluationSummary:
+def summarize(evaluated: Sequence[EvaluatedModel], baseline: str | None, resamples: int, seed: int) -> EvaluationSummary:
     """All figures. baseline: a label; None: the first model's. Raises ConfigError when models have no question in
     common."""
     baseline = evaluated[0].label if baseline is None else baseline
