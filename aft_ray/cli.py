@@ -52,9 +52,10 @@ def train(
     """
     parsed = load_config(config, overrides or [])
     if dry_run:
-        from aft_ray.cluster.connect import plan_lines, training_placement
+        from aft_ray.cluster.connect import placement_table
+        from aft_ray.cluster.reservations import training_reservations
 
-        print_plan(parsed, plan_lines(parsed.cluster, training_placement(parsed)))
+        print_plan(parsed, placement_table(parsed.cluster, training_reservations(parsed)))
         return
     train_run(parsed)
 
@@ -165,10 +166,10 @@ def evaluate(
     """
     from aft_ray.evaluation.command import evaluate_targets
     from aft_ray.evaluation.report.table import results_table
-    from aft_ray.evaluation.targets import plan
+    from aft_ray.evaluation.targets import plan_evaluation
     from aft_ray.observe.logs import driver_log_path
 
-    planned = plan(targets, config)
+    planned = plan_evaluation(targets, config)
     run_dir = next((target.run_dir for target in planned.targets if target.run_dir is not None), None)
     outcome, title, files = evaluate_targets(planned, baseline, output, plots, driver_log_path(run_dir))
     console = Console() if sys.stdout.isatty() else Console(width=200)
@@ -212,9 +213,9 @@ def serve(
 
     parsed = load_serve_config(model, config, [*(["follow=true"] if follow else []), *(overrides or [])])
     if dry_run:
-        from aft_ray.cluster.connect import serving_placement
+        from aft_ray.cluster.reservations import serving_reservations
 
-        print_plan(parsed, serving_placement(parsed).lines())
+        print_plan(parsed, serving_reservations(parsed).lines())
         return
     from aft_ray.observe.logs import driver_log_path
     from aft_ray.serving.command import serve as serve_until_stopped

@@ -262,7 +262,7 @@ class Laboratory:
 
     def _answer(self, questions: Sequence[Group], k: int, temperature: float, purpose: str) -> list[Group]:
         from aft_ray.inference.engine import Prompt, SamplingSpec
-        from aft_ray.sampling.stream import question_seed
+        from aft_ray.sampling.sample_stage import question_seed
         from aft_ray.tasks import build_tasks
         from aft_ray.verify.label import label_groups
         from aft_ray.verify.process_pool import shared_verifier
@@ -299,7 +299,8 @@ class Laboratory:
             for group in self._answer(some, self.settings.evaluation_k, 1.0, "samples")
         }
         answered = [
-            AnsweredQuestion(g.question.id, response_from_candidate(g.candidates[0]), samples.get(g.question.id, ())) for g in greedy
+            AnsweredQuestion(g.question.id, response_from_candidate(g.candidates[0]), samples.get(g.question.id, ()))
+            for g in greedy
         ]
         return {
             "result": measure(answered, seed=0).to_json(),

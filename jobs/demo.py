@@ -31,11 +31,12 @@ def demo(
     seed: Annotated[int, typer.Option(help="of data order, sampling and training")] = 0,
 ) -> None:
     """Train and compare; about ten minutes on two cores."""
-    from aft_ray.cluster.connect import connected, training_placement
-    from aft_ray.evaluation.report.summary import summarize, write
+    from aft_ray.cluster.connect import connected
+    from aft_ray.cluster.reservations import training_reservations
+    from aft_ray.evaluation.report.summary import summarize, write_summary
     from aft_ray.evaluation.report.table import comparison_table
-    from aft_ray.evaluation.standalone import ask_models
-    from aft_ray.evaluation.statistics.metrics import Result
+    from aft_ray.evaluation.standalone import evaluate_models
+    from aft_ray.evaluation.statistics.metrics import EvaluationMetrics
     from aft_ray.evaluation.targets import Target
     from aft_ray.observe.logs import driver_log_path, library_output_to
     from aft_ray.observe.reporter import Reporter
@@ -58,7 +59,7 @@ def demo(
     with library_output_to(driver_log_path(RunDir(place))) as console, Reporter(None, console) as reporter:
         reporter.say(f"Everything is written to {place}; libraries' output to its logs/.")
         _build(base, seed)
-        with connected(aft.cluster, training_placement(aft)):
+        with connected(aft.cluster, training_reservations(aft)):
             for title, config in (("VFT and AFT", aft), ("the control: VFT for as many steps", control)):
                 reporter.say(f"\n{title}")
                 _train(config, console)
@@ -66,11 +67,11 @@ def demo(
             for target in rows.values():
                 path = place / f"{target.label}.json"
                 if not path.exists():
-                    evaluated = ask_models(compare, [target], reporter, RunDir(place))
+                    evaluated = evaluate_models(compare, [target], reporter, RunDir(place))
                     outcome = summarize(evaluated, None, aft.evaluation.resamples, aft.evaluation.seed)
-                    write(outcome, path, {"split": aft.evaluation.split}, plots=True)
+                    write_summary(outcome, path, {"split": aft.evaluation.split}, plots=True)
     results = {
-        name: Result.from_json(json.loads((place / f"{target.label}.json").read_text()))
+        name: EvaluationMetrics.from_json(json.loads((place / f"{target.label}.json").read_text()))
         for name, target in rows.items()
     }
     from rich.console import Console

@@ -34,7 +34,7 @@ class Response:
 
 
 @dataclass(frozen=True, slots=True)
-class Answered:
+class AnsweredQuestion:
     """A question with its greedy response (None: not asked for) and its samples, seed by seed in the order drawn."""
 
     id: str
@@ -44,16 +44,16 @@ class Answered:
     question: str = ""
     gold: str = ""
 
-    def drawn_by(self, seed: int) -> list[Response]:
+    def samples_of_seed(self, seed: int) -> list[Response]:
         return [sample for sample in self.samples if sample.seed == seed]
 
 
-def from_candidate(candidate: Candidate, seed: int = 0) -> Response:
+def response_from_candidate(candidate: Candidate, seed: int = 0) -> Response:
     return Response(
         candidate.verdict, candidate.answer, candidate.score, seed, candidate.text, len(candidate.token_ids)
     )
 
 
-def no_response(seed: int = 0) -> Response:
+def missing_response(seed: int = 0) -> Response:
     """Stands for a response that never came: undecided, so that a failure cannot raise an accuracy."""
     return Response(Verdict.UNDECIDED, None, -math.inf, seed, "", 0)

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from aft_ray.config.run import ConfigError, EvaluationConfig, RunConfig
-from aft_ray.evaluation.generations import read_answered
-from aft_ray.evaluation.report.summary import Evaluated, EvaluationSummary, summarize, write
+from aft_ray.evaluation.generations import read_generations
+from aft_ray.evaluation.report.summary import EvaluatedModel, EvaluationSummary, summarize, write_summary
 from aft_ray.evaluation.targets import EvaluationPlan, Target
 from aft_ray.observe.logs import library_output_to
 from aft_ray.observe.reporter import Reporter
@@ -31,25 +31,25 @@ def evaluate_targets(
         read = {target.label: _read(target, plan.config, reporter) for target in plan.targets if target.kind == "file"}
         models = [target for target in plan.targets if target.kind == "model"]
         if models:
-            from aft_ray.evaluation.standalone import ask_models
+            from aft_ray.evaluation.standalone import evaluate_models
 
             assert plan.config is not None, "models are planned with a config"
             log_dir = next((target.run_dir for target in models if target.run_dir is not None), None)
-            read |= {one.label: one for one in ask_models(plan.config, models, reporter, log_dir)}
+            read |= {one.label: one for one in evaluate_models(plan.config, models, reporter, log_dir)}
         evaluated = [read[target.label] for target in plan.targets]
         if len(evaluated) > 1 or plots:
             reporter.say("working out the figures")
         outcome = summarize(evaluated, chosen, evaluation.resamples, evaluation.seed)
         with _output(plan, output) as (path, keep):
-            files = keep(write(outcome, path, _facts(plan, bool(models)), plots))
+            files = keep(write_summary(outcome, path, _facts(plan, bool(models)), plots))
     title = f"{', '.join(plan.config.task_configs)}, {evaluation.split}" if plan.config and models else None
     return outcome, title, files
 
 
-def _read(target: Target, config: RunConfig | None, reporter: Reporter) -> Evaluated:
+def _read(target: Target, config: RunConfig | None, reporter: Reporter) -> EvaluatedModel:
     what = f"verifying {target.label}"
-    answered = read_answered(Path(target.source), config, lambda done, total: reporter.progress(what, done, total))
-    return Evaluated(target.label, target.source, answered, on_file=config is None)
+    answered = read_generations(Path(target.source), config, lambda done, total: reporter.progress(what, done, total))
+    return EvaluatedModel(target.label, target.source, answered, on_file=config is None)
 
 
 def _baseline(targets: Sequence[Target], given: str | None) -> str:

@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from aft_ray.config.run import RunConfig
-from aft_ray.evaluation.answers import Answered, Response, from_candidate, no_response
+from aft_ray.evaluation.answers import AnsweredQuestion, Response, missing_response, response_from_candidate
 from aft_ray.inference.engine import SamplingSpec
 from aft_ray.sampling.sampler_health import SamplersFailed
 from aft_ray.sampling.sampler_pool import SamplerPool
-from aft_ray.sampling.stream import answer_all
+from aft_ray.sampling.stream import sample_all
 from aft_ray.storage.records import Group
 from aft_ray.weights.version_manifest import VersionManifest
 
@@ -24,7 +24,7 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Cost:
+class GenerationStats:
     """What the answers took, and how many are no real answers.
 
     truncated: responses cut off at sampling.max_tokens. parked: questions of which any response failed.
@@ -44,7 +44,7 @@ def answer_questions(
     k: int,
     seeds: int,
     progress: Progress | None = None,
-) -> tuple[list[Answered], Cost]:
+) -> tuple[list[AnsweredQuestion], GenerationStats]:
     """Every question with its greedy response and, for each of the seeds evaluation.seed, +1, ..., k samples.
 
     A failed question is answered with undecided responses, so that failures cannot raise an accuracy. Raises
@@ -61,15 +61,17 @@ def answer_questions(
     done = tokens = truncated = 0
     for name, seed, how in passes:
         seeded = config.model_copy(update={"seed": seed})
-        for group, reason in answer_all(seeded, pool, manifest, questions, how, f"evaluation {name}"):
+        for group, reason in sample_all(seeded, pool, manifest, questions, how, f"evaluation {name}"):
             id = group.question.id
             if reason is not None:
                 parked[id] = reason
             if name == "greedy":
-                greedy[id] = next((from_candidate(candidate) for candidate in group.candidates), no_response())
+                greedy[id] = next(
+                    (response_from_candidate(candidate) for candidate in group.candidates), missing_response()
+                )
             else:
-                drawn = [from_candidate(candidate, seed) for candidate in group.candidates]
-                samples[id] += drawn or [no_response(seed)] * k
+                drawn = [response_from_candidate(candidate, seed) for candidate in group.candidates]
+                samples[id] += drawn or [missing_response(seed)] * k
             tokens += sum(len(candidate.token_ids) for candidate in group.candidates)
             truncated += sum(candidate.finish_reason == "length" for candidate in group.candidates)
             done += 1
@@ -78,12 +80,12 @@ def answer_questions(
     if len(parked) == len(questions):
         raise SamplersFailed(f"no question could be answered; the last reason: {next(reversed(parked.values()))}")
     answered = [
-        Answered(one.id, greedy[one.id], samples[one.id], one.task, one.text, one.gold)
+        AnsweredQuestion(one.id, greedy[one.id], samples[one.id], one.task, one.text, one.gold)
         for one in (group.question for group in questions)
     ]
-    return answered, Cost(time.monotonic() - started, tokens, truncated, len(parked))
+    return answered, GenerationStats(time.monotonic() - started, tokens, truncated, len(parked))
 
 
-def unanswered(questions: Sequence[Group], version: int) -> list[Group]:
+def unanswered_groups(questions: Sequence[Group], version: int) -> list[Group]:
     """The questions marked with the version that is to answer them."""
     return [replace(group, policy_version=version, candidates=[]) for group in questions]

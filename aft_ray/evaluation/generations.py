@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aft_ray.config.run import ConfigError, RunConfig
-from aft_ray.evaluation.answers import Answered, Response, from_candidate
-from aft_ray.evaluation.statistics.bootstrap import finite
+from aft_ray.evaluation.answers import AnsweredQuestion, Response, response_from_candidate
+from aft_ray.evaluation.statistics.bootstrap import finite_or_none
 from aft_ray.storage.records import Verdict, table_to_groups
 
 if TYPE_CHECKING:
@@ -31,16 +31,16 @@ _VERDICTS: dict[Any, Verdict] = {True: Verdict.RIGHT, False: Verdict.WRONG, None
 }
 
 
-class _Malformed(ValueError):
+class _MalformedLine(ValueError):
     """What is wrong with a line."""
 
 
-def generations_text(answered: Iterable[Answered]) -> str:
+def generations_text(answered: Iterable[AnsweredQuestion]) -> str:
     """The file: one line a question."""
     return "".join(json.dumps(_row(question), ensure_ascii=False) + "\n" for question in answered)
 
 
-def _row(question: Answered) -> dict[str, Any]:
+def _row(question: AnsweredQuestion) -> dict[str, Any]:
     return {
         "id": question.id,
         "task": question.task,
@@ -56,15 +56,15 @@ def _response_row(response: Response) -> dict[str, Any]:
         "text": response.text,
         "answer": response.answer,
         "verdict": response.verdict.value,
-        "score": None if response.score is None else finite(response.score),
+        "score": None if response.score is None else finite_or_none(response.score),
         "tokens": response.tokens,
         "seed": response.seed,
     }
 
 
-def read_answered(
+def read_generations(
     path: Path, config: RunConfig | None, progress: Callable[[int, int], None] | None = None
-) -> list[Answered]:
+) -> list[AnsweredQuestion]:
     """A generations file, a Parquet file of groups, or a directory of them.
 
     config: names the task, which then extracts and verifies every answer anew; without it the file's answers and
@@ -77,15 +77,15 @@ def read_answered(
 
 
 def _verified(
-    read: list[Answered], config: RunConfig, file: str, progress: Callable[[int, int], None]
-) -> list[Answered]:
+    read: list[AnsweredQuestion], config: RunConfig, file: str, progress: Callable[[int, int], None]
+) -> list[AnsweredQuestion]:
     """The same responses with answers and verdicts of the config's tasks."""
     from aft_ray.tasks import build_tasks
-    from aft_ray.verify.process_pool import Item, shared_verifier
+    from aft_ray.verify.process_pool import VerificationRequest, shared_verifier
 
     tasks = build_tasks(config)
 
-    def task_of(question: Answered) -> Task:
+    def task_of(question: AnsweredQuestion) -> Task:
         if len(tasks) == 1:
             return next(iter(tasks.values()))  # whatever a file from elsewhere calls it
         if question.task not in tasks:
@@ -98,11 +98,11 @@ def _verified(
     def readable(response: Response) -> bool:
         return bool(response.text) and response.tokens != 0  # else no response came, or the file has verdicts alone
 
-    anew: list[Answered] = []
+    anew: list[AnsweredQuestion] = []
     for start in range(0, len(read), _QUESTIONS_AT_ONCE):
         some = read[start : start + _QUESTIONS_AT_ONCE]
         all_responses = [(q, r) for q in some for r in ([q.greedy] if q.greedy else []) + list(q.samples)]
-        items = [Item(task_of(q), r.text, q.gold) for q, r in all_responses if readable(r)]
+        items = [VerificationRequest(task_of(q), r.text, q.gold) for q, r in all_responses if readable(r)]
         outcomes = iter(shared_verifier().verify(items))
 
         def labelled(response: Response, outcomes: Iterator[VerificationResult] = outcomes) -> Response:
@@ -123,40 +123,40 @@ def _verified(
     return anew
 
 
-def _read_groups(path: Path) -> list[Answered]:
+def _read_groups(path: Path) -> list[AnsweredQuestion]:
     """The training samples of a round; groups have no greedy response."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-    answered: dict[str, Answered] = {}
+    answered: dict[str, AnsweredQuestion] = {}
     for file in files:
         try:
             groups = table_to_groups(pq.read_table(file))
         except (OSError, ValueError, pa.ArrowException) as error:
             raise ConfigError(f"{file} cannot be read as a file of groups: {str(error).splitlines()[0]}") from error
         for group in groups:
-            one, samples = group.question, [from_candidate(candidate) for candidate in group.candidates]
-            answered[one.id] = Answered(one.id, None, samples, one.task, one.text, one.gold)
+            one, samples = group.question, [response_from_candidate(candidate) for candidate in group.candidates]
+            answered[one.id] = AnsweredQuestion(one.id, None, samples, one.task, one.text, one.gold)
     if not any(question.samples for question in answered.values()):
         raise ConfigError(f"{path} holds no group with samples; round 0 has none, give the groups of a later round")
     return list(answered.values())
 
 
-def _read_lines(path: Path, verdicts_needed: bool) -> list[Answered]:
+def _read_lines(path: Path, verdicts_needed: bool) -> list[AnsweredQuestion]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines(): JSON may hold other line separators
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the generations file {path}: {error}") from error
-    answered: dict[str, Answered] = {}
+    answered: dict[str, AnsweredQuestion] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             question = _question(_object(line), verdicts_needed)
             if question.id in answered:
-                raise _Malformed(f"the question {question.id!r} was answered by an earlier line already")
-        except _Malformed as error:
+                raise _MalformedLine(f"the question {question.id!r} was answered by an earlier line already")
+        except _MalformedLine as error:
             raise ConfigError(f"{path}, line {number}: {error}") from None
         answered[question.id] = question
     if not answered:
@@ -168,26 +168,26 @@ def _object(line: str) -> dict[str, Any]:
     try:
         value = json.loads(line)
     except json.JSONDecodeError as error:
-        raise _Malformed(f"not JSON: {error.msg} at character {error.pos + 1}") from None
+        raise _MalformedLine(f"not JSON: {error.msg} at character {error.pos + 1}") from None
     if not isinstance(value, dict):
-        raise _Malformed(f"a line must be an object of fields, not a {type(value).__name__}")
+        raise _MalformedLine(f"a line must be an object of fields, not a {type(value).__name__}")
     return value
 
 
-def _question(row: Mapping[str, Any], verdicts_needed: bool) -> Answered:
+def _question(row: Mapping[str, Any], verdicts_needed: bool) -> AnsweredQuestion:
     text = _text(row, "question") or ""
     if row.get("id") is None and not text:
-        raise _Malformed("it has neither an id nor a question")
+        raise _MalformedLine("it has neither an id nor a question")
     gold = row.get("gold", row.get("answer_key"))
     if gold is None:
-        raise _Malformed("it has no gold answer (gold or answer_key)")
+        raise _MalformedLine("it has no gold answer (gold or answer_key)")
     responses = row.get("responses", [])
     if not isinstance(responses, list):
-        raise _Malformed("responses must be a list")
+        raise _MalformedLine("responses must be a list")
     columns = {one: row[many] for many, one in _LISTS.items() if row.get(many) is not None}
     for many, one in _LISTS.items():
         if one in columns and (not isinstance(columns[one], list) or len(columns[one]) != len(responses)):
-            raise _Malformed(f"{many} must be a list as long as responses")
+            raise _MalformedLine(f"{many} must be a list as long as responses")
     samples = []
     for index, value in enumerate(responses):
         fields = dict(value) if isinstance(value, dict) else {"text": value}
@@ -198,26 +198,26 @@ def _question(row: Mapping[str, Any], verdicts_needed: bool) -> Answered:
         fields = greedy if isinstance(greedy, dict) else {"text": greedy}
         greedy = _response(fields, "the greedy response", verdicts_needed)
     if greedy is None and not samples:
-        raise _Malformed("it has no responses and no greedy response")
+        raise _MalformedLine("it has no responses and no greedy response")
     id = str(row["id"]) if row.get("id") is not None else hashlib.sha256(text.encode()).hexdigest()[:16]
-    return Answered(id, greedy, samples, _text(row, "task") or "", text, str(gold))
+    return AnsweredQuestion(id, greedy, samples, _text(row, "task") or "", text, str(gold))
 
 
 def _response(fields: Mapping[str, Any], name: str, verdict_needed: bool) -> Response:
     text, answer = _text(fields, "text", name), fields.get("answer")
     if text is None and "verdict" not in fields:
-        raise _Malformed(f"{name} has neither a text nor a verdict")
+        raise _MalformedLine(f"{name} has neither a text nor a verdict")
     if "verdict" not in fields and verdict_needed:
-        raise _Malformed(f"{name} has no verdict; add --config CONFIG, whose task then verifies the answers")
+        raise _MalformedLine(f"{name} has no verdict; add --config CONFIG, whose task then verifies the answers")
     verdict = fields.get("verdict")
     if not isinstance(verdict, str | bool | None) or verdict not in _VERDICTS:
-        raise _Malformed(f"{name} has the verdict {verdict!r}; it must be right, wrong or undecided")
+        raise _MalformedLine(f"{name} has the verdict {verdict!r}; it must be right, wrong or undecided")
     tokens = _number(fields, "tokens", name)
     score = _number(fields, "score", name)
     logprobs = fields.get("logprobs")
     if logprobs is not None:
         if not isinstance(logprobs, list) or not all(_is_number(value) for value in logprobs):
-            raise _Malformed(f"{name}: logprobs must be a list of numbers, one a token")
+            raise _MalformedLine(f"{name}: logprobs must be a list of numbers, one a token")
         tokens = len(logprobs) if tokens is None else tokens
         score = math.fsum(logprobs) / len(logprobs) if score is None and logprobs else score
     if tokens == 0:
@@ -236,14 +236,14 @@ def _response(fields: Mapping[str, Any], name: str, verdict_needed: bool) -> Res
 def _text(fields: Mapping[str, Any], field: str, of: str = "it") -> str | None:
     value = fields.get(field)
     if value is not None and not isinstance(value, str):
-        raise _Malformed(f"{of}: {field} must be text, not {value!r:.40}")
+        raise _MalformedLine(f"{of}: {field} must be text, not {value!r:.40}")
     return value
 
 
 def _number(fields: Mapping[str, Any], field: str, of: str) -> float | None:
     value = fields.get(field)
     if value is not None and not _is_number(value):
-        raise _Malformed(f"{of}: {field} must be a finite number, not {value!r:.40}")
+        raise _MalformedLine(f"{of}: {field} must be a finite number, not {value!r:.40}")
     return value
 
 

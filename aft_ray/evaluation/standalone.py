@@ -8,20 +8,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from aft_ray.cluster.connect import connected, evaluation_placement
+from aft_ray.cluster.connect import connected
+from aft_ray.cluster.reservations import evaluation_reservations
 from aft_ray.config.run import RunConfig
-from aft_ray.evaluation.evaluator import answer_questions, unanswered
-from aft_ray.evaluation.report.summary import Evaluated
+from aft_ray.evaluation.evaluator import answer_questions, unanswered_groups
+from aft_ray.evaluation.report.summary import EvaluatedModel
 from aft_ray.evaluation.targets import Target
 from aft_ray.observe.reporter import Reporter
 from aft_ray.run.preflight import check_model
 from aft_ray.storage.run_dir import LOGS, RunDir
-from aft_ray.tasks.dataset import load_tokenizer, prepare
+from aft_ray.tasks.dataset import load_tokenizer, tokenize_split
 
 
-def ask_models(
+def evaluate_models(
     config: RunConfig, targets: Sequence[Target], reporter: Reporter, log_dir: RunDir | None
-) -> list[Evaluated]:
+) -> list[EvaluatedModel]:
     """The answers of each target to `evaluation.split`; one engine start a target."""
     from aft_ray.sampling.sampler_pool import SamplerPool
 
@@ -30,10 +31,10 @@ def ask_models(
     for of_target in configs:
         check_model(of_target)
     evaluated = []
-    with connected(config.cluster, evaluation_placement(config)):
+    with connected(config.cluster, evaluation_reservations(config)):
         for target, of_target in zip(targets, configs, strict=True):
             tokenizer = load_tokenizer(of_target)
-            questions = prepare(of_target, split, tokenizer).groups
+            questions = tokenize_split(of_target, split, tokenizer).groups
             logs = str(log_dir.local_path(LOGS)) if log_dir is not None and log_dir.is_local else None
             pool = SamplerPool.start(of_target, target.source, tokenizer.eos_token_id, logs, None)
             what = f"evaluating {target.label} on {len(questions)} {split} questions"
@@ -44,14 +45,14 @@ def ask_models(
                     of_target,
                     pool,
                     None,
-                    unanswered(questions, 0),
+                    unanswered_groups(questions, 0),
                     config.evaluation.k,
                     config.evaluation.seeds,
                     lambda done, total, what=what: reporter.progress(what, done, total),  # type: ignore[misc]
                 )
             finally:
                 pool.close()
-            evaluated.append(Evaluated(target.label, target.source, answered, asdict(cost)))
+            evaluated.append(EvaluatedModel(target.label, target.source, answered, asdict(cost)))
     return evaluated
 
 

@@ -48,7 +48,7 @@ class EvaluationPlan:
     config: RunConfig | None
 
 
-def plan(arguments: Sequence[str], config_file: Path | None) -> EvaluationPlan:
+def plan_evaluation(arguments: Sequence[str], config_file: Path | None) -> EvaluationPlan:
     """Reads the command line: targets and `key.sub=value` overrides. Raises ConfigError, one sentence."""
     overrides = [argument for argument in arguments if _OVERRIDE.match(argument) and not Path(argument).exists()]
     named = [argument for argument in arguments if argument not in overrides]

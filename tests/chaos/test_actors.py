@@ -7,12 +7,12 @@ import pytest
 import ray
 from tiny import tiny_config
 
-from aft_ray.evaluation.evaluator import unanswered
+from aft_ray.evaluation.evaluator import unanswered_groups
 from aft_ray.sampling.sampler_pool import SamplerPool
 from aft_ray.sampling.stream import sample_round
 from aft_ray.storage.ledger import Ledger
 from aft_ray.storage.run_dir import RunDir
-from aft_ray.tasks.dataset import load_tokenizer, prepare, questions_of_round
+from aft_ray.tasks.dataset import load_tokenizer, questions_of_round, tokenize_split
 from aft_ray.weights.version_manifest import read_version_manifest
 
 pytestmark = [pytest.mark.usefixtures("ray_here"), pytest.mark.timeout(1200)]
@@ -34,7 +34,7 @@ def test_a_sampler_that_is_killed_catches_up_and_the_round_is_whole(tiny_model, 
         sampling={"batch_size": 4, "in_flight": 1, "groups_per_file": 16, "max_tokens": 60},
     )
     run_dir, tokenizer = RunDir(config.run_dir), load_tokenizer(config)
-    questions = questions_of_round(config, prepare(config, "train", tokenizer).groups, 1)
+    questions = questions_of_round(config, tokenize_split(config, "train", tokenizer).groups, 1)
     ledger, manifest = Ledger(run_dir), read_version_manifest(1, tiny_model)
     pool = SamplerPool.start(config, str(tiny_model), tokenizer.eos_token_id, None, None)
     pool.wait_ready()
@@ -42,7 +42,7 @@ def test_a_sampler_that_is_killed_catches_up_and_the_round_is_whole(tiny_model, 
         pool.load(manifest)
         killer = threading.Thread(target=kill_at_work, args=pool.actors)
         killer.start()
-        for written in sample_round(config, pool, manifest, unanswered(questions, 1), run_dir):
+        for written in sample_round(config, pool, manifest, unanswered_groups(questions, 1), run_dir):
             assert written.parked == ()
             assert ledger.commit(written.file)
         killer.join()

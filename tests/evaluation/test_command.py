@@ -10,10 +10,10 @@ import yaml
 from tiny import tiny_tree
 
 from aft_ray.config.run import ConfigError, EvaluationConfig
-from aft_ray.evaluation.answers import Answered, Response
-from aft_ray.evaluation.generations import generations_text, read_answered
-from aft_ray.evaluation.statistics.metrics import Result, measure
-from aft_ray.evaluation.targets import plan
+from aft_ray.evaluation.answers import AnsweredQuestion, Response
+from aft_ray.evaluation.generations import generations_text, read_generations
+from aft_ray.evaluation.statistics.metrics import EvaluationMetrics, measure
+from aft_ray.evaluation.targets import plan_evaluation
 from aft_ray.storage.records import Verdict
 
 # Runs the command, then says which of the engine's modules it imported.
@@ -47,7 +47,7 @@ def command(directory, *arguments, status=0) -> str:
     return done.stdout
 
 
-def answers(right, task="arithmetic") -> list[Answered]:
+def answers(right, task="arithmetic") -> list[AnsweredQuestion]:
     """Questions of which the first `right` of 8 are answered rightly, with 4 samples by each of 2 seeds."""
 
     def response(good, score, seed=0):
@@ -56,7 +56,7 @@ def answers(right, task="arithmetic") -> list[Answered]:
         )
 
     return [
-        Answered(
+        AnsweredQuestion(
             f"q{i}",
             response(i < right, -0.5),
             [response(i + j < right, -0.1 * (j + 1), seed) for seed in (0, 1) for j in range(4)],
@@ -83,7 +83,7 @@ def test_a_file_is_measured_without_an_engine_and_equals_what_is_measured_here(h
     said = command(here, "generations-aft.jsonl")
     record = json.loads((here / "aft-answers.json").read_text())
     expected = measure(answers(7), resamples=EvaluationConfig().resamples)
-    assert Result.from_json(record).to_json() == expected.to_json()
+    assert EvaluationMetrics.from_json(record).to_json() == expected.to_json()
     assert record["curves"]["n"] == [1, 2, 4]
     assert sum(record["histogram"]["right"]) == sum(s.right for q in answers(7) for s in q.samples)
     assert "87.5 [" in said
@@ -118,7 +118,7 @@ def test_answers_are_verified_anew_by_the_task_of_a_config_and_written_down(here
     assert record["estimates"]["pass@1"]["value"] == 0.25
     assert "best-of-1" not in record["estimates"]  # there are no scores
     assert "out/generations-x.jsonl" in said
-    assert [q.samples[0].verdict for q in read_answered(here / "out/generations-x.jsonl", None)] == [
+    assert [q.samples[0].verdict for q in read_generations(here / "out/generations-x.jsonl", None)] == [
         Verdict.RIGHT,
         Verdict.WRONG,
     ]
@@ -145,7 +145,7 @@ def test_mistakes_are_one_sentence(here):
     assert "is named twice" in command(here, files[0], files[0], status=2)
     assert "give one with --config" in command(here, files[0], "evaluation.k=3", status=2)
     assert "a run directory, RUN@VERSION" in command(here, "evaluation.k=3", status=2)
-    (here / "other.jsonl").write_text(generations_text([Answered("x", Response(Verdict.RIGHT))]))
+    (here / "other.jsonl").write_text(generations_text([AnsweredQuestion("x", Response(Verdict.RIGHT))]))
     assert "no question in common" in command(here, files[0], "other.jsonl", status=2)
     (here / "torn.jsonl").write_text('{"id": 1,')
     assert "torn.jsonl, line 1: not JSON" in command(here, "torn.jsonl", status=2)
@@ -161,8 +161,8 @@ def test_targets_of_one_name_are_told_apart(here):
     for place in ("one", "two"):
         (here / place / "model").mkdir(parents=True)
     arguments = [str(here / place / "model") for place in ("one", "two")]
-    planned = plan([*arguments, "evaluation.k=2"], here / "run.yaml")
+    planned = plan_evaluation([*arguments, "evaluation.k=2"], here / "run.yaml")
     assert [target.label for target in planned.targets] == arguments
     assert planned.config.evaluation.k == 2
     with pytest.raises(ConfigError, match="--config must name the task"):
-        plan(arguments, None)
+        plan_evaluation(arguments, None)

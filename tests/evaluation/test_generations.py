@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aft_ray.config.run import ConfigError, parse_config
-from aft_ray.evaluation.answers import Answered, Response, no_response
-from aft_ray.evaluation.generations import generations_text, read_answered
+from aft_ray.evaluation.answers import AnsweredQuestion, Response, missing_response
+from aft_ray.evaluation.generations import generations_text, read_generations
 from aft_ray.evaluation.statistics.metrics import measure
 from aft_ray.storage.ledger import write_group_file
 from aft_ray.storage.records import Candidate, Group, Question, Verdict
@@ -20,11 +20,17 @@ RESPONSES = st.one_of(
         Response, st.sampled_from([*Verdict]), st.one_of(st.none(), TEXT), SCORE, st.integers(0, 3), TEXT,
         st.one_of(st.none(), st.integers(1, 99)),
     ),
-    st.builds(no_response, st.integers(0, 3)),
+    st.builds(missing_response, st.integers(0, 3)),
 )  # fmt: skip
 ANSWERED = st.lists(
     st.builds(
-        Answered, TEXT, st.one_of(st.none(), RESPONSES), st.lists(RESPONSES, min_size=1, max_size=4), TEXT, TEXT, TEXT
+        AnsweredQuestion,
+        TEXT,
+        st.one_of(st.none(), RESPONSES),
+        st.lists(RESPONSES, min_size=1, max_size=4),
+        TEXT,
+        TEXT,
+        TEXT,
     ),
     min_size=1,
     max_size=4,
@@ -49,7 +55,7 @@ def written(tmp_path, *rows):
 def test_what_is_written_reads_back_equal(tmp_path_factory, questions):
     path = tmp_path_factory.getbasetemp() / "generations.jsonl"
     path.write_text(generations_text(questions), encoding="utf-8")
-    read = read_answered(path, None)
+    read = read_generations(path, None)
     assert read == questions
     assert measure(read, resamples=100).to_json() == measure(questions, resamples=100).to_json()
 
@@ -62,7 +68,7 @@ def test_answers_from_elsewhere_are_read_and_verified_by_the_task(tmp_path, conf
         {"id": 7, "answer_key": "9",
          "responses": [{"text": "#### 9", "logprobs": [-1, -2]}, {"text": "9", "score": -1}]},
     )  # fmt: skip
-    first, second = read_answered(path, config)
+    first, second = read_generations(path, config)
     assert [(s.verdict, s.answer, s.score) for s in first.samples] == [
         (Verdict.RIGHT, "4", -0.25),
         (Verdict.WRONG, "5", -0.5),
@@ -70,14 +76,14 @@ def test_answers_from_elsewhere_are_read_and_verified_by_the_task(tmp_path, conf
     assert (second.id, second.gold) == ("7", "9")
     assert (second.samples[0].score, second.samples[0].tokens) == (-1.5, 2)
     assert second.samples[1].verdict is Verdict.WRONG  # no marker, no answer
-    assert read_answered(path, config)[0].id == first.id  # a question without an id has the same one every time
+    assert read_generations(path, config)[0].id == first.id  # a question without an id has the same one every time
 
 
 def test_verdicts_of_a_file_are_taken_without_a_task_and_made_anew_with_one(tmp_path, config):
     row = {"id": "a", "gold": "4", "responses": [{"text": "#### 4", "verdict": "wrong"}], "greedy": {"text": "#### 4",
            "verdict": True}}  # fmt: skip
     path = written(tmp_path, row)
-    (taken,), (verified,) = read_answered(path, None), read_answered(path, config)
+    (taken,), (verified,) = read_generations(path, None), read_generations(path, config)
     assert (taken.samples[0].verdict, taken.greedy.verdict) == (Verdict.WRONG, Verdict.RIGHT)
     assert verified.samples[0].verdict is Verdict.RIGHT
 
@@ -86,17 +92,17 @@ def test_verdicts_without_texts_are_enough(tmp_path, config):
     row = {"id": "a", "gold": "4", "responses": [{"verdict": "right"}, {"verdict": None}], "seeds": [1, 2]}
     path = written(tmp_path, row)
     for given_config in (None, config):
-        (question,) = read_answered(path, given_config)
+        (question,) = read_generations(path, given_config)
         assert [s.verdict for s in question.samples] == [Verdict.RIGHT, Verdict.UNDECIDED]
         assert [s.seed for s in question.samples] == [1, 2]
 
 
 def test_a_response_that_never_came_stays_undecided(tmp_path, config):
     path = tmp_path / "generations.jsonl"
-    path.write_text(generations_text([Answered("a", no_response(), [no_response(3)], "", "?", "4")]))
-    (question,) = read_answered(path, config)
+    path.write_text(generations_text([AnsweredQuestion("a", missing_response(), [missing_response(3)], "", "?", "4")]))
+    (question,) = read_generations(path, config)
     assert question.greedy.verdict is Verdict.UNDECIDED
-    assert question.samples[0] == no_response(3)
+    assert question.samples[0] == missing_response(3)
 
 
 GOOD = {"id": "a", "gold": "4", "responses": [{"text": "#### 4", "verdict": "right"}]}
@@ -127,7 +133,7 @@ GOOD = {"id": "a", "gold": "4", "responses": [{"text": "#### 4", "verdict": "rig
 )
 def test_a_malformed_line_is_one_sentence_that_names_it(tmp_path, row, sentence):
     with pytest.raises(ConfigError, match=sentence) as error:
-        read_answered(written(tmp_path, GOOD, row), None)
+        read_generations(written(tmp_path, GOOD, row), None)
     assert "\n" not in str(error.value)
 
 
@@ -136,11 +142,11 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     (tmp_path / "latin.jsonl").write_bytes(b"\xff\xfe")
     (tmp_path / "text.parquet").write_text("no parquet")
     with pytest.raises(ConfigError, match=r"empty.jsonl has no line"):
-        read_answered(tmp_path / "empty.jsonl", None)
+        read_generations(tmp_path / "empty.jsonl", None)
     with pytest.raises(ConfigError, match=r"cannot read the generations file .*latin.jsonl"):
-        read_answered(tmp_path / "latin.jsonl", None)
+        read_generations(tmp_path / "latin.jsonl", None)
     with pytest.raises(ConfigError, match=r"text.parquet cannot be read as a file of groups"):
-        read_answered(tmp_path / "text.parquet", None)
+        read_generations(tmp_path / "text.parquet", None)
 
 
 def group(id, *candidates) -> Group:
@@ -153,16 +159,16 @@ def test_the_groups_of_a_round_are_measured_like_any_samples(tmp_path, config):
     wrong = Candidate([1, 2, 3, 4], -8.0, "stop", "#### 5", "5", Verdict.WRONG, 0.0)
     write_group_file(run_dir, [group("a", right, wrong), group("b", wrong, wrong)])
     write_group_file(run_dir, [group("c", right, right)])
-    read = read_answered(run_dir.local_path(run_dir.groups(1)), None)
+    read = read_generations(run_dir.local_path(run_dir.groups(1)), None)
     assert [question.id for question in read] == ["a", "b", "c"]
     assert [sample.score for sample in read[0].samples] == [-0.5, -2.0]
     result = measure(read)
     assert result.estimates["pass@1"].value == 0.5
     assert result.estimates["pass@2"].value == pytest.approx(2 / 3)
     assert "greedy" not in result.estimates
-    assert read_answered(run_dir.local_path(run_dir.groups(1)), config) == read
+    assert read_generations(run_dir.local_path(run_dir.groups(1)), config) == read
 
     write_group_file(run_dir, [Group(0, 0, group("a").question, [1], [2], [])])
     with pytest.raises(ConfigError, match="holds no group with samples"):
-        read_answered(run_dir.local_path(run_dir.groups(0)), None)
+        read_generations(run_dir.local_path(run_dir.groups(0)), None)
     assert math.isfinite(result.estimates["perplexity"].value)

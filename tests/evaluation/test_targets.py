@@ -4,9 +4,9 @@ from tiny import tiny_config, tiny_tree
 
 from aft_ray.config.loader import dump_config
 from aft_ray.config.run import ConfigError
-from aft_ray.evaluation.answers import Answered, Response
+from aft_ray.evaluation.answers import AnsweredQuestion, Response
 from aft_ray.evaluation.generations import generations_text
-from aft_ray.evaluation.targets import plan
+from aft_ray.evaluation.targets import plan_evaluation
 from aft_ray.storage.ledger import Ledger, Trained
 from aft_ray.storage.records import Verdict
 from aft_ray.storage.run_dir import CONFIG, RunDir
@@ -29,7 +29,7 @@ def run_dir(tmp_path, tiny_model):
 
 def test_a_run_means_its_last_model_and_a_version_can_be_named(run_dir):
     run = str(run_dir.local_path())
-    planned = plan([run, f"{run}@0", "evaluation.k=2"], None)
+    planned = plan_evaluation([run, f"{run}@0", "evaluation.k=2"], None)
     assert [target.label for target in planned.targets] == ["gsm8k@1", "gsm8k@0"]
     assert [target.source for target in planned.targets] == [f"{run}/rounds/0001/model", f"{run}/rounds/0000/model"]
     assert planned.config.evaluation.k == 2
@@ -38,13 +38,15 @@ def test_a_run_means_its_last_model_and_a_version_can_be_named(run_dir):
 
 def test_versions_that_there_are_not_are_refused(run_dir):
     with pytest.raises(ConfigError, match="has no version 7; it has published: 0, 1"):
-        plan([f"{run_dir.local_path()}@7"], None)
+        plan_evaluation([f"{run_dir.local_path()}@7"], None)
 
 
 def test_a_config_decides_what_is_asked_and_a_run_how_its_model_is(run_dir, tmp_path):
     tree = tiny_tree(tmp_path / "other", tmp_path / "model", data={"test_limit": 3}, model={"max_length": 99})
     (tmp_path / "other.yaml").write_text(yaml.safe_dump(tree))
-    planned = plan([str(run_dir.local_path()), str(tmp_path / "model"), "evaluation.seeds=2"], tmp_path / "other.yaml")
+    planned = plan_evaluation(
+        [str(run_dir.local_path()), str(tmp_path / "model"), "evaluation.seeds=2"], tmp_path / "other.yaml"
+    )
     assert (planned.config.data.test_limit, planned.config.evaluation.seeds) == (3, 2)
     run, model = planned.targets
     assert run.model.max_length == 160
@@ -53,13 +55,13 @@ def test_a_config_decides_what_is_asked_and_a_run_how_its_model_is(run_dir, tmp_
 
 
 def test_files_are_told_from_models(run_dir, tmp_path):
-    (tmp_path / "generations-x.jsonl").write_text(generations_text([Answered("a", Response(Verdict.RIGHT))]))
+    (tmp_path / "generations-x.jsonl").write_text(generations_text([AnsweredQuestion("a", Response(Verdict.RIGHT))]))
     (tmp_path / "model").mkdir()
     (tmp_path / "groups").mkdir()
     (tmp_path / "groups" / "0.parquet").write_bytes(b"")
     named = [str(tmp_path / name) for name in ("generations-x.jsonl", "model", "groups")]
-    planned = plan([*named, str(run_dir.local_path())], None)
+    planned = plan_evaluation([*named, str(run_dir.local_path())], None)
     assert [(target.label, target.kind) for target in planned.targets] == [
         ("x", "file"), ("model", "model"), ("groups", "file"), ("gsm8k@1", "model"),
     ]  # fmt: skip
-    assert plan([named[0]], None).config is None
+    assert plan_evaluation([named[0]], None).config is None

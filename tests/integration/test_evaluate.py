@@ -7,8 +7,8 @@ import yaml
 from test_cli import command
 from tiny import tiny_tree
 
-from aft_ray.evaluation.generations import read_answered
-from aft_ray.evaluation.statistics.metrics import Result
+from aft_ray.evaluation.generations import read_generations
+from aft_ray.evaluation.statistics.metrics import EvaluationMetrics
 
 pytestmark = pytest.mark.timeout(900)
 MODELS = {"tied": "tiny_model", "untied": "untied_model"}
@@ -28,7 +28,7 @@ def compared(tmp_path_factory, tiny_model, untied_model):
 
 def test_both_models_answer_the_same_questions_by_both_seeds(compared):
     here, said = compared
-    read = {label: read_answered(here / f"generations-both-{label}.jsonl", None) for label in MODELS}
+    read = {label: read_generations(here / f"generations-both-{label}.jsonl", None) for label in MODELS}
     for answered in read.values():
         assert len(answered) == 8
         for question in answered:
@@ -49,7 +49,7 @@ def test_the_record_holds_both_models_and_their_difference(compared):
     record = json.loads((here / "both.json").read_text())
     assert (record["task"], record["split"], record["seed"], record["baseline"]) == ("arithmetic", "test", 5, "tied")
     for label in MODELS:
-        result = Result.from_json(record["models"][label])
+        result = EvaluationMetrics.from_json(record["models"][label])
         assert (result.questions, result.seeds, result.k) == (8, 2, 3)
         assert len(result.estimates["maj@3"].per_seed) == 2
         assert record["models"][label]["parked"] == 0
@@ -67,5 +67,5 @@ def test_what_was_written_is_measured_again_to_the_same_figures(compared):
     command("evaluate", *files, *verify, "--output", here / "again.json", "--no-plots")
     before, again = (json.loads((here / name).read_text()) for name in ("both.json", "again.json"))
     for label in MODELS:
-        result = Result.from_json(again["models"][f"both-{label}"])
-        assert result.to_json() == Result.from_json(before["models"][label]).to_json()
+        result = EvaluationMetrics.from_json(again["models"][f"both-{label}"])
+        assert result.to_json() == EvaluationMetrics.from_json(before["models"][label]).to_json()

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from aft_ray.config.run import parse_config
 from aft_ray.coordination.coordinator import start_coordinator
-from aft_ray.evaluation.generations import read_answered
-from aft_ray.evaluation.statistics.metrics import Result, measure
+from aft_ray.evaluation.generations import read_generations
+from aft_ray.evaluation.statistics.metrics import EvaluationMetrics, measure
 from aft_ray.observe.reporter import Reporter
 from aft_ray.observe.summary import read_events, state_lines
 from aft_ray.run import orchestrator as rounds
@@ -24,7 +24,7 @@ from aft_ray.sampling.sampler_pool import SamplerPool
 from aft_ray.storage.ledger import Ledger
 from aft_ray.storage.records import Verdict
 from aft_ray.storage.run_dir import RunDir
-from aft_ray.tasks.dataset import count_by_task, load_tokenizer, prepare, questions_of_round
+from aft_ray.tasks.dataset import count_by_task, load_tokenizer, questions_of_round, tokenize_split
 from aft_ray.verify.answers.numbers import extract_after_marker
 from aft_ray.weights.version_manifest import WeightUpdateFailed, read_version_manifest
 
@@ -51,7 +51,7 @@ def groups_of(config, number):
 def assert_each_question_once(config, number, k):
     """Every question of the round has exactly one group, labelled, with k candidates."""
     tokenizer = load_tokenizer(config)
-    questions = prepare(config, "train", tokenizer).groups
+    questions = tokenize_split(config, "train", tokenizer).groups
     wanted = {group.question.id: group for group in questions_of_round(config, questions, number)}
     groups = groups_of(config, number)
     assert [group.question.id for group in groups] == sorted(wanted)
@@ -133,8 +133,8 @@ def test_each_validation_is_written_down(overlapped):
         )
         assert (record["version"], record["parked"]) == (version, 0)
         answers = RunDir(overlapped.run_dir).local_path(f"evaluations/generations-validation-{version:04d}.jsonl")
-        again = measure(read_answered(answers, overlapped), resamples=overlapped.evaluation.resamples)
-        assert again.to_json() == Result.from_json(record).to_json()
+        again = measure(read_generations(answers, overlapped), resamples=overlapped.evaluation.resamples)
+        assert again.to_json() == EvaluationMetrics.from_json(record).to_json()
         (event,) = (event for event in events(overlapped, "evaluated") if event["version"] == version)
         assert event["greedy"] == again.estimates["greedy"].value
 
@@ -187,7 +187,7 @@ def test_two_sharded_workers_train_rft_around_a_question_that_the_engine_refuses
 def run_with_refused(config, refused) -> None:
     """A run whose preparation let questions through that are longer than the context."""
     tokenizer = load_tokenizer(config)
-    groups = prepare(config, "train", tokenizer).groups
+    groups = tokenize_split(config, "train", tokenizer).groups
     groups += [too_long(groups[0], number) for number in range(refused)]
     run_dir = RunDir(config.run_dir)
     with quiet_reporter(config) as reporter, run_dir.lock(reporter.say) as hold:
@@ -272,7 +272,7 @@ def test_a_wrong_publication_is_refused_and_the_right_one_then_taken(overlapped,
 def test_more_refused_questions_than_allowed_end_the_round_in_one_sentence(overlapped, pool, tmp_path):
     config = overlapped.model_copy(update={"run_dir": str(tmp_path / "run")})
     tokenizer = load_tokenizer(config)
-    groups = prepare(config, "train", tokenizer).groups[:10]
+    groups = tokenize_split(config, "train", tokenizer).groups[:10]
     groups += [too_long(groups[0], number) for number in range(3)]
     run_dir = RunDir(config.run_dir)
     ledger, manifest = Ledger(run_dir), published(overlapped, 2)

@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aft_ray.evaluation.answers import Response
-from aft_ray.evaluation.statistics.voting import ballot, best, majority, weighted_vote
+from aft_ray.evaluation.statistics.voting import best_of_n, majority_vote, sample_arrays, weighted_vote
 from aft_ray.serving.strategies import Vote, certainty, next_wave, rank
 from aft_ray.storage.records import Verdict
 
-OFFLINE = {"vote": majority, "weighted_vote": weighted_vote, "score": best}
+OFFLINE = {"vote": majority_vote, "weighted_vote": weighted_vote, "score": best_of_n}
 RANKED = tuple(OFFLINE)
 
 scores = st.floats(-8, 0, allow_nan=False) | st.sampled_from([-0.5, -1.0])  # ties are worth meeting
@@ -24,7 +24,7 @@ def test_a_strategy_elects_what_its_rule_elects_in_an_evaluation(cast, strategy,
     """As seen by which answers are right: the rules of an evaluation tell only whether the elected one is."""
     responses = [Response(Verdict.RIGHT if vote.key == right else Verdict.WRONG, vote.key, vote.score) for vote in cast]
     everything = np.arange(len(cast))[None, :]
-    offline = OFFLINE[strategy](ballot(responses, lambda answer: answer), everything)[0]
+    offline = OFFLINE[strategy](sample_arrays(responses, lambda answer: answer), everything)[0]
     assert (rank(strategy, cast).winner.key == right) == offline
 
 

@@ -17,8 +17,8 @@ from aft_ray.config.run import ConfigError
 from aft_ray.evaluation.answers import AnsweredQuestion
 from aft_ray.evaluation.generations import generations_text
 from aft_ray.evaluation.statistics.comparison import Comparison, compare
-from aft_ray.evaluation.statistics.curves import Curves, curves
-from aft_ray.evaluation.statistics.histograms import Histogram, histograms
+from aft_ray.evaluation.statistics.curves import Curves, accuracy_curves
+from aft_ray.evaluation.statistics.histograms import Histogram, score_histograms
 from aft_ray.evaluation.statistics.metrics import EvaluationMetrics, measure, smallest_k
 from aft_ray.storage.files import write_atomically
 
@@ -57,7 +57,9 @@ class EvaluationSummary:
     histograms: dict[str, Histogram]
 
 
-def summarize(evaluated: Sequence[EvaluatedModel], baseline: str | None, resamples: int, seed: int) -> EvaluationSummary:
+def summarize(
+    evaluated: Sequence[EvaluatedModel], baseline: str | None, resamples: int, seed: int
+) -> EvaluationSummary:
     """All figures. baseline: a label; None: the first model's. Raises ConfigError when models have no question in
     common."""
     baseline = evaluated[0].label if baseline is None else baseline
@@ -65,7 +67,7 @@ def summarize(evaluated: Sequence[EvaluatedModel], baseline: str | None, resampl
     k = min(filter(None, (smallest_k(model.answered) for model in evaluated)), default=0)
     answers = {model.label: model.answered for model in evaluated}
     options: dict[str, Any] = {"k": k, "resamples": resamples, "seed": seed}
-    grown = {label: curves(answered, **options) for label, answered in answers.items()}
+    grown = {label: accuracy_curves(answered, **options) for label, answered in answers.items()}
     return EvaluationSummary(
         list(evaluated),
         baseline,
@@ -76,11 +78,11 @@ def summarize(evaluated: Sequence[EvaluatedModel], baseline: str | None, resampl
             if label != baseline
         },
         {label: curve for label, curve in grown.items() if curve is not None},
-        histograms(answers),
+        score_histograms(answers),
     )
 
 
-def write(outcome: EvaluationSummary, path: Path, facts: Mapping[str, Any], plots: bool) -> list[Path]:
+def write_summary(outcome: EvaluationSummary, path: Path, facts: Mapping[str, Any], plots: bool) -> list[Path]:
     """The JSON file `path`, and beside it the answers of each model and the pictures; returns all files, `path` first.
 
     facts: of the whole evaluation, such as its task, split and seed. One model's record is the file itself; those of
@@ -110,14 +112,14 @@ def write(outcome: EvaluationSummary, path: Path, facts: Mapping[str, Any], plot
         comparisons = {label: comparison.to_json() for label, comparison in outcome.comparisons.items()}
         everything = {**facts, "models": models, "baseline": outcome.baseline, "comparisons": comparisons}
     if plots:
-        files += draw(outcome, path.with_suffix(""))
+        files += draw_plots(outcome, path.with_suffix(""))
     # Last, so that what it names is there.
     text = json.dumps(everything, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     write_atomically(path, text.encode())
     return files
 
 
-def draw(outcome: EvaluationSummary, stem: Path) -> list[Path]:
+def draw_plots(outcome: EvaluationSummary, stem: Path) -> list[Path]:
     """Accuracy over the number of samples, and scores of right and wrong ones, where there are any to show."""
     from aft_ray.evaluation.report.plots import plot_curves, plot_histograms
 

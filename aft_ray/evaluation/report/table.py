@@ -14,13 +14,15 @@ from rich.table import Table
 
 from aft_ray.evaluation.statistics.bootstrap import Estimate
 from aft_ray.evaluation.statistics.comparison import Comparison, Difference
-from aft_ray.evaluation.statistics.metrics import Result
+from aft_ray.evaluation.statistics.metrics import EvaluationMetrics
 
 _TITLES = {"greedy": "task accuracy"}
 
 
 def results_table(
-    results: Mapping[str, Result], title: str | None = None, comparisons: Mapping[str, Comparison] | None = None
+    results: Mapping[str, EvaluationMetrics],
+    title: str | None = None,
+    comparisons: Mapping[str, Comparison] | None = None,
 ) -> Table:
     """One column a model, one row a metric that any of them has; a section for each task when there are several."""
     comparisons = comparisons or {}
@@ -61,7 +63,9 @@ def _section(
         table.add_row(_TITLES.get(name, name), *cells)
 
 
-def comparison_table(results: Mapping[str, Result], metrics: Sequence[str], title: str | None = None) -> Table:
+def comparison_table(
+    results: Mapping[str, EvaluationMetrics], metrics: Sequence[str], title: str | None = None
+) -> Table:
     """One row a model, one column each of some metrics."""
     table = Table(title=title, caption=_caption(results, {}))
     table.add_column("")
@@ -73,7 +77,9 @@ def comparison_table(results: Mapping[str, Result], metrics: Sequence[str], titl
 
 
 def results_text(
-    results: Mapping[str, Result], title: str | None = None, comparisons: Mapping[str, Comparison] | None = None
+    results: Mapping[str, EvaluationMetrics],
+    title: str | None = None,
+    comparisons: Mapping[str, Comparison] | None = None,
 ) -> str:
     """The same table as plain text, as wide as it needs to be."""
     console = Console(file=io.StringIO(), width=1000, color_system=None, force_terminal=False)
@@ -106,7 +112,7 @@ def _unit(name: str) -> tuple[float, str]:
     return (1.0, ".2f") if name == "perplexity" else (100.0, ".1f")
 
 
-def _caption(results: Mapping[str, Result], comparisons: Mapping[str, Comparison]) -> str | None:
+def _caption(results: Mapping[str, EvaluationMetrics], comparisons: Mapping[str, Comparison]) -> str | None:
     """What a reader must know to compare them: how many questions, and what could not be decided."""
     facts = []
     if results:

@@ -42,12 +42,12 @@ class Estimate:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "value": finite(self.value),
-            "low": finite(self.low),
-            "high": finite(self.high),
+            "value": finite_or_none(self.value),
+            "low": finite_or_none(self.low),
+            "high": finite_or_none(self.high),
             "questions": self.questions,
-            "std": finite(self.std),
-            "per_seed": [finite(value) for value in self.per_seed],
+            "std": finite_or_none(self.std),
+            "per_seed": [finite_or_none(value) for value in self.per_seed],
         }
 
     @classmethod
@@ -57,7 +57,7 @@ class Estimate:
         return cls(middle, low, high, value["questions"], tuple(map(_number, value["per_seed"])))
 
 
-def finite(value: float) -> float | None:
+def finite_or_none(value: float) -> float | None:
     """What JSON can hold: None for nan and infinities."""
     return value if math.isfinite(value) else None
 
@@ -72,24 +72,24 @@ def ratios(sums: Floats) -> Floats:
     return np.divide(numerators, denominators, out=np.full_like(numerators, np.nan), where=denominators > 0)
 
 
-def over_seeds(sums: Floats) -> Floats:
+def mean_over_seeds(sums: Floats) -> Floats:
     """[..., seed, numerator and denominator] → [...]: the mean over the seeds that have a figure, else nan."""
     by_seed = ratios(sums)
     known = ~np.isnan(by_seed)
     return ratios(np.stack([np.where(known, by_seed, 0.0).sum(axis=-1), known.sum(axis=-1)], axis=-1))
 
 
-def resampled(columns: Floats, resamples: int, rng: np.random.Generator) -> Floats:
+def bootstrap_resamples(columns: Floats, resamples: int, rng: np.random.Generator) -> Floats:
     """[resample, figure]: every figure again, on as many questions drawn with replacement."""
     figures, seeds, questions, _ = columns.shape
     flat = columns.transpose(2, 0, 1, 3).reshape(questions, -1)
     sums = np.empty((resamples, flat.shape[1]))
     for i in range(resamples):  # a row at a time: the matrix of all draws would not fit for a large split
         sums[i] = np.bincount(rng.integers(questions, size=questions), minlength=questions) @ flat
-    return over_seeds(sums.reshape(resamples, figures, seeds, 2))
+    return mean_over_seeds(sums.reshape(resamples, figures, seeds, 2))
 
 
-def interval(draws: Floats) -> tuple[float, float]:
+def percentile_interval(draws: Floats) -> tuple[float, float]:
     """The percentile interval of the resamples that have a figure."""
     known = draws[~np.isnan(draws)]
     if not len(known):
@@ -98,7 +98,7 @@ def interval(draws: Floats) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def estimates(
+def estimate_metrics(
     names: Sequence[str], columns: Floats, draws: Floats, unseeded: Collection[str] = ()
 ) -> dict[str, Estimate]:
     """An estimate of each named row of `columns`; `draws` are its `resampled` figures.
@@ -106,11 +106,11 @@ def estimates(
     unseeded: the figures that no sampling stands behind; all they have is in the first place of the seeds' axis.
     """
     sums = columns.sum(axis=2)
-    values, by_seed = over_seeds(sums), ratios(sums)
+    values, by_seed = mean_over_seeds(sums), ratios(sums)
     defined = (columns[..., 1] > 0).any(axis=1).sum(axis=1)
     found = {}
     for i, name in enumerate(names):
         per_seed = by_seed[i, :1] if name in unseeded else by_seed[i]
-        low, high = interval(draws[:, i])
+        low, high = percentile_interval(draws[:, i])
         found[name] = Estimate(float(values[i]), low, high, int(defined[i]), tuple(map(float, per_seed)))
     return found

@@ -16,13 +16,19 @@ from typing import Any
 import numpy as np
 
 from aft_ray.config.run import ConfigError
-from aft_ray.evaluation.answers import Answered
-from aft_ray.evaluation.statistics.bootstrap import Floats, finite, interval, over_seeds, resampled
-from aft_ray.evaluation.statistics.metrics import Canonical, columns_of, smallest_k
+from aft_ray.evaluation.answers import AnsweredQuestion
+from aft_ray.evaluation.statistics.bootstrap import (
+    Floats,
+    bootstrap_resamples,
+    finite_or_none,
+    mean_over_seeds,
+    percentile_interval,
+)
+from aft_ray.evaluation.statistics.metrics import Canonical, metric_columns, smallest_k
 from aft_ray.verify.answers.canonical import normalise
 
 # Up to this many questions that differ, all 2^n exchanges are counted; beyond, this many are drawn.
-EXACT, EXCHANGES = 12, 9999
+EXACT_LIMIT, PERMUTATIONS = 12, 9999
 _ROWS = 500  # exchanges worked out at once
 
 
@@ -53,7 +59,7 @@ class Comparison:
     def to_json(self) -> dict[str, Any]:
         """A dict for `json.dump`; a figure that does not exist is null."""
         differences = {
-            name: {key: finite(value) for key, value in asdict(difference).items()}
+            name: {key: finite_or_none(value) for key, value in asdict(difference).items()}
             for name, difference in self.differences.items()
         }
         record: dict[str, Any] = {
@@ -68,8 +74,8 @@ class Comparison:
 
 
 def compare(
-    baseline: Sequence[Answered],
-    other: Sequence[Answered],
+    baseline: Sequence[AnsweredQuestion],
+    other: Sequence[AnsweredQuestion],
     *,
     k: int | None = None,
     canonical: Canonical = normalise,
@@ -80,11 +86,11 @@ def compare(
 
     Raises ConfigError when the two answered no question in common, or different questions under one id.
     """
-    pairs = pair(baseline, other)
+    pairs = match_questions(baseline, other)
     fewest = min(smallest_k(baseline), smallest_k(other))
     k = fewest if k is None else min(k, fewest)
-    left, right = (list(side) for side in zip(*itertools.starmap(_alike, pairs), strict=True))
-    (names, a), (other_names, b) = columns_of(left, k, canonical), columns_of(right, k, canonical)
+    left, right = (list(side) for side in zip(*itertools.starmap(_common_parts, pairs), strict=True))
+    (names, a), (other_names, b) = metric_columns(left, k, canonical), metric_columns(right, k, canonical)
     common = [name for name in names if name in other_names]
     seeds = max(a.shape[1], b.shape[1])
     a = _with_seeds(a[[names.index(name) for name in common]], seeds)
@@ -103,7 +109,9 @@ def compare(
     return Comparison(len(pairs), len(baseline) - len(pairs), len(other) - len(pairs), everything, tasks)
 
 
-def pair(baseline: Sequence[Answered], other: Sequence[Answered]) -> list[tuple[Answered, Answered]]:
+def match_questions(
+    baseline: Sequence[AnsweredQuestion], other: Sequence[AnsweredQuestion]
+) -> list[tuple[AnsweredQuestion, AnsweredQuestion]]:
     """The questions of both sides, matched by id; when no id is common, by their text. Sorted by id."""
     by_id = {question.id: question for question in other}
     pairs = [(question, by_id[question.id]) for question in baseline if question.id in by_id]
@@ -123,7 +131,7 @@ def pair(baseline: Sequence[Answered], other: Sequence[Answered]) -> list[tuple[
     return sorted(pairs, key=lambda both: both[0].id)
 
 
-def _alike(one: Answered, other: Answered) -> tuple[Answered, Answered]:
+def _common_parts(one: AnsweredQuestion, other: AnsweredQuestion) -> tuple[AnsweredQuestion, AnsweredQuestion]:
     """Both with only what both have: a greedy response, samples."""
     greedy, samples = one.greedy and other.greedy, one.samples and other.samples
     kept = [
@@ -139,22 +147,22 @@ def _with_seeds(columns: Floats, seeds: int) -> Floats:
 
 
 def _differences(names: Sequence[str], a: Floats, b: Floats, resamples: int, seed: int) -> dict[str, Difference]:
-    draws = resampled(np.concatenate([a, b]), resamples, np.random.default_rng(seed))
+    draws = bootstrap_resamples(np.concatenate([a, b]), resamples, np.random.default_rng(seed))
     drawn = draws[:, len(names) :] - draws[:, : len(names)]
-    values = over_seeds(b.sum(axis=2)) - over_seeds(a.sum(axis=2))
+    values = mean_over_seeds(b.sum(axis=2)) - mean_over_seeds(a.sum(axis=2))
     found = {}
     for i, name in enumerate(names):
         both = (a[i, ..., 1] > 0).any(axis=0) & (b[i, ..., 1] > 0).any(axis=0)
         if name == "greedy":
             right, other_right = a[i, 0, both, 0] > 0, b[i, 0, both, 0] > 0
-            p = mcnemar(int((right & ~other_right).sum()), int((other_right & ~right).sum()))
+            p = mcnemar_test(int((right & ~other_right).sum()), int((other_right & ~right).sum()))
         else:
-            p = exchange_test(a[i], b[i], np.random.default_rng([seed, i]))
-        found[name] = Difference(float(values[i]), *interval(drawn[:, i]), p, int(both.sum()))
+            p = permutation_test(a[i], b[i], np.random.default_rng([seed, i]))
+        found[name] = Difference(float(values[i]), *percentile_interval(drawn[:, i]), p, int(both.sum()))
     return found
 
 
-def mcnemar(only_one: int, only_other: int) -> float:
+def mcnemar_test(only_one: int, only_other: int) -> float:
     """Exact two-sided p-value: of questions that one side alone got right, each is a fair coin's under no difference.
 
     Twice the binomial tail, at most 1 (McNemar 1947, exact form).
@@ -164,24 +172,24 @@ def mcnemar(only_one: int, only_other: int) -> float:
     return min(1.0, 2 * tail / (1 << n))
 
 
-def exchange_test(a: Floats, b: Floats, rng: np.random.Generator) -> float:
+def permutation_test(a: Floats, b: Floats, rng: np.random.Generator) -> float:
     """Two-sided p-value of a paired permutation test: had the two models swapped their answers to some questions, how
     often would the figures differ as much?
 
     a, b: [seed, question, numerator and denominator]; a question is exchanged with all its seeds. All exchanges are
-    counted when at most EXACT questions differ; else EXCHANGES are drawn, and the observed one counted among them.
+    counted when at most EXACT_LIMIT questions differ; else PERMUTATIONS are drawn, and the observed one counted among them.
     nan when a side has no figure.
     """
     total_a: Floats = a.sum(axis=1)
     total_b: Floats = b.sum(axis=1)
-    observed = float(over_seeds(total_b) - over_seeds(total_a))
+    observed = float(mean_over_seeds(total_b) - mean_over_seeds(total_a))
     if math.isnan(observed):
         return math.nan
     gap = (b - a).transpose(1, 0, 2)
     gap = gap[(gap != 0).any(axis=(1, 2))]
     n = len(gap)
-    exact = n <= EXACT
-    count = 2**n if exact else EXCHANGES
+    exact = n <= EXACT_LIMIT
+    count = 2**n if exact else PERMUTATIONS
     extreme: int = 0
     for start in range(0, count, _ROWS):
         size = min(_ROWS, count - start)
@@ -191,7 +199,7 @@ def exchange_test(a: Floats, b: Floats, rng: np.random.Generator) -> float:
             swaps = rng.integers(2, size=(size, n))
         # einsum, not a matrix product: BLAS threads that share two busy cores take a hundred times as long.
         shift = np.einsum("rq,qsc->rsc", swaps.astype(np.float64), gap)
-        swapped = over_seeds(total_b - shift) - over_seeds(total_a + shift)
+        swapped = mean_over_seeds(total_b - shift) - mean_over_seeds(total_a + shift)
         # An exchange that leaves a side without a figure cannot speak for a difference.
         extreme += int((np.isnan(swapped) | (np.abs(swapped) >= abs(observed) - 1e-9)).sum())
     return extreme / count if exact else (extreme + 1) / (count + 1)

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from aft_ray.evaluation.answers import Answered
-from aft_ray.evaluation.statistics.bootstrap import Estimate, estimates, resampled
-from aft_ray.evaluation.statistics.metrics import Canonical, pass_at, seeds_of, smallest_k
-from aft_ray.evaluation.statistics.voting import BY_SCORE, RULES, Ints, ballot
+from aft_ray.evaluation.answers import AnsweredQuestion
+from aft_ray.evaluation.statistics.bootstrap import Estimate, bootstrap_resamples, estimate_metrics
+from aft_ray.evaluation.statistics.metrics import Canonical, pass_at_k, sampling_seeds, smallest_k
+from aft_ray.evaluation.statistics.voting import RULES, RULES_BY_SCORE, Ints, sample_arrays
 from aft_ray.verify.answers.canonical import normalise
 
 # Subsets that a point is averaged over where there are more.
@@ -36,7 +36,7 @@ class Curves:
         return {"n": self.n, "rules": {name: [e.to_json() for e in points] for name, points in self.rules.items()}}
 
 
-def path_counts(k: int) -> list[int]:
+def sample_counts(k: int) -> list[int]:
     """1, 2, 4, ... and k itself."""
     return sorted({*(2**i for i in range(k.bit_length())), k})
 
@@ -49,8 +49,8 @@ def subsets(k: int, n: int, seed: int = 0) -> Ints:
     return np.sort(drawn, axis=1)
 
 
-def curves(
-    answered: Sequence[Answered],
+def accuracy_curves(
+    answered: Sequence[AnsweredQuestion],
     *,
     k: int | None = None,
     canonical: Canonical = normalise,
@@ -63,18 +63,18 @@ def curves(
     if k < 2:
         return None
     scored = all(sample.score is not None for question in answered for sample in question.samples)
-    rules = {name: rule for name, rule in RULES.items() if scored or name not in BY_SCORE}
-    counts, seeds = path_counts(k), seeds_of(answered)
+    rules = {name: rule for name, rule in RULES.items() if scored or name not in RULES_BY_SCORE}
+    counts, seeds = sample_counts(k), sampling_seeds(answered)
     chosen = {n: subsets(k, n, seed) for n in counts}
     names = [name.format(n=n) for name in (*rules, PASS) for n in counts]
     columns = np.zeros((len(names), len(seeds), len(answered), 2))
     for q, question in enumerate(answered):
         for s, drawn_by in enumerate(seeds):
-            if samples := question.drawn_by(drawn_by):
-                cast = ballot(samples[:k], canonical)
+            if samples := question.samples_of_seed(drawn_by):
+                cast = sample_arrays(samples[:k], canonical)
                 values = [float(rule(cast, chosen[n]).mean()) for rule in rules.values() for n in counts]
                 right = sum(sample.right for sample in samples)
-                values += [pass_at(len(samples), right, n) for n in counts]
+                values += [pass_at_k(len(samples), right, n) for n in counts]
                 columns[:, s, q, 0], columns[:, s, q, 1] = values, 1.0
-    found = estimates(names, columns, resampled(columns, resamples, np.random.default_rng(seed)))
+    found = estimate_metrics(names, columns, bootstrap_resamples(columns, resamples, np.random.default_rng(seed)))
     return Curves(counts, {name.format(n="n"): [found[name.format(n=n)] for n in counts] for name in (*rules, PASS)})

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from aft_ray.evaluation.answers import Answered
+from aft_ray.evaluation.answers import AnsweredQuestion
 from aft_ray.storage.records import Verdict
 
 BINS = 40
 # The lowest scores are few and far away: those below this percentile of all are counted in the first bin.
-TAIL = 0.5
+TAIL_PERCENTILE = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +34,14 @@ class Histogram:
         return asdict(self)
 
 
-def histograms(models: Mapping[str, Sequence[Answered]]) -> dict[str, Histogram]:
+def score_histograms(models: Mapping[str, Sequence[AnsweredQuestion]]) -> dict[str, Histogram]:
     """Those of the models whose samples have scores and verdicts; empty when none has."""
     scores = {label: _scores(answered) for label, answered in models.items()}
     known = [values for pair in scores.values() for values in pair if len(values)]
     if not known:
         return {}
     everything = np.concatenate(known)
-    low, high = float(np.percentile(everything, TAIL)), float(everything.max())
+    low, high = float(np.percentile(everything, TAIL_PERCENTILE)), float(everything.max())
     edges = np.linspace(low, high if high > low else low + 1e-3, BINS + 1)
 
     def count(values: np.ndarray[Any, np.dtype[np.float64]]) -> list[int]:
@@ -54,7 +54,7 @@ def histograms(models: Mapping[str, Sequence[Answered]]) -> dict[str, Histogram]
     }
 
 
-def _scores(answered: Sequence[Answered]) -> list[np.ndarray[Any, np.dtype[np.float64]]]:
+def _scores(answered: Sequence[AnsweredQuestion]) -> list[np.ndarray[Any, np.dtype[np.float64]]]:
     return [
         np.array(
             [

@@ -13,20 +13,27 @@ from typing import Any
 
 import numpy as np
 
-from aft_ray.evaluation.answers import Answered, Response
-from aft_ray.evaluation.statistics.bootstrap import Estimate, Floats, estimates, finite, interval, resampled
-from aft_ray.evaluation.statistics.voting import BY_SCORE, RULES, ballot
+from aft_ray.evaluation.answers import AnsweredQuestion, Response
+from aft_ray.evaluation.statistics.bootstrap import (
+    Estimate,
+    Floats,
+    bootstrap_resamples,
+    estimate_metrics,
+    finite_or_none,
+    percentile_interval,
+)
+from aft_ray.evaluation.statistics.voting import RULES, RULES_BY_SCORE, sample_arrays
 from aft_ray.storage.records import Verdict
 from aft_ray.verify.answers.canonical import normalise
 
 Canonical = Callable[[str], Hashable]
 
 # METHOD: the assessment compares 3 right with 3 wrong samples.
-ASSESSED = 3
+ASSESSMENT_SAMPLES = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
+class EvaluationMetrics:
     """The metrics of one model on one split, or on one task of it.
 
     estimates: over the questions. "greedy"; with samples also "pass@1", "pass@k", "maj@k", "best-of-k", "vote@k",
@@ -47,7 +54,7 @@ class Result:
     undecided_greedy: int
     undecided_samples: int
     estimates: dict[str, Estimate]
-    tasks: dict[str, Result] = field(default_factory=dict)
+    tasks: dict[str, EvaluationMetrics] = field(default_factory=dict)
     macro: dict[str, Estimate] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -60,15 +67,15 @@ class Result:
             record["tasks"] = {task: result.to_json() for task, result in self.tasks.items()}
         return record
 
-    def figures(self) -> dict[str, float | None]:
+    def flat_values(self) -> dict[str, float | None]:
         """All values by a flat name, for a line of metrics: "greedy", "maj_6", and "gsm8k/maj_6" of a task."""
-        flat = {name.replace("@", "_"): finite(estimate.value) for name, estimate in self.estimates.items()}
+        flat = {name.replace("@", "_"): finite_or_none(estimate.value) for name, estimate in self.estimates.items()}
         for task, result in self.tasks.items():
-            flat |= {f"{task}/{name}": value for name, value in result.figures().items()}
+            flat |= {f"{task}/{name}": value for name, value in result.flat_values().items()}
         return flat
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Result:
+    def from_json(cls, value: dict[str, Any]) -> EvaluationMetrics:
         """The inverse of `to_json`; what else a record holds is left aside."""
         return cls(
             **{name: value[name] for name in _COUNTS},
@@ -82,25 +89,25 @@ _COUNTS = ("questions", "seeds", "k", "assessed", "undecided_greedy", "undecided
 
 
 def measure(
-    answered: Sequence[Answered],
+    answered: Sequence[AnsweredQuestion],
     *,
     k: int | None = None,
     canonical: Canonical = normalise,
     resamples: int = 1000,
     seed: int = 0,
-) -> Result:
+) -> EvaluationMetrics:
     """All metrics. `canonical` maps equal answers to equal keys; `k` limits the samples that are used, so that models
     with different numbers of them compare. Raises ValueError when there is no question."""
     if not answered:
         raise ValueError("there is nothing to measure: no question was answered")
     answered = sorted(answered, key=lambda question: question.id)
     k = smallest_k(answered) if k is None else min(k, smallest_k(answered))
-    names, columns = columns_of(answered, k, canonical)
+    names, columns = metric_columns(answered, k, canonical)
     whole, _ = _result(answered, names, columns, k, resamples, np.random.default_rng(seed))
     tasks = sorted({question.task for question in answered})
     if len(tasks) < 2:
         return whole
-    parts: dict[str, Result] = {}
+    parts: dict[str, EvaluationMetrics] = {}
     draws = []
     for number, task in enumerate(tasks):
         chosen = [i for i, question in enumerate(answered) if question.task == task]
@@ -113,29 +120,31 @@ def measure(
     macro = {}
     for i, name in enumerate(names):
         value = float(np.mean([part.estimates[name].value for part in parts.values()]))
-        macro[name] = Estimate(value, *interval(mean[:, i]), whole.estimates[name].questions)
+        macro[name] = Estimate(value, *percentile_interval(mean[:, i]), whole.estimates[name].questions)
     return replace(whole, tasks=parts, macro=macro)
 
 
-def smallest_k(answered: Sequence[Answered]) -> int:
+def smallest_k(answered: Sequence[AnsweredQuestion]) -> int:
     """The fewest samples that any seed drew of any question; questions without any are left out. 0: none has any."""
-    seeds = seeds_of(answered)
-    counts = [len(question.drawn_by(seed)) for question in answered if question.samples for seed in seeds]
+    seeds = sampling_seeds(answered)
+    counts = [len(question.samples_of_seed(seed)) for question in answered if question.samples for seed in seeds]
     return min(filter(None, counts), default=0)
 
 
-def seeds_of(answered: Sequence[Answered]) -> list[int]:
+def sampling_seeds(answered: Sequence[AnsweredQuestion]) -> list[int]:
     return sorted({sample.seed for question in answered for sample in question.samples})
 
 
-def columns_of(answered: Sequence[Answered], k: int, canonical: Canonical = normalise) -> tuple[list[str], Floats]:
+def metric_columns(
+    answered: Sequence[AnsweredQuestion], k: int, canonical: Canonical = normalise
+) -> tuple[list[str], Floats]:
     """The figures' names, and their columns (`bootstrap`); a question without samples of a seed adds nothing to it."""
-    seeds = seeds_of(answered) if k else []
+    seeds = sampling_seeds(answered) if k else []
     scored = all(sample.score is not None for question in answered for sample in question.samples)
     names = ["greedy"] if any(question.greedy is not None for question in answered) else []
     if seeds:
         names += [f"pass@{size}" for size in sorted({1, k})]
-        names += [rule.format(n=k) for rule in RULES if scored or rule not in BY_SCORE]
+        names += [rule.format(n=k) for rule in RULES if scored or rule not in RULES_BY_SCORE]
         names += ["assessment", "perplexity"] if scored else []
     columns = np.zeros((len(names), max(1, len(seeds)), len(answered), 2))
     place = {name: i for i, name in enumerate(names)}
@@ -143,7 +152,7 @@ def columns_of(answered: Sequence[Answered], k: int, canonical: Canonical = norm
         if question.greedy is not None:
             columns[place["greedy"], 0, q] = question.greedy.right, 1
         for s, seed in enumerate(seeds):
-            if samples := question.drawn_by(seed):
+            if samples := question.samples_of_seed(seed):
                 for name, value in _figures(samples, k, canonical, scored).items():
                     columns[place[name], s, q] = value
     return names, columns
@@ -152,52 +161,52 @@ def columns_of(answered: Sequence[Answered], k: int, canonical: Canonical = norm
 def _figures(samples: Sequence[Response], k: int, canonical: Canonical, scored: bool) -> dict[str, tuple[float, float]]:
     """Numerator and denominator of every figure of one question's samples by one seed."""
     right = sum(sample.right for sample in samples)
-    figures = {f"pass@{size}": (pass_at(len(samples), right, size), 1.0) for size in sorted({1, k})}
-    cast, everyone = ballot(samples[:k], canonical), np.arange(k)[None]
+    figures = {f"pass@{size}": (pass_at_k(len(samples), right, size), 1.0) for size in sorted({1, k})}
+    cast, everyone = sample_arrays(samples[:k], canonical), np.arange(k)[None]
     for name, rule in RULES.items():
-        if scored or name not in BY_SCORE:
+        if scored or name not in RULES_BY_SCORE:
             figures[name.format(n=k)] = float(rule(cast, everyone)[0]), 1.0
     if scored:
-        share = assessment(samples, assessed_of(k))
+        share = assessment_accuracy(samples, assessment_samples(k))
         figures["assessment"] = (0.0, 0.0) if share is None else (share, 1.0)
         figures["perplexity"] = right_perplexity(samples)
     return figures
 
 
 def _result(
-    answered: Sequence[Answered],
+    answered: Sequence[AnsweredQuestion],
     names: Sequence[str],
     columns: Floats,
     k: int,
     resamples: int,
     rng: np.random.Generator,
-) -> tuple[Result, Floats]:
-    draws = resampled(columns, resamples, rng)
+) -> tuple[EvaluationMetrics, Floats]:
+    draws = bootstrap_resamples(columns, resamples, rng)
     undecided = Verdict.UNDECIDED
-    result = Result(
+    result = EvaluationMetrics(
         questions=len(answered),
-        seeds=len(seeds_of(answered)),
+        seeds=len(sampling_seeds(answered)),
         k=k,
-        assessed=assessed_of(k),
+        assessed=assessment_samples(k),
         undecided_greedy=sum(q.greedy is not None and q.greedy.verdict is undecided for q in answered),
         undecided_samples=sum(sample.verdict is undecided for question in answered for sample in question.samples),
-        estimates=estimates(names, columns, draws, unseeded=("greedy",)),
+        estimates=estimate_metrics(names, columns, draws, unseeded=("greedy",)),
     )
     return result, draws
 
 
-def assessed_of(k: int) -> int:
-    return max(1, min(ASSESSED, k // 2))
+def assessment_samples(k: int) -> int:
+    return max(1, min(ASSESSMENT_SAMPLES, k // 2))
 
 
-def pass_at(n: int, right: int, k: int) -> float:
+def pass_at_k(n: int, right: int, k: int) -> float:
     """Probability that k of n samples, drawn without replacement, hold a right one (arXiv 2107.03374, eq. 1)."""
     if not 1 <= k <= n:
         raise ValueError(f"pass@{k} cannot be estimated from {n} samples")
     return 1.0 - math.comb(n - right, k) / math.comb(n, k)
 
 
-def assessment(samples: Sequence[Response], assessed: int = ASSESSED) -> float | None:
+def assessment_accuracy(samples: Sequence[Response], assessed: int = ASSESSMENT_SAMPLES) -> float | None:
     """Of the pairs of the first `assessed` right and wrong samples, the share in which the right one scores higher.
 
     Equal scores count half. None when there are fewer than `assessed` of either.

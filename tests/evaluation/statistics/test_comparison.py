@@ -8,9 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aft_ray.config.run import ConfigError
-from aft_ray.evaluation.answers import Answered, Response
+from aft_ray.evaluation.answers import AnsweredQuestion, Response
 from aft_ray.evaluation.report.table import results_text
-from aft_ray.evaluation.statistics.comparison import EXACT, compare, exchange_test, mcnemar, pair
+from aft_ray.evaluation.statistics.comparison import (
+    EXACT_LIMIT,
+    compare,
+    match_questions,
+    mcnemar_test,
+    permutation_test,
+)
 from aft_ray.evaluation.statistics.metrics import measure
 from aft_ray.storage.records import Verdict
 
@@ -19,9 +25,9 @@ def response(right, score=-1.0, seed=0) -> Response:
     return Response(Verdict.RIGHT if right else Verdict.WRONG, "4" if right else "5", score, seed)
 
 
-def greedy(verdicts, first=0, task="", text="") -> list[Answered]:
+def greedy(verdicts, first=0, task="", text="") -> list[AnsweredQuestion]:
     return [
-        Answered(f"q{i:04}", response(right), (), task, text and f"{text}{i}")
+        AnsweredQuestion(f"q{i:04}", response(right), (), task, text and f"{text}{i}")
         for i, right in enumerate(verdicts, first)
     ]
 
@@ -31,12 +37,12 @@ def greedy(verdicts, first=0, task="", text="") -> list[Answered]:
 def test_mcnemar_is_the_share_of_coin_tosses_at_least_as_uneven(b, c):
     tosses = itertools.product([0, 1], repeat=b + c)
     as_uneven = sum(abs(2 * sum(toss) - (b + c)) >= abs(b - c) for toss in tosses)
-    assert mcnemar(b, c) == pytest.approx(as_uneven / 2 ** (b + c))
+    assert mcnemar_test(b, c) == pytest.approx(as_uneven / 2 ** (b + c))
 
 
 def test_mcnemar_of_thousands_of_questions_is_the_normal_approximation():
     z = (abs(2200 - 2000) - 1) / math.sqrt(4200)
-    assert mcnemar(2000, 2200) == pytest.approx(math.erfc(z / math.sqrt(2)), rel=0.01)
+    assert mcnemar_test(2000, 2200) == pytest.approx(math.erfc(z / math.sqrt(2)), rel=0.01)
 
 
 def columns(values) -> np.ndarray:
@@ -53,7 +59,7 @@ def test_the_exchange_test_counts_every_exchange(both):
         abs(sum(sign * (y - x) for sign, x, y in zip(signs, a, b, strict=True))) >= observed - 1e-9
         for signs in itertools.product([-1, 1], repeat=len(both))
     )
-    p = exchange_test(columns(a), columns(b), np.random.default_rng(0))
+    p = permutation_test(columns(a), columns(b), np.random.default_rng(0))
     assert p == pytest.approx(as_large / 2 ** len(both))
 
 
@@ -62,10 +68,10 @@ def test_a_drawn_exchange_test_is_close_to_mcnemar_of_the_same_answers():
     rng = np.random.default_rng(5)
     a = (rng.random(300) < 0.5).astype(float)
     b = np.where(rng.random(300) < 0.8, a, (rng.random(300) < 0.75).astype(float))
-    exact = mcnemar(int(((a == 1) & (b == 0)).sum()), int(((a == 0) & (b == 1)).sum()))
-    assert (a != b).sum() > EXACT
+    exact = mcnemar_test(int(((a == 1) & (b == 0)).sum()), int(((a == 0) & (b == 1)).sum()))
+    assert (a != b).sum() > EXACT_LIMIT
     assert 0.001 < exact < 0.2
-    assert exchange_test(columns(a), columns(b), np.random.default_rng(0)) == pytest.approx(exact, rel=0.15)
+    assert permutation_test(columns(a), columns(b), np.random.default_rng(0)) == pytest.approx(exact, rel=0.15)
 
 
 def test_models_that_do_not_differ_are_found_different_as_often_as_said():
@@ -74,7 +80,7 @@ def test_models_that_do_not_differ_are_found_different_as_often_as_said():
     for _ in range(200):
         hardness = rng.random(60)
         a, b = ((rng.random(60) < hardness).astype(float) for _ in range(2))
-        found += mcnemar(int(((a == 1) & (b == 0)).sum()), int(((a == 0) & (b == 1)).sum())) <= 0.05
+        found += mcnemar_test(int(((a == 1) & (b == 0)).sum()), int(((a == 0) & (b == 1)).sum())) <= 0.05
     assert found <= 14  # at most 5 in 100; the exact test errs to the safe side
 
 
@@ -100,7 +106,7 @@ def test_the_difference_is_that_of_the_figures_for_every_metric():
 
     def model(skill):
         return [
-            Answered(
+            AnsweredQuestion(
                 f"q{i:04}",
                 response(rng.random() < skill),
                 [response(rng.random() < skill, -rng.random(), seed) for seed in (0, 1) for _ in range(4)],
@@ -128,7 +134,9 @@ def test_the_difference_is_that_of_the_figures_for_every_metric():
 
 
 def test_a_model_equals_itself():
-    model = [Answered(f"q{i}", response(i % 2), [response(i % 3, -i / 9), response(i % 2, -1.0)]) for i in range(9)]
+    model = [
+        AnsweredQuestion(f"q{i}", response(i % 2), [response(i % 3, -i / 9), response(i % 2, -1.0)]) for i in range(9)
+    ]
     for difference in compare(model, model).differences.values():
         assert (difference.value, difference.low, difference.high) == (0, 0, 0) or math.isnan(difference.value)
         assert difference.p == 1.0 or math.isnan(difference.value)
@@ -145,8 +153,11 @@ def test_only_common_questions_are_compared_and_the_others_counted():
 
 
 def test_what_only_one_side_has_of_a_question_is_left_out_on_both():
-    one = [Answered("a", response(True)), Answered("b", None, [response(True)])]
-    other = [Answered("a", response(False), [response(False)]), Answered("b", response(True), [response(False)])]
+    one = [AnsweredQuestion("a", response(True)), AnsweredQuestion("b", None, [response(True)])]
+    other = [
+        AnsweredQuestion("a", response(False), [response(False)]),
+        AnsweredQuestion("b", response(True), [response(False)]),
+    ]
     comparison = compare(one, other)
     assert comparison.questions == 2
     assert (comparison.differences["greedy"].value, comparison.differences["greedy"].questions) == (-1.0, 1)
@@ -165,8 +176,8 @@ def test_tasks_are_compared_apart():
 
 def test_questions_meet_by_text_where_ids_differ():
     one = greedy([True, False], text="How many? ")
-    other = [Answered(f"x{i}", q.greedy, (), "", q.question) for i, q in enumerate(one)]
-    assert [(a.id, b.id) for a, b in pair(one, other)] == [("q0000", "x0"), ("q0001", "x1")]
+    other = [AnsweredQuestion(f"x{i}", q.greedy, (), "", q.question) for i, q in enumerate(one)]
+    assert [(a.id, b.id) for a, b in match_questions(one, other)] == [("q0000", "x0"), ("q0001", "x1")]
 
 
 def test_other_questions_are_refused():

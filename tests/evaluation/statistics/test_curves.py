@@ -5,27 +5,27 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aft_ray.evaluation.answers import Answered, Response
-from aft_ray.evaluation.statistics.curves import curves, path_counts
-from aft_ray.evaluation.statistics.histograms import BINS, histograms
+from aft_ray.evaluation.answers import AnsweredQuestion, Response
+from aft_ray.evaluation.statistics.curves import accuracy_curves, sample_counts
+from aft_ray.evaluation.statistics.histograms import BINS, score_histograms
 from aft_ray.evaluation.statistics.metrics import measure
 from aft_ray.storage.records import Verdict
 
 RIGHT, WRONG, UNDECIDED = Verdict.RIGHT, Verdict.WRONG, Verdict.UNDECIDED
 
 
-def sampled(id, pattern, scores=None, seed=0) -> Answered:
+def sampled(id, pattern, scores=None, seed=0) -> AnsweredQuestion:
     """A question whose samples are right where the pattern says "r"."""
     scores = scores or [-1.0 - i / 7 for i in range(len(pattern))]
     samples = [
         Response(RIGHT, "4", score, seed) if letter == "r" else Response(WRONG, letter, score, seed)
         for letter, score in zip(pattern, scores, strict=True)
     ]
-    return Answered(id, None, samples)
+    return AnsweredQuestion(id, None, samples)
 
 
 def test_the_numbers_of_samples_double_up_to_k():
-    assert [path_counts(k) for k in (2, 6, 8)] == [[1, 2], [1, 2, 4, 6], [1, 2, 4, 8]]
+    assert [sample_counts(k) for k in (2, 6, 8)] == [[1, 2], [1, 2, 4, 6], [1, 2, 4, 8]]
 
 
 @settings(max_examples=25, deadline=None)
@@ -33,12 +33,12 @@ def test_the_numbers_of_samples_double_up_to_k():
 def test_a_point_is_the_mean_over_all_subsets(patterns):
     """Against `measure` of each subset on its own: what would have been found, had only these samples been drawn."""
     questions = [sampled(f"q{i}", pattern) for i, pattern in enumerate(patterns)]
-    grown = curves(questions)
+    grown = accuracy_curves(questions)
     assert grown.n == [1, 2, 4, 5]
     for place, n in enumerate(grown.n):
         found = []
         for subset in itertools.combinations(range(5), n):
-            drawn = [Answered(q.id, None, [q.samples[i] for i in subset]) for q in questions]
+            drawn = [AnsweredQuestion(q.id, None, [q.samples[i] for i in subset]) for q in questions]
             found.append(measure(drawn, resamples=100).estimates)
         for rule in ("maj@n", "best-of-n", "vote@n", "pass@n"):
             expected = np.mean([estimates[rule.replace("n", str(n)) if "@" in rule else f"best-of-{n}"].value
@@ -49,7 +49,7 @@ def test_a_point_is_the_mean_over_all_subsets(patterns):
 def test_the_last_point_is_the_figure_itself_and_the_first_is_the_same_for_all_rules():
     rng = np.random.default_rng(0)
     questions = [sampled(f"q{i:02}", "".join(rng.choice(list("rrab"), 24)), list(-rng.random(24))) for i in range(40)]
-    result, grown = measure(questions), curves(questions)
+    result, grown = measure(questions), accuracy_curves(questions)
     assert grown.n == [1, 2, 4, 8, 16, 24]
     for rule, name in (("maj@n", "maj@24"), ("best-of-n", "best-of-24"), ("vote@n", "vote@24"), ("pass@n", "pass@24")):
         last, figure = grown.rules[rule][-1], result.estimates[name]
@@ -63,30 +63,30 @@ def test_a_random_choice_of_subsets_is_close_to_all_of_them():
     """pass@n is known exactly; the other rules' points rest on 64 of the 10,626 subsets of 4."""
     rng = np.random.default_rng(1)
     questions = [sampled(f"q{i:03}", "".join(rng.choice(list("rab"), 24)), list(-rng.random(24))) for i in range(200)]
-    grown = curves(questions)
+    grown = accuracy_curves(questions)
     assert grown.rules["maj@n"][0].value == pytest.approx(grown.rules["pass@n"][0].value, abs=0.02)
 
 
 def test_seeds_are_averaged():
     one, two = "rrrr", "aaaa"
-    both = Answered("q", None, [*sampled("q", one, seed=1).samples, *sampled("q", two, seed=2).samples])
-    grown = curves([both])
+    both = AnsweredQuestion("q", None, [*sampled("q", one, seed=1).samples, *sampled("q", two, seed=2).samples])
+    grown = accuracy_curves([both])
     assert grown.n == [1, 2, 4]
     assert grown.rules["maj@n"][2].per_seed == (1.0, 0.0)
     assert grown.rules["maj@n"][2].value == 0.5
 
 
 def test_a_single_sample_makes_no_curve_and_missing_scores_no_curve_by_score():
-    assert curves([sampled("q", "r")]) is None
-    assert curves([Answered("q", Response(RIGHT))]) is None
-    unscored = Answered("q", None, [Response(RIGHT, "4"), Response(WRONG, "5")])
-    assert curves([unscored]).rules.keys() == {"maj@n", "pass@n"}
+    assert accuracy_curves([sampled("q", "r")]) is None
+    assert accuracy_curves([AnsweredQuestion("q", Response(RIGHT))]) is None
+    unscored = AnsweredQuestion("q", None, [Response(RIGHT, "4"), Response(WRONG, "5")])
+    assert accuracy_curves([unscored]).rules.keys() == {"maj@n", "pass@n"}
 
 
 def test_histograms_count_every_decided_sample_once_in_common_bins():
-    before = [sampled("a", "rab", [-1.0, -2.0, -3.0]), Answered("b", None, [Response(UNDECIDED, None, -1.5)])]
+    before = [sampled("a", "rab", [-1.0, -2.0, -3.0]), AnsweredQuestion("b", None, [Response(UNDECIDED, None, -1.5)])]
     after = [sampled("a", "rrb", [-0.1, -0.2, -4.0])]
-    counted = histograms({"before": before, "after": after, "none": [Answered("c", Response(RIGHT))]})
+    counted = score_histograms({"before": before, "after": after, "none": [AnsweredQuestion("c", Response(RIGHT))]})
     assert counted.keys() == {"before", "after"}
     assert counted["before"].edges == counted["after"].edges
     assert len(counted["before"].edges) == BINS + 1
@@ -97,6 +97,6 @@ def test_histograms_count_every_decided_sample_once_in_common_bins():
 
 
 def test_scores_that_are_all_the_same_have_a_histogram_too():
-    (counted,) = histograms({"x": [sampled("a", "ra", [-1.0, -1.0])]}).values()
+    (counted,) = score_histograms({"x": [sampled("a", "ra", [-1.0, -1.0])]}).values()
     assert (sum(counted.right), sum(counted.wrong)) == (1, 1)
-    assert histograms({"x": [Answered("a", None, [Response(RIGHT, "4")])]}) == {}
+    assert score_histograms({"x": [AnsweredQuestion("a", None, [Response(RIGHT, "4")])]}) == {}

@@ -8,9 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aft_ray.evaluation.answers import Answered, Response
+from aft_ray.evaluation.answers import AnsweredQuestion, Response
 from aft_ray.evaluation.report.table import results_table, results_text
-from aft_ray.evaluation.statistics.metrics import Result, assessment, measure, pass_at, right_perplexity
+from aft_ray.evaluation.statistics.metrics import (
+    EvaluationMetrics,
+    assessment_accuracy,
+    measure,
+    pass_at_k,
+    right_perplexity,
+)
 from aft_ray.storage.records import Verdict
 
 # Few answers and coarse scores, so that ties are common; an answer always has the same verdict.
@@ -39,9 +45,9 @@ def wrong(score: float, answer: str = "5", seed: int = 0) -> Response:
     return Response(Verdict.WRONG, answer, score, seed)
 
 
-def answered(*samples: Response, greedy: Verdict | bool = True, id: str = "q", task: str = "") -> Answered:
+def answered(*samples: Response, greedy: Verdict | bool = True, id: str = "q", task: str = "") -> AnsweredQuestion:
     verdict = greedy if isinstance(greedy, Verdict) else (Verdict.RIGHT if greedy else Verdict.WRONG)
-    return Answered(id, Response(verdict), samples, task)
+    return AnsweredQuestion(id, Response(verdict), samples, task)
 
 
 @settings(deadline=None)
@@ -49,12 +55,12 @@ def answered(*samples: Response, greedy: Verdict | bool = True, id: str = "q", t
 def test_pass_at_k_is_the_share_of_all_draws_that_hold_a_right_one(case):
     n, c, k = case
     draws = list(itertools.combinations([True] * c + [False] * (n - c), k))
-    assert pass_at(n, c, k) == pytest.approx(sum(map(any, draws)) / len(draws))
+    assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, draws)) / len(draws))
 
 
 def test_pass_at_k_needs_k_samples():
     with pytest.raises(ValueError, match="pass@7 cannot be estimated from 6 samples"):
-        pass_at(6, 1, 7)
+        pass_at_k(6, 1, 7)
 
 
 @settings(deadline=None)
@@ -63,10 +69,10 @@ def test_assessment_equals_a_slow_loop(samples, assessed):
     rights = [s.score for s in samples if s.verdict is Verdict.RIGHT][:assessed]
     wrongs = [s.score for s in samples if s.verdict is Verdict.WRONG][:assessed]
     if len(rights) < assessed or len(wrongs) < assessed:
-        assert assessment(samples, assessed) is None
+        assert assessment_accuracy(samples, assessed) is None
         return
     points = sum(1.0 if r > w else 0.5 if r == w else 0.0 for r in rights for w in wrongs)
-    assert assessment(samples, assessed) == pytest.approx(points / assessed**2)
+    assert assessment_accuracy(samples, assessed) == pytest.approx(points / assessed**2)
 
 
 def test_the_figures_of_a_small_split():
@@ -120,7 +126,7 @@ def test_a_figure_that_no_question_qualifies_for_is_a_dash():
 @given(QUESTIONS)
 def test_any_answers_give_ordered_intervals_and_survive_json(questions):
     result = measure(questions, resamples=100)
-    again = Result.from_json(json.loads(json.dumps(result.to_json(), allow_nan=False)))
+    again = EvaluationMetrics.from_json(json.loads(json.dumps(result.to_json(), allow_nan=False)))
     assert again.to_json() == result.to_json()
     for name, e in result.estimates.items():
         assert math.isnan(e.value) == (e.questions == 0)
@@ -210,7 +216,7 @@ def test_tasks_are_measured_apart_and_weigh_the_same_in_their_mean():
     assert result.macro["greedy"].value == 0.375
     assert result.macro["greedy"].low <= 0.375 <= result.macro["greedy"].high
     assert math.isnan(result.macro["pass@1"].value)  # ecqa has no samples
-    figures = result.figures()
+    figures = result.flat_values()
     assert (figures["greedy"], figures["gsm8k/greedy"], figures["ecqa/greedy"]) == (0.6, 0.75, 0.0)
     assert figures["ecqa/pass_1"] is None
     text = results_text({"x": result})
@@ -234,7 +240,7 @@ def test_fewer_samples_can_be_asked_for_but_not_more():
     questions = [answered(*[wrong(-0.1)] * 4, *[right(-0.1)] * 4)]
     four = measure(questions, k=4)
     assert (four.k, four.estimates["maj@4"].value) == (4, 0.0)
-    assert four.estimates["pass@4"].value == pass_at(8, 4, 4)  # all eight tell
+    assert four.estimates["pass@4"].value == pass_at_k(8, 4, 4)  # all eight tell
     assert measure(questions, k=100).k == 8
 
 

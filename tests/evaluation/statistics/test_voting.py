@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from aft_ray.evaluation.answers import Response
 from aft_ray.evaluation.statistics.curves import subsets
-from aft_ray.evaluation.statistics.voting import ballot, best, majority, weighted_vote
+from aft_ray.evaluation.statistics.voting import best_of_n, majority_vote, sample_arrays, weighted_vote
 from aft_ray.storage.records import Verdict
 from aft_ray.verify.answers.canonical import normalise
 
@@ -21,7 +21,7 @@ SAMPLES = st.builds(
 
 
 def one(rule, samples, canonical=normalise) -> bool:
-    (outcome,) = rule(ballot(samples, canonical), np.arange(len(samples))[None])
+    (outcome,) = rule(sample_arrays(samples, canonical), np.arange(len(samples))[None])
     return bool(outcome)
 
 
@@ -56,9 +56,9 @@ def slow_best(samples) -> bool:
 def test_every_subset_votes_as_slow_loops_say(samples, data):
     n = data.draw(st.integers(1, len(samples)))
     every = list(itertools.combinations(range(len(samples)), n))
-    cast, chosen = ballot(samples, str), np.array(every)
+    cast, chosen = sample_arrays(samples, str), np.array(every)
     for subset, by_count, by_weight, by_score in zip(
-        every, majority(cast, chosen), weighted_vote(cast, chosen), best(cast, chosen), strict=True
+        every, majority_vote(cast, chosen), weighted_vote(cast, chosen), best_of_n(cast, chosen), strict=True
     ):
         drawn = [samples[i] for i in subset]
         assert by_count == slow(drawn, count_then_score)
@@ -73,25 +73,25 @@ def test_a_majority_tie_goes_to_the_larger_summed_score_then_to_the_first():
     def wrong(score):
         return Response(WRONG, "5", score)
 
-    assert one(majority, [wrong(-1.0), right(-0.5)])
-    assert not one(majority, [wrong(-0.5), right(-1.0)])
-    assert not one(majority, [wrong(-1.0), right(-1.0)])
-    assert one(majority, [right(-1.0), wrong(-1.0)])
+    assert one(majority_vote, [wrong(-1.0), right(-0.5)])
+    assert not one(majority_vote, [wrong(-0.5), right(-1.0)])
+    assert not one(majority_vote, [wrong(-1.0), right(-1.0)])
+    assert one(majority_vote, [right(-1.0), wrong(-1.0)])
     # Without scores, to the first at once.
-    assert not one(majority, [wrong(None), right(None)])
+    assert not one(majority_vote, [wrong(None), right(None)])
 
 
 def test_answers_that_are_the_same_vote_together():
     samples = [Response(RIGHT, "1,000.0", -1.0), Response(RIGHT, "$1000", -1.0)]
     samples += [Response(WRONG, "5", -0.1), Response(WRONG, "6", -0.1)]
-    assert one(majority, samples)
-    assert not one(majority, samples, str)
+    assert one(majority_vote, samples)
+    assert not one(majority_vote, samples, str)
 
 
 def test_a_response_that_never_came_neither_votes_nor_is_chosen():
     lost = Response(UNDECIDED, None, -math.inf, 0, "", 0)
     right = Response(RIGHT, "4", -3.0)
-    for rule in (majority, weighted_vote, best):
+    for rule in (majority_vote, weighted_vote, best_of_n):
         assert one(rule, [lost, lost, right])
         assert not one(rule, [lost])
 
