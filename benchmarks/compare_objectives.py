@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import typer
 from laboratory import QUICK, Experiment, Settings, run_all
 
-from aft_ray.config.run import ObjectiveName
+from aft_ray.config.objectives import OBJECTIVES
 
 # Objective without a constraint, its constrained twins, and their name in the paper.
 FAMILIES = (
@@ -55,7 +55,7 @@ def main(
     """Train every objective from one VFT model and one set of groups, and compare."""
     settings, seeds = (QUICK, 1) if quick else (Settings(), seeds)
     kinds = feedback or ["binary", "steps"]
-    names = objective or [str(name) for name in ObjectiveName.__args__]
+    names = objective or list(OBJECTIVES)
     started = time.monotonic()
     experiments = [Experiment(seed, "binary", None) for seed in range(seeds)]
     for seed in range(seeds):

@@ -7,33 +7,17 @@ exist, does the cluster have the GPUs) is checked by `aft_ray.run.preflight`, be
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
 from aft_ray.config.loader import parse_section, read_tree
+from aft_ray.config.objectives import ObjectiveConfig as ObjectiveConfig
 from aft_ray.config.section import ConfigError as ConfigError
 from aft_ray.config.section import Natural, Positive, Seconds, Section
 from aft_ray.config.tasks import ENTRY_NAME, TaskConfig, TaskName
 from aft_ray.config.tasks import ArithmeticConfig as ArithmeticConfig
 from aft_ray.config.tasks import DataConfig as DataConfig
-
-ObjectiveName = Literal[
-    "vft", "rft", "align", "aft_detached", "aft_detached_lowest", "aft_boundary",
-    "rrhf", "rrhf_detached", "pro", "pro_detached", "dpo", "irpo", "dpop", "grpo",
-]  # fmt: skip
-# The objectives that need no samples: their rounds skip sampling altogether.
-UNSAMPLED_OBJECTIVES = frozenset({"vft"})
-# The objectives that compare candidates, and so need at least two of them.
-RANKING_OBJECTIVES = frozenset(get_args(ObjectiveName)) - UNSAMPLED_OBJECTIVES - {"rft"}
-# Which of the keys below an objective reads beside its weight.
-OBJECTIVE_OPTIONS: dict[str, tuple[str, ...]] = {
-    "aft_boundary": ("beta",),
-    "dpo": ("beta",),
-    "irpo": ("beta", "alpha"),
-    "dpop": ("beta", "penalty"),
-    "grpo": ("clip", "kl"),
-}
 
 
 class ModelConfig(Section):
@@ -46,38 +30,6 @@ class ModelConfig(Section):
         "auto", description="auto: ask through the model's chat template when it has one"
     )
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
-
-
-class ObjectiveConfig(Section):
-    """The loss on a group: L = L_VFT + weight * L_A."""
-
-    name: ObjectiveName = Field("aft_boundary", description="which objective; see docs/objectives.md")
-    weight: float = Field(1.0, gt=0, description="of L_A beside L_VFT")
-    beta: Annotated[float, Field(ge=0)] | Literal["auto"] | None = Field(
-        None,
-        description="aft_boundary: how far below the worst right score, nats per token, or auto (none: 0.15); "
-        "dpo, irpo, dpop: strength of the preference (none: 0.1)",
-    )
-    alpha: float | None = Field(None, ge=0, description="irpo: weight of the better response's likelihood (none: 1)")
-    penalty: float | None = Field(None, ge=0, description="dpop: weight of the penalty λ (none: 5)")
-    clip: float | None = Field(None, gt=0, lt=1, description="grpo: how far the ratio may move from 1 (none: 0.2)")
-    kl: float | None = Field(None, ge=0, description="grpo: weight of the KL term (none: 0.04)")
-
-    @model_validator(mode="after")
-    def _agree(self) -> Self:
-        takes = OBJECTIVE_OPTIONS.get(self.name, ())
-        for key in ("beta", "alpha", "penalty", "clip", "kl"):
-            if getattr(self, key) is not None and key not in takes:
-                known = f"it takes {', '.join(takes)}" if takes else "it takes none"
-                raise ConfigError(f"objective.name={self.name} has no use for objective.{key}; {known}")
-        if self.beta == "auto" and self.name != "aft_boundary":
-            raise ConfigError(f"objective.beta=auto is for aft_boundary; {self.name} needs a number")
-        return self
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """What `build_objective` takes beside the name."""
-        return {key: value for key in OBJECTIVE_OPTIONS.get(self.name, ()) if (value := getattr(self, key)) is not None}
 
 
 class JudgeConfig(Section):
@@ -302,7 +254,7 @@ class RunConfig(Section):
                     f"feedback.kind=steps grades the calculations of task=arithmetic, which {entry.task} has not; use "
                     f"feedback.kind=binary or judge"
                 )
-        if self.objective.name in RANKING_OBJECTIVES and self.sampling.k < 2 and self.rounds.count:
+        if self.objective.spec.ranks_candidates and self.sampling.k < 2 and self.rounds.count:
             raise ConfigError(
                 f"objective.name={self.objective.name} compares candidates, so sampling.k must be at least 2, "
                 f"not {self.sampling.k}"
@@ -440,7 +392,12 @@ class RunConfig(Section):
     @property
     def samples(self) -> bool:
         """Whether the objective's rounds need candidates."""
-        return self.objective.name not in UNSAMPLED_OBJECTIVES
+        return self.objective.spec.uses_candidates
+
+    @property
+    def needs_samplers(self) -> bool:
+        """Whether the run samples candidates or evaluates the model while it trains."""
+        return (self.samples and self.rounds.count > 0) or self.rounds.evaluate_every > 0
 
     @property
     def score_tolerance(self) -> float:

@@ -1,8 +1,10 @@
-"""Losses against a reference policy: DPO, IRPO, DPOP and GRPO.
+"""Losses that compare with a reference policy: DPO, IRPO, DPOP and GRPO.
 
-The reference is the policy that sampled the candidates; the sampler returned its log-probabilities with them, so no
-second model is held. s_ref is a score under it (nats per token), Δ a sequence log-probability minus the sampler's
-(nats). Like the others each is L_A of L = L_VFT + w * L_A, and zero for a group without two different rewards.
+The reference policy is the one that sampled the candidates. The sampler returned its log-probabilities with them, so
+training holds no second model. Each class is the L_A of L = L_VFT + w * L_A. s_i is the score of candidate i and
+s_ref_i its score under the sampler (nats per token); Δ_i is the log-probability of the whole response minus the
+sampler's (nats); i ≻ j means r_i > r_j. Every loss takes [groups, k] tensors, returns one value a group, is zero for a
+group without two different rewards, and raises ValueError without the sampler's scores (or lengths, where it needs Δ).
 """
 
 from __future__ import annotations
@@ -14,14 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aft_ray.objectives.base import Objective, ScoredGroups, each_log1p_sum_exp, mean_over
+from aft_ray.objectives.base import Objective, ScoredGroups, mean_over, rowwise_log1p_sum_exp
 
-# Largest exponent of a probability ratio: exp(60) is finite in float32, and no sane ratio comes near.
-_LARGEST = 60.0
+# The largest exponent of a probability ratio. exp(60) is finite in float32, and a useful ratio is far below it.
+_MAX_LOG_RATIO = 60.0
 
 
-class _AgainstSampler(Objective):
-    """What these losses share: none of their options may be negative."""
+class _ReferencePolicyObjective(Objective):
+    """An objective of this module: a dataclass none of whose options may be negative."""
 
     def __post_init__(self) -> None:
         for field in fields(self):  # type: ignore[arg-type]
@@ -30,27 +32,29 @@ class _AgainstSampler(Objective):
 
 
 @dataclass(frozen=True)
-class Dpo(_AgainstSampler):
-    """Σ_i log[1 + Σ_{j≺i} exp(β(s_j − s_ref_j) − β(s_i − s_ref_i))] (Eq. 16, the ranking form; arXiv 2305.18290).
+class Dpo(_ReferencePolicyObjective):
+    """DPO as a ranking loss: Σ_i log[1 + Σ_{j≺i} exp(β(s_j − s_ref_j) − β(s_i − s_ref_i))] (Eq. 16 of arXiv
+    2309.02144; arXiv 2305.18290).
 
-    Pushes each candidate up, and those worse than it down, measured from where the sampler had them. Only differences
-    count, so both may fall together.
+    It raises each candidate and lowers the worse ones, relative to their scores under the sampler. Only differences
+    count, so both scores may fall together.
     """
 
     beta: float = 0.1
     name: ClassVar[str] = "dpo"
 
     def group_sums(self, groups: ScoredGroups) -> Tensor:
-        gain = self.beta * (groups.clean_scores() - groups.clean_sampler_scores())
-        return each_log1p_sum_exp(gain[:, None, :] - gain[:, :, None], groups.ordered_pairs())
+        gain = self.beta * (groups.masked_scores() - groups.masked_sampler_scores())
+        return rowwise_log1p_sum_exp(gain[:, None, :] - gain[:, :, None], groups.ordered_pairs())
 
 
 @dataclass(frozen=True)
-class Irpo(_AgainstSampler):
-    """mean over pairs w ≻ l of −log σ(β(Δ_w − Δ_l)) − α s_w (arXiv 2404.19733).
+class Irpo(_ReferencePolicyObjective):
+    """Iterative reasoning preference optimisation: mean over pairs w ≻ l of −log σ(β(Δ_w − Δ_l)) − α s_w (arXiv
+    2404.19733).
 
-    Pushes the better of each pair up, twice: against the worse, and by its own length-normalised likelihood, which
-    keeps it from falling along with the worse one. Pushes the worse down.
+    It raises the better candidate of each pair against the worse one and, through α, by its own likelihood normalised
+    by length, which keeps it from falling together with the worse one. It lowers the worse one.
     """
 
     beta: float = 0.1
@@ -58,19 +62,20 @@ class Irpo(_AgainstSampler):
     name: ClassVar[str] = "irpo"
 
     def group_sums(self, groups: ScoredGroups) -> Tensor:
-        gain = groups.gains()
-        preference = -F.logsigmoid(self.beta * (gain[:, :, None] - gain[:, None, :]))
-        return mean_over(preference - self.alpha * groups.clean_scores()[:, :, None], groups.ordered_pairs())
+        delta = groups.log_ratios()
+        preference = -F.logsigmoid(self.beta * (delta[:, :, None] - delta[:, None, :]))
+        return mean_over(preference - self.alpha * groups.masked_scores()[:, :, None], groups.ordered_pairs())
 
 
 @dataclass(frozen=True)
-class Dpop(_AgainstSampler):
-    """mean over pairs w ≻ l of −log σ(β[Δ_w − Δ_l − λ max(0, −Δ_w)]) (DPO-Positive, arXiv 2402.13228).
+class Dpop(_ReferencePolicyObjective):
+    """DPO-Positive: mean over pairs w ≻ l of −log σ(β[Δ_w − Δ_l − λ max(0, −Δ_w)]) (arXiv 2402.13228).
 
-    Pushes the better of each pair up and the worse down; a better one that has become less likely than it was to the
-    sampler is pushed up λ + 1 times as hard.
+    It raises the better candidate of each pair and lowers the worse one. A better candidate that is less likely than it
+    was under the sampler is raised λ + 1 times as strongly.
 
-    penalty: λ.
+    Attributes:
+        penalty: λ.
     """
 
     beta: float = 0.1
@@ -78,20 +83,25 @@ class Dpop(_AgainstSampler):
     name: ClassVar[str] = "dpop"
 
     def group_sums(self, groups: ScoredGroups) -> Tensor:
-        gain = groups.gains()
-        better = gain - self.penalty * (-gain).clamp(min=0)
-        return mean_over(-F.logsigmoid(self.beta * (better[:, :, None] - gain[:, None, :])), groups.ordered_pairs())
+        delta = groups.log_ratios()
+        better = delta - self.penalty * (-delta).clamp(min=0)
+        return mean_over(-F.logsigmoid(self.beta * (better[:, :, None] - delta[:, None, :])), groups.ordered_pairs())
 
 
 @dataclass(frozen=True)
-class Grpo(_AgainstSampler):
-    """mean over candidates of −min(ρ_i A_i, clip(ρ_i, 1 ± ε) A_i) + kl · (e^{−δ_i} + δ_i − 1) (arXiv 2402.03300).
+class Grpo(_ReferencePolicyObjective):
+    """GRPO: mean over candidates of −min(ρ_i A_i, clip(ρ_i, 1 ± ε) A_i) + kl · (e^{−δ_i} + δ_i − 1), with δ_i = s_i −
+    s_ref_i, ρ_i = e^{δ_i} and A_i = (r_i − mean r) / std r over the group (arXiv 2402.03300).
 
-    δ_i = s_i − s_ref_i, ρ_i = e^{δ_i}, A_i = (r_i − mean r) / std r over the group. The KL term is the k3 estimator.
-    Pushes candidates of more than the mean reward up and the others down, until their ratio leaves 1 ± ε.
+    It raises candidates whose reward is above the mean of the group and lowers the others, until their ratio ρ leaves
+    1 ± ε. The term with `kl` is the k3 estimator of the KL divergence. std divides by the number of candidates.
 
-    The ratio is that of whole responses, normalised by length, as in GSPO (arXiv 2507.18071): a candidate stores one
-    log-probability, not one a token. std divides by the number of candidates.
+    The ratio is that of whole responses, normalised by length, as in GSPO (arXiv 2507.18071), because a candidate is
+    stored with one log-probability and not with one for each token.
+
+    Attributes:
+        clip: ε.
+        kl: weight of the KL term.
     """
 
     clip: float = 0.2
@@ -104,8 +114,8 @@ class Grpo(_AgainstSampler):
         centred = rewards - mean_over(rewards, mask)[:, None]
         deviation = mean_over(centred.square(), mask).sqrt()[:, None]
         advantage = centred / torch.where(deviation > 0, deviation, 1.0)
-        change = groups.clean_scores() - groups.clean_sampler_scores()
-        ratio = change.clamp(max=_LARGEST).exp()
+        log_ratio = groups.masked_scores() - groups.masked_sampler_scores()
+        ratio = log_ratio.clamp(max=_MAX_LOG_RATIO).exp()
         gained = torch.minimum(ratio * advantage, ratio.clamp(1 - self.clip, 1 + self.clip) * advantage)
-        k3 = (-change).clamp(max=_LARGEST).exp() + change - 1
+        k3 = (-log_ratio).clamp(max=_MAX_LOG_RATIO).exp() + log_ratio - 1
         return mean_over(self.kl * k3 - gained, mask)

@@ -82,11 +82,13 @@ def trained_candidates(group: Group, objective: Objective) -> list[int]:
     if not objective.uses_candidates:
         return []
     kept = [index for index, keep in enumerate(training_mask(group)) if keep]
-    if objective.replaces_reference_loss:
+    if objective.right_candidates_only:
         reference = group.reference_token_ids
         chosen = [group.candidates[index] for index in kept]
         return [i for i, c in zip(kept, chosen, strict=True) if c.verdict is Verdict.RIGHT and c.token_ids != reference]
-    return kept if len({group.candidates[index].reward for index in kept}) > 1 else []
+    if objective.ranks_candidates and len({group.candidates[index].reward for index in kept}) < 2:
+        return []
+    return kept
 
 
 def group_size(group: Group, objective: Objective) -> GroupSize:

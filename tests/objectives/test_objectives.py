@@ -3,15 +3,14 @@
 import math
 import time
 from dataclasses import fields
-from typing import get_args
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aft_ray.config.run import OBJECTIVE_OPTIONS, RANKING_OBJECTIVES, ObjectiveName
-from aft_ray.objectives import OBJECTIVES, ScoredGroups, build_objective, l_vft
+from aft_ray.config.objectives import OBJECTIVES, ObjectiveSpec
+from aft_ray.objectives import Objective, ScoredGroups, build_objective, l_vft, objective_class
 from aft_ray.objectives.beta import BETA_RULES
 
 RANKING = [
@@ -397,14 +396,57 @@ def test_at_the_sampler_itself_nothing_is_preferred_yet():
 
 
 def test_attributes_agree_with_the_names():
-    assert {name for name, kind in OBJECTIVES.items() if not kind.uses_candidates} == {"vft"}
-    assert {name for name, kind in OBJECTIVES.items() if kind.replaces_reference_loss} == {"rft"}
+    kinds = {name: objective_class(name) for name in OBJECTIVES}
+    assert {name for name, kind in kinds.items() if not kind.uses_candidates} == {"vft"}
+    assert {name for name, kind in kinds.items() if kind.replaces_reference_loss} == {"rft"}
     assert all(build_objective(name).name == name for name in OBJECTIVES)
 
 
 def test_the_config_knows_the_objectives_and_their_options():
-    assert set(OBJECTIVES) == set(get_args(ObjectiveName))
-    for name, kind in OBJECTIVES.items():
-        assert OBJECTIVE_OPTIONS.get(name, ()) == tuple(field.name for field in fields(kind))
+    assert set(OBJECTIVES) == {"vft", "rft", *RANKING}
+    for name, spec in OBJECTIVES.items():
+        kind = objective_class(name)
+        assert spec == ObjectiveSpec(
+            path=f"{kind.__module__}:{kind.__name__}",
+            options=tuple(field.name for field in fields(kind)),
+            uses_candidates=kind.uses_candidates,
+            ranks_candidates=kind.ranks_candidates,
+            right_candidates_only=kind.right_candidates_only,
+        )
     for name in RANKING:
-        assert name in RANKING_OBJECTIVES
+        assert OBJECTIVES[name].ranks_candidates
+
+
+class OwnObjective(Objective):
+    name = "own"
+
+    def __init__(self, scale=1.0):
+        self.scale = scale
+
+    def group_sums(self, groups):
+        return self.scale * groups.masked_scores().sum(dim=1)
+
+
+class UnfinishedObjective(Objective):
+    name = "unfinished"
+
+
+def test_an_own_objective_is_given_by_its_import_path():
+    objective = build_objective(f"{__name__}:OwnObjective", scale=2.0)
+    assert objective(torch.full((2, 3), -1.0), torch.zeros(2, 3), torch.ones(2, 3).bool()).item() == -6
+    with pytest.raises(ValueError, match="OwnObjective' has no option 'beta'; it takes scale"):
+        build_objective(f"{__name__}:OwnObjective", beta=0.1)
+
+
+@pytest.mark.parametrize(
+    ("path", "sentence"),
+    [
+        ("no_such_module:Loss", "module of objective 'no_such_module:Loss' cannot be imported: No module named"),
+        ("math:Loss", "the module math has no 'Loss'"),
+        ("math:sqrt", "'math:sqrt' is no objective: it must be a class that derives from"),
+        (f"{__name__}:UnfinishedObjective", "does not implement group_sums"),
+    ],
+)
+def test_an_import_path_that_leads_to_no_objective_says_what_is_missing(path, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        build_objective(path)

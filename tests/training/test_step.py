@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from training_helpers import PAD, plan, random_groups, write_tiny_llama
 
-from aft_ray.objectives import OBJECTIVES, build_objective
+from aft_ray.config.objectives import OBJECTIVES
+from aft_ray.objectives import build_objective
 from aft_ray.storage.records import Verdict
 from aft_ray.training.batching import StepTotals, trained_candidates
 from aft_ray.training.collate import DUMMY, REFERENCE, collate

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from aft_ray.config.run import UNSAMPLED_OBJECTIVES, ConfigError, RunConfig
+from aft_ray.config.run import ConfigError, RunConfig
 from aft_ray.config.tasks import DataConfig
 from aft_ray.planning.plan.assumptions import PlanAssumptions
 from aft_ray.tasks.dataset import round_size
@@ -93,10 +93,10 @@ def workload(config: RunConfig, assumed: PlanAssumptions) -> Workload:
 def _rows(config: RunConfig, assumed: PlanAssumptions) -> float:
     """Rows of a group: the reference, and the distinct candidates of groups whose rewards differ; `rft` trains on the
     right ones of every group, about half."""
-    name = config.objective.name
-    if name in UNSAMPLED_OBJECTIVES:
+    objective = config.objective.spec
+    if not objective.uses_candidates:
         return 1.0
-    share = 0.5 if name == "rft" else assumed.signal
+    share = 0.5 if objective.right_candidates_only else assumed.signal
     return 1 + share * assumed.distinct * config.sampling.k
 
 

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from aft_ray.config.run import RANKING_OBJECTIVES, RunConfig
+from aft_ray.config.run import RunConfig
 from aft_ray.coordination.coordinator import Coordinator
 from aft_ray.planning.simulation.assumptions import SimulationAssumptions, Work
 from aft_ray.training.batching import GroupSize, StepPlan, plan_pass
@@ -50,12 +50,12 @@ class PassCost:
 def group_sizes(config: RunConfig, work: Work, answered: list[tuple[str, int]]) -> list[GroupSize]:
     """Sizes of the answered questions, given as (id, number in `work`). Which candidates are trained on follows
     `batching.trained_candidates`, but for repeated responses, which simulated ones are not."""
-    sizes = []
+    sizes, objective = [], config.objective.spec
     for question_id, number in answered:
         lengths, right = work.lengths[number], work.right[number]
-        if config.objective.name == "rft":
+        if objective.right_candidates_only:
             lengths = lengths[right]
-        elif config.objective.name not in RANKING_OBJECTIVES or right.all() or not right.any():
+        elif not objective.uses_candidates or (objective.ranks_candidates and (right.all() or not right.any())):
             lengths = lengths[:0]
         reference = int(work.references[number])
         sizes.append(
