@@ -23,7 +23,7 @@ from aft_ray.config.run import ConfigError, RunConfig
 from aft_ray.coordination.coordinator import PeerFailed, call
 from aft_ray.objectives import Objective, build_objective
 from aft_ray.observe.logs import redirect_output
-from aft_ray.storage.ledger import Ledger, Trained
+from aft_ray.storage.ledger import CheckpointRecord, Ledger
 from aft_ray.storage.records import Group
 from aft_ray.storage.run_dir import LOGS, RunDir, RunDirError
 from aft_ray.tasks.dataset import load_tokenizer, round_size
@@ -62,12 +62,6 @@ def worker_main(given: dict[str, Any]) -> None:
         call(worker.coordinator.fail, str(error))
 
 
-def first_round(config: RunConfig, ledger: Ledger) -> int:
-    """The first round that is not trained yet; `rounds.count` + 1 when all are."""
-    last = ledger.last_checkpoint()
-    return last.round + 1 if last else (0 if config.vft.epochs else 1)
-
-
 class _Trainer:
     def __init__(self, worker: WorkerConfig, rank: int) -> None:
         self.config, self.run_dir, self.coordinator = worker.config, worker.run_dir, worker.coordinator
@@ -92,7 +86,7 @@ class _Trainer:
             call(self.coordinator.publish, self.publisher.read(last.round))
         engine = None
         last_round = self.config.rounds.count
-        for round_number in range(first_round(self.config, self.ledger), last_round + 1):
+        for round_number in range(self.ledger.first_untrained_round(bool(self.config.vft.epochs)), last_round + 1):
             anew = engine is None or round_number == 1
             if anew:
                 # Round 1 starts like a run from a fine-tuned model: fresh optimizer, weights of version 0.
@@ -118,7 +112,7 @@ class _Trainer:
             turns.leave(engine)
         call(self.coordinator.release_gpus, round_number, turns.seat(self.rank, self.world))
 
-    def _engine(self, round_number: int, resumed: Trained | None) -> Any:
+    def _engine(self, round_number: int, resumed: CheckpointRecord | None) -> Any:
         config = self.config
         torch.manual_seed(config.seed)
         name, adapter = config.model.name, None
@@ -172,7 +166,7 @@ class _Trainer:
         def durable() -> None:
             measured = metrics | {"checkpoint_s": time.monotonic() - saving}
             path = self.run_dir.checkpoint(round_number)
-            self.records.record_checkpoint(Trained(round_number, metrics["steps"], path, True, measured))
+            self.records.record_checkpoint(CheckpointRecord(round_number, metrics["steps"], path, True, measured))
             call(self.coordinator.post, {"event": "trained", **measured})
 
         self.saver.begin(engine, round_number, durable)

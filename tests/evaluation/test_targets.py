@@ -7,7 +7,7 @@ from aft_ray.config.run import ConfigError
 from aft_ray.evaluation.answers import AnsweredQuestion, Response
 from aft_ray.evaluation.generations import generations_text
 from aft_ray.evaluation.targets import plan_evaluation
-from aft_ray.storage.ledger import Ledger, Trained
+from aft_ray.storage.ledger import Ledger, CheckpointRecord
 from aft_ray.storage.records import Verdict
 from aft_ray.storage.run_dir import CONFIG, RunDir
 
@@ -23,7 +23,7 @@ def run_dir(tmp_path, tiny_model):
         for place in (run_dir.checkpoint(number), run_dir.model(number)):
             run_dir.write_json(f"{place}/config.json", {})
             run_dir.write_manifest(place)
-        ledger.record_checkpoint(Trained(number, 1, run_dir.checkpoint(number), True))
+        ledger.record_checkpoint(CheckpointRecord(number, 1, run_dir.checkpoint(number), True))
     return run_dir
 
 

@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from aft_ray.storage.ledger import FailedQuestion, GroupFile, Ledger, Sampled, Trained, write_group_file
+from aft_ray.storage.group_files import GroupFile, write_group_file
+from aft_ray.storage.ledger import CheckpointRecord, FailedQuestion, Ledger, SampledRound
 from aft_ray.storage.records import Candidate, Group, Question, Verdict
 from aft_ray.storage.run_dir import RunDir, RunDirError
 
@@ -83,26 +84,26 @@ def test_wrong_files_are_refused(run_dir):
             write_group_file(run_dir, groups)
 
 
-def test_parked_questions_are_tried_again_when_unparked(run_dir):
+def test_failed_questions_are_pending_again_when_they_are_retried(run_dir):
     ledger = Ledger(run_dir)
-    ledger.park(FailedQuestion(1, "a", "the sampler died three times", 3))
+    ledger.record_failed(FailedQuestion(1, "a", "the sampler died three times", 3))
     assert ledger.pending(1, ["a", "b"]) == ["b"]
-    assert Ledger(run_dir).parked(1) == [FailedQuestion(1, "a", "the sampler died three times", 3)]
-    ledger.unpark(1)
+    assert Ledger(run_dir).failed_questions(1) == [FailedQuestion(1, "a", "the sampler died three times", 3)]
+    ledger.retry_failed(1)
     assert Ledger(run_dir).pending(1, ["a", "b"]) == ["a", "b"]
-    ledger.park(FailedQuestion(1, "a", "again", 3))
+    ledger.record_failed(FailedQuestion(1, "a", "again", 3))
     assert ledger.commit(write_group_file(run_dir, [group("a")]))
-    assert ledger.parked(1) == []
+    assert ledger.failed_questions(1) == []
 
 
 def test_a_closed_round_is_open_again_when_it_loses_a_file(run_dir):
     ledger = Ledger(run_dir)
     file = write_group_file(run_dir, [group("a")])
     ledger.commit(file)
-    ledger.park(FailedQuestion(1, "b", "no answer", 3))
+    ledger.record_failed(FailedQuestion(1, "b", "no answer", 3))
     closed = ledger.complete_sampling(1, 0, {"tokens": 12, 7: 0.5})
-    assert closed == Sampled(1, 0, 1, 1, {"tokens": 12, 7: 0.5})
-    assert Ledger(run_dir).sampled(1) == Sampled(1, 0, 1, 1, {"tokens": 12, "7": 0.5})
+    assert closed == SampledRound(1, 0, 1, 1, {"tokens": 12, 7: 0.5})
+    assert Ledger(run_dir).sampled(1) == SampledRound(1, 0, 1, 1, {"tokens": 12, "7": 0.5})
     assert Ledger(run_dir).corrupt_entries == []
     run_dir.delete(file.path)
     audit = ledger.open_round(1)
@@ -124,11 +125,11 @@ def test_the_policy_version_of_a_round_is_written_once(run_dir):
 
 def test_training_states(run_dir):
     ledger = Ledger(run_dir)
-    half = Trained(1, 5, "rounds/0001/checkpoint/5", False)
+    half = CheckpointRecord(1, 5, "rounds/0001/checkpoint/5", False)
     with pytest.raises(RunDirError, match="has no manifest"):
         ledger.record_checkpoint(half)
     assert ledger.last_checkpoint() is None
-    done = Trained(1, 10, "rounds/0001/checkpoint/10", True, {"loss": 0.5})
+    done = CheckpointRecord(1, 10, "rounds/0001/checkpoint/10", True, {"loss": 0.5})
     for trained in (half, done):
         run_dir.write_bytes(f"{trained.checkpoint}/shard", b"1")
         run_dir.write_manifest(trained.checkpoint)
@@ -137,20 +138,20 @@ def test_training_states(run_dir):
     assert Ledger(run_dir).trained_rounds() == [1]
     run_dir.delete(done.checkpoint)
     assert ledger.last_checkpoint() == half
-    assert ledger.trained() == [half, done]
+    assert ledger.checkpoints() == [half, done]
 
 
 def test_both_writers_see_each_other_after_a_refresh(run_dir):
-    conductor, trainer = Ledger(run_dir), Ledger(run_dir)
-    conductor.commit(write_group_file(run_dir, [group("a")]))
+    orchestrator, trainer = Ledger(run_dir), Ledger(run_dir)
+    orchestrator.commit(write_group_file(run_dir, [group("a")]))
     run_dir.write_bytes("c/shard", b"1")
     run_dir.write_manifest("c")
-    trainer.record_checkpoint(Trained(0, 3, "c", True))
+    trainer.record_checkpoint(CheckpointRecord(0, 3, "c", True))
     assert trainer.read_groups(1) == []
     trainer.refresh()
-    conductor.refresh()
+    orchestrator.refresh()
     assert trainer.read_groups(1) == [group("a")]
-    assert conductor.trained_rounds() == [0]
+    assert orchestrator.trained_rounds() == [0]
 
 
 def test_a_second_driver_overwrites_nothing(run_dir):
@@ -174,14 +175,14 @@ def test_of_two_drivers_that_commit_the_same_question_the_first_counts(run_dir):
 @given(position=st.integers(0, 10**6))
 def test_any_flipped_bit_of_an_entry_is_detected_and_named(tmp_path_factory, position):
     run_dir = RunDir(tmp_path_factory.mktemp("entry"))
-    Ledger(run_dir).park(FailedQuestion(1, "a", "reason", 3))
+    Ledger(run_dir).record_failed(FailedQuestion(1, "a", "reason", 3))
     [name] = run_dir.listdir("ledger")
     flip(run_dir.local_path(f"ledger/{name}"), position)
     ledger = Ledger(run_dir)
     assert ledger.corrupt_entries == [run_dir.uri(f"ledger/{name}.corrupt")]
-    assert ledger.parked(1) == []
-    ledger.park(FailedQuestion(1, "b", "reason", 3))
-    assert [p.question_id for p in Ledger(run_dir).parked(1)] == ["b"]
+    assert ledger.failed_questions(1) == []
+    ledger.record_failed(FailedQuestion(1, "b", "reason", 3))
+    assert [p.question_id for p in Ledger(run_dir).failed_questions(1)] == ["b"]
 
 
 @settings(max_examples=60, deadline=None)
@@ -290,7 +291,7 @@ class AnyOrder(RuleBasedStateMachine):
             self.commit(file)
 
     def commit(self, file):
-        free = self.ledger.pending(1, file.question_ids) + [p.question_id for p in self.ledger.parked(1)]
+        free = self.ledger.pending(1, file.question_ids) + [p.question_id for p in self.ledger.failed_questions(1)]
         committed = self.ledger.commit(file)
         assert not committed or set(file.question_ids) <= set(free)
         if committed and file.path not in self.damaged:
@@ -304,14 +305,14 @@ class AnyOrder(RuleBasedStateMachine):
             self.commit(file)
 
     @rule(id=st.sampled_from(QUESTIONS))
-    def park(self, id):
-        self.ledger.park(FailedQuestion(1, id, "reason", 3))
+    def fail(self, id):
+        self.ledger.record_failed(FailedQuestion(1, id, "reason", 3))
         assert id not in self.ledger.pending(1, QUESTIONS)
 
     @rule()
-    def unpark(self):
-        self.ledger.unpark(1)
-        assert self.ledger.parked(1) == []
+    def retry_failed(self):
+        self.ledger.retry_failed(1)
+        assert self.ledger.failed_questions(1) == []
 
     @rule(choice=st.randoms(use_true_random=False), how=st.sampled_from(["flip", "truncate", "delete"]))
     def damage_a_file(self, choice, how):
@@ -363,14 +364,17 @@ class AnyOrder(RuleBasedStateMachine):
         ids = self._check_groups()
         assert audit.groups == len(ids)
         assert self.durable <= set(ids)
-        parked = {parked.question_id for parked in self.ledger.parked(1)}
-        assert set(self.ledger.pending(1, QUESTIONS)) == set(QUESTIONS) - set(ids) - parked
+        failed = {failed.question_id for failed in self.ledger.failed_questions(1)}
+        assert set(self.ledger.pending(1, QUESTIONS)) == set(QUESTIONS) - set(ids) - failed
         committed = {Path(file.path).name for file in self.ledger.group_files(1)}
         folder = self.run_dir.local_path(self.run_dir.groups(1))
         assert {path.name for path in folder.glob("*")} | {path.name for path in folder.glob(".*")} == committed
         assert self.ledger.read_groups(2) == [self.other]
         again = Ledger(self.run_dir)
-        assert (again.group_files(1), again.parked(1)) == (self.ledger.group_files(1), self.ledger.parked(1))
+        assert (again.group_files(1), again.failed_questions(1)) == (
+            self.ledger.group_files(1),
+            self.ledger.failed_questions(1),
+        )
 
     def _check_groups(self):
         groups = self.ledger.read_groups(1)
@@ -391,20 +395,21 @@ TestAnyOrder.settings = settings(
 
 SAMPLE_THE_ROUND = """
 import sys
-from aft_ray.storage.ledger import Ledger, FailedQuestion, write_group_file
+from aft_ray.storage.group_files import write_group_file
+from aft_ray.storage.ledger import FailedQuestion, Ledger
 from aft_ray.storage.run_dir import RunDir
 from tests.storage.test_ledger import group
 run_dir = RunDir(sys.argv[1])
 with run_dir.lock():
     ledger = Ledger(run_dir)
     ledger.open_round(1)
-    ledger.unpark(1)
+    ledger.retry_failed(1)
     print("opened", flush=True)
     ids = ledger.pending(1, [f"{i:03d}" for i in range(120)])
     for i in range(0, len(ids), 3):
         assert ledger.commit(write_group_file(run_dir, [group(id, sys.argv[2]) for id in ids[i : i + 3]]))
         if i % 9 == 0:
-            ledger.park(FailedQuestion(1, f"parked-{i}", "reason", 3))
+            ledger.record_failed(FailedQuestion(1, f"failed-{i}", "reason", 3))
     ledger.complete_sampling(1, 0, {})
 """
 
