@@ -236,7 +236,8 @@ class Laboratory:
 
     @cached_property
     def _engine(self) -> Any:
-        from aft_ray.inference.engine import Engine, EngineSpec
+        from aft_ray.inference.engine import Engine
+        from aft_ray.inference.engine_spec import EngineSpec
 
         (model,) = list(self.directory.glob("seed*/vft-model"))[:1]
         return Engine(
@@ -261,7 +262,7 @@ class Laboratory:
         self._engine.update_weights(calls, lambda phase: None).result()
 
     def _answer(self, questions: Sequence[Group], k: int, temperature: float, purpose: str) -> list[Group]:
-        from aft_ray.inference.engine import Prompt, SamplingSpec
+        from aft_ray.inference.request_parameters import Prompt, SamplingSpec
         from aft_ray.sampling.sample_stage import question_seed
         from aft_ray.tasks import build_tasks
         from aft_ray.verify.label import label_groups

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import typer
 
-from aft_ray.inference.engine import EngineSpec
+from aft_ray.inference.engine_spec import EngineSpec
 
 LENGTH, LAYERS, HEAD = 256, 8, 64
 PROMPT, RESPONSES = [7, 8, 9, 10, 11], ([12, 13, 1], [9, 9, 1], [20, 21, 22, 1], [5, 1])
@@ -209,7 +209,7 @@ def _hand_over(coordinator: Any, pool: Any, trainer: Any, manifest: Any, name: s
         (loaded,) = pool.load(manifest)
     seconds = time.monotonic() - started
     ray.get(delivered)
-    return HandOver(seconds, loaded.rendezvous_s, loaded.fetch_s, loaded.load_s, loaded.prove_s)
+    return HandOver(seconds, loaded.rendezvous_s, loaded.fetch_s, loaded.load_s, loaded.verify_s)
 
 
 def _whole(directory: Path, model: str) -> Path:

@@ -28,7 +28,7 @@ import typer
 from served import Service, service_of
 
 from aft_ray.config.serve import STRATEGIES
-from aft_ray.inference.engine import SamplingSpec
+from aft_ray.inference.request_parameters import SamplingSpec
 from aft_ray.storage.records import Verdict
 
 TARGET = 0.9

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from aft_ray.config.run import RunConfig
 from aft_ray.evaluation.answers import AnsweredQuestion, Response, missing_response, response_from_candidate
-from aft_ray.inference.engine import SamplingSpec
+from aft_ray.inference.request_parameters import SamplingSpec
 from aft_ray.sampling.sampler_health import SamplersFailed
 from aft_ray.sampling.sampler_pool import SamplerPool
 from aft_ray.sampling.stream import sample_all

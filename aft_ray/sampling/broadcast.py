@@ -16,7 +16,7 @@ from ray.exceptions import RayActorError, RayError
 from aft_ray.coordination.broadcast_group import BroadcastGroup, BroadcastMembership, Receiver
 from aft_ray.coordination.coordinator import call
 from aft_ray.inference.update_phases import GRACE_S
-from aft_ray.sampling.sampler import UpdateReport
+from aft_ray.inference.versioned_engine import UpdateReport
 from aft_ray.sampling.sampler_health import last_line
 from aft_ray.sampling.sampler_pool import SamplerPool, Samplers
 from aft_ray.weights.receive_plan import FromBroadcast
@@ -79,6 +79,6 @@ def _without(version: int, samplers: Samplers, ready: Sequence[int]) -> list[int
                 status = ray.get(pending)
             except RayError:
                 continue
-            if status["version"] != version:
+            if status.version != version:
                 coming.append(index)
     return coming

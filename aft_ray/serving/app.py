@@ -12,7 +12,7 @@ from ray.serve.deployment import Application
 from ray.serve.llm import LLMConfig, build_llm_deployment
 
 from aft_ray.config.serve import ServeConfig, parse_serve_config
-from aft_ray.inference.engine import EngineSpec, engine_arguments, engine_environment
+from aft_ray.inference.engine_spec import EngineSpec, engine_arguments, engine_environment
 from aft_ray.serving.api.routes import build_http
 from aft_ray.serving.api.service import Service
 from aft_ray.serving.engine.rollout import Rollout
@@ -53,6 +53,7 @@ def application(config: ServeConfig, resolved: Resolved) -> Application:
         max_length=served.run.model.max_length,
         tolerance=served.run.score_tolerance,
         drain_s=config.engine.drain_s,
+        update_timeout_s=config.engine.start_timeout_s,
         follow_s=config.follow_s,
     )
     bind: dict[str, Any] = {"spec": policy}

@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.usefixtures("ray_here"), pytest.mark.timeout(1200)]
 
 def kill_at_work(actor) -> None:
     """Kills the only sampler as soon as it has answered something."""
-    while not ray.get(actor.status.remote())["tokens"]:
+    while not ray.get(actor.status.remote()).tokens:
         time.sleep(0.02)
     ray.kill(actor, no_restart=False)
 
@@ -47,7 +47,7 @@ def test_a_sampler_that_is_killed_catches_up_and_the_round_is_whole(tiny_model, 
             assert ledger.commit(written.file)
         killer.join()
         (status,) = pool.statuses()
-        assert status["version"] == 1  # which it was brought to after its start
+        assert status.version == 1  # which it was brought to after its start
     finally:
         pool.close()
     groups = ledger.read_groups(1)

@@ -8,7 +8,9 @@ import torch
 from tiny import LENGTH
 from transformers import AutoModelForCausalLM
 
-from aft_ray.inference.engine import Engine, EngineDead, EngineSpec, Prompt, SamplingSpec
+from aft_ray.inference.engine import Engine, EngineDead
+from aft_ray.inference.engine_spec import EngineSpec
+from aft_ray.inference.request_parameters import Prompt, SamplingSpec
 from aft_ray.objectives import build_objective
 from aft_ray.storage.records import Candidate, Group, Question, Verdict
 from aft_ray.training.collate import collate

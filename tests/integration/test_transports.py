@@ -191,7 +191,7 @@ def test_a_meeting_that_loses_an_engine_harms_neither_the_trainer_nor_the_others
         # The directory serves whoever is there; the meeting is not held twice.
         assert meet(coordinator, pool, manifest, 1).missed == []
         assert {one.version for one in pool.load(manifest)} == {1}
-        assert ray.get(pool.actors[0].status.remote())["version"] == 1
+        assert ray.get(pool.actors[0].status.remote()).version == 1
     finally:
         pool.close()
 

@@ -14,9 +14,9 @@ from typing import Any
 
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
-from aft_ray.inference.engine import Prompt, SamplingSpec
+from aft_ray.inference.request_parameters import Prompt, SamplingSpec
+from aft_ray.inference.versioned_engine import UpdateReport, WrongVersion
 from aft_ray.planning.simulation.assumptions import SimulationAssumptions, Work
-from aft_ray.sampling.sampler import UpdateReport, WrongVersion
 from aft_ray.sampling.sampler_pool import RESTARTS
 from aft_ray.storage.records import Candidate
 from aft_ray.weights.version_manifest import VersionManifest
@@ -138,7 +138,7 @@ class SimulatedSampler:
         self._up, self._silent = True, False
         self._loading = asyncio.Lock()
         self._open: dict[asyncio.Future[Any], None] = {}  # ordered, unlike a set
-        self.answer, self.load, self.status = _Method(self._answer), _Method(self._load), _Method(self._status)
+        self.sample, self.load, self.status = _Method(self._sample), _Method(self._load), _Method(self._status)
 
     def fail(self, noticed_s: float, back_s: float) -> None:
         """The process ends: its calls fail after `noticed_s`, and it answers again after `back_s`."""
@@ -209,7 +209,7 @@ class SimulatedSampler:
             if not call.done():
                 call.set_result(UpdateReport(version, 0.0, self._assumed.load_s if needed else 0.0, 0.0, 0.0))
 
-    def _answer(self, prompts: Sequence[Prompt], how: SamplingSpec, version: int | None) -> asyncio.Future[Any]:
+    def _sample(self, prompts: Sequence[Prompt], how: SamplingSpec, version: int | None) -> asyncio.Future[Any]:
         call = self._call()
         if not self._up:
             return call

@@ -13,11 +13,11 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from aft_ray.config.serve import ServeConfig
-from aft_ray.inference.engine import NoRoom, SamplingSpec, response_room
+from aft_ray.inference.request_parameters import PromptTooLong, SamplingSpec, response_room
 from aft_ray.serving.api.admission import Admission, Keys
 from aft_ray.serving.api.requests import ChatRequest, CompletionRequest, ReasonRequest, Refusal
 from aft_ray.serving.api.responses import Answer, Opening
-from aft_ray.serving.engine.server import BadRequest
+from aft_ray.serving.engine.client import BadRequest
 from aft_ray.serving.examples import examples
 from aft_ray.serving.model import ServedModel
 from aft_ray.serving.reasoning import EngineUnavailable, Reasoned, Reasoning, ReasoningRequest, Scored, TooLate
@@ -114,7 +114,7 @@ class Service:
                 raise Refusal(400, f"{said} ({value}) is more than this service takes, {most}", param=said)
         try:
             response_room(len(prompt), self.served.run.model.max_length)
-        except NoRoom as error:
+        except PromptTooLong as error:
             raise Refusal(400, str(error), param=request.asked_in, code="context_length_exceeded") from error
         return ReasoningRequest(
             prompt_token_ids=prompt,

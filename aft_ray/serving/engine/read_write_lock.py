@@ -1,6 +1,7 @@
-"""Many share, one excludes: calls go on side by side until something must happen while none is running.
+"""A read-write lock for one event loop: any number of readers at once, or a single writer.
 
-Invariant: who waits for exclusion is not overtaken by calls that come later.
+Requests hold it as readers, a weight update as the writer. Invariant: a reader that arrives after a waiting writer is
+admitted after that writer.
 """
 
 from __future__ import annotations
@@ -11,38 +12,42 @@ from collections.abc import AsyncIterator
 
 
 class ReadWriteLock:
-    """For one event loop."""
+    """Both methods are asynchronous context managers, which hold the lock inside their block."""
 
     def __init__(self) -> None:
-        self._inside = 0
-        self._closed = False
+        self._readers = 0
+        self._writing = False  # a writer holds the lock, or waits for the readers to leave
         self._changed = asyncio.Condition()
 
     @contextlib.asynccontextmanager
     async def shared(self) -> AsyncIterator[None]:
-        """Waits while another excludes or waits to exclude."""
+        """Holds the lock as a reader. Waits while a writer holds it or waits for it."""
         async with self._changed:
-            await self._changed.wait_for(lambda: not self._closed)
-            self._inside += 1
+            await self._changed.wait_for(lambda: not self._writing)
+            self._readers += 1
         try:
             yield
         finally:
-            self._inside -= 1
-            if self._closed:
+            self._readers -= 1
+            if self._writing:
                 async with self._changed:
                     self._changed.notify_all()
 
     @contextlib.asynccontextmanager
     async def exclusive(self, timeout_s: float) -> AsyncIterator[None]:
-        """Alone inside. Raises TimeoutError, and lets the others go on, when those inside do not leave in time."""
+        """Holds the lock as the writer.
+
+        Raises:
+            TimeoutError: the readers did not leave within `timeout_s` seconds. Waiting readers are admitted again.
+        """
         async with self._changed:
-            await self._changed.wait_for(lambda: not self._closed)
-            self._closed = True
+            await self._changed.wait_for(lambda: not self._writing)
+            self._writing = True
         try:
             async with self._changed:
-                await asyncio.wait_for(self._changed.wait_for(lambda: self._inside == 0), timeout_s)
+                await asyncio.wait_for(self._changed.wait_for(lambda: self._readers == 0), timeout_s)
             yield
         finally:
             async with self._changed:
-                self._closed = False
+                self._writing = False
                 self._changed.notify_all()

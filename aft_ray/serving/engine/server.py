@@ -1,8 +1,9 @@
-"""The engine side: ray.serve.llm's LLMServer, which also samples compactly and takes new weights without a restart.
+"""The engine of the service: ray.serve.llm's LLMServer, which also samples for the reasoner and loads new versions.
 
-Invariant: a call is answered wholly by one policy version, the one that it names in its reply. New weights wait until
-no candidate is being sampled, calls that arrive meanwhile wait for them, and weights that do not prove themselves by
-their probes never answer.
+Invariant: a call is answered wholly by one policy version, the one that its reply names. An update waits until no
+candidate is being sampled, and calls that arrive meanwhile wait for the update. When the new version cannot be loaded
+or its probes do not verify, the engine loads the previous one again; when that fails too, it answers nothing and Serve
+replaces the replica.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,50 +20,46 @@ from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
 
-from aft_ray.inference.engine import (
-    NoRoom,
+from aft_ray.inference.request_parameters import (
     Prompt,
     SamplingSpec,
     candidates_of,
     request_parameters,
     response_room,
-    score_of,
-    scoring_parameters,
 )
+from aft_ray.inference.update_phases import PhaseTimeout
+from aft_ray.inference.versioned_engine import VersionedEngine, WrongVersion
+from aft_ray.serving.engine.client import EngineClient, bad_request_errors
 from aft_ray.serving.engine.read_write_lock import ReadWriteLock
 from aft_ray.storage.records import Candidate
 from aft_ray.storage.run_dir import local_model
 from aft_ray.weights.version_manifest import VersionManifest
 
 
-class WrongVersion(RuntimeError):
-    """The engine does not hold the policy version asked for: it has gone on to another, or failed to."""
-
-
-class BadRequest(ValueError):
-    """The engine refuses the request for what it asks, as one sentence."""
-
-
 @dataclass(frozen=True, slots=True)
 class SampleRequest:
-    """Those candidates of a question that have the given indices.
+    """Asks for some of the candidates of a question.
 
-    how: its k is not read. seed: of the candidate with index 0; each next one has one more, as in one vLLM request for
-    all of them. together_s: candidates that finish within so many seconds of each other travel together. version: None:
-    any.
+    Attributes:
+        sampling: how they are sampled. Its k is not used.
+        indices: which candidates are wanted.
+        seed: the seed of the candidate with index 0. The candidate with index i has the seed `seed + i`, as in one vLLM
+            request for all of them.
+        flush_interval_s: candidates that finish within this many seconds are sent together.
+        version: the policy version that must answer; None: any.
     """
 
     prompt_token_ids: list[int]
-    how: SamplingSpec
+    sampling: SamplingSpec
     indices: tuple[int, ...]
     seed: int
-    together_s: float = 0.0
+    flush_interval_s: float = 0.0
     version: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class SampleChunk:
-    """Candidates as they are finished, by their indices, without texts; the policy version that made them."""
+    """Finished candidates with their indices, without texts, and the policy version that sampled them."""
 
     version: int | None
     candidates: tuple[tuple[int, Candidate], ...]
@@ -70,7 +67,7 @@ class SampleChunk:
 
 @dataclass(frozen=True, slots=True)
 class EngineStatus:
-    """What an engine holds, and for how many seconds it has been answering."""
+    """The policy version that an engine answers with, and the seconds since it began to answer requests."""
 
     version: int | None
     seconds: float
@@ -78,10 +75,14 @@ class EngineStatus:
 
 @dataclass(frozen=True, slots=True)
 class PolicySpec:
-    """What a policy server is beside its LLMConfig.
+    """What a policy server needs besides its LLMConfig.
 
-    publication: the weights to start with; None when they are of no run. tolerance: largest difference of a probe's
-    score, nats per token. drain_s: deadline of waiting for running candidates before weights change.
+    Attributes:
+        manifest: the version that the engine starts with; None when the model does not come from a run.
+        tolerance: largest allowed difference of a probe's score, nats per token.
+        drain_s: how long an update waits for candidates that are being sampled, seconds.
+        update_timeout_s: deadline of each phase of an update, seconds.
+        follow_s: seconds between two checks for a new version.
     """
 
     manifest: VersionManifest | None
@@ -89,16 +90,17 @@ class PolicySpec:
     max_length: int
     tolerance: float
     drain_s: float
+    update_timeout_s: float
     follow_s: float
 
 
 class PolicyEngine(VLLMEngine):  # type: ignore[misc]
-    """Ray's vLLM engine with its client within reach of the server."""
+    """Ray's vLLM engine, which gives the server access to vLLM's client."""
 
     def _start_async_llm_engine(self, vllm_engine_args: Any, vllm_engine_config: Any, placement_group: Any) -> Any:
         parallel = vllm_engine_config.parallel_config
         if parallel.world_size == 1 and parallel.distributed_executor_backend == "mp":
-            # One process less for every step of a CPU engine; Ray knows no way to ask for it.
+            # Saves one process, which every step of a CPU engine would pass through. Ray has no setting for it.
             parallel.distributed_executor_backend = "uni"
         return super()._start_async_llm_engine(vllm_engine_args, vllm_engine_config, placement_group)
 
@@ -109,167 +111,150 @@ class PolicyEngine(VLLMEngine):  # type: ignore[misc]
 
 
 class PolicyServer(LLMServer):  # type: ignore[misc]
-    """One engine. Its OpenAI methods are LLMServer's; `sample` is what the reasoner asks."""
+    """A Serve replica with one engine. Its OpenAI methods are LLMServer's; the reasoner calls `sample`."""
 
     async def __init__(  # type: ignore[misc]
         self, llm_config: LLMConfig, spec: PolicySpec, rollout: Any = None
     ) -> None:
+        """Starts the engine, and verifies the probes of the version that it starts with.
+
+        Args:
+            rollout: handle of the Rollout deployment, whose versions the engine follows; None: it keeps its version.
+        """
         self._spec = spec
         self._lock = ReadWriteLock()
-        self._failure: str | None = None
-        self._manifest = spec.manifest if rollout is None else await rollout.current.remote()
+        self._failure: str | None = None  # why the engine answers nothing
+        # The version that answers. During an update it is the previous one, which the engine may load again.
+        self._manifest = spec.manifest if rollout is None else await rollout.newest_version.remote()
         if self._manifest is not None:
             model = await asyncio.to_thread(local_model, self._manifest.model)
             llm_config = _with_model(llm_config, model)
         await super().__init__(llm_config, engine_cls=PolicyEngine)
+        self._client = EngineClient(self.engine.client)
+        self._versioned = VersionedEngine(
+            f"the engine of {llm_config.model_id}", self._client, self._version, "engine.start_timeout_s"
+        )
         if self._manifest is not None:
-            await self._verify_probes(self._manifest)
-        self._began = time.monotonic()
+            await self._versioned.verify_probes(self._manifest, spec.tolerance)
+        self._answering_since = time.monotonic()
         self._following = asyncio.create_task(self._follow(rollout)) if rollout is not None else None
 
-    async def sample(self, draw: SampleRequest) -> AsyncIterator[SampleChunk]:
-        """The candidates as they are finished; closing the iterator ends those that still run.
+    async def sample(self, request: SampleRequest) -> AsyncIterator[SampleChunk]:
+        """The candidates, in the order in which they finish. Closing the iterator ends those that are being sampled.
 
-        Raises WrongVersion, or BadRequest when the prompt leaves no room for a response.
+        Raises:
+            WrongVersion: the engine does not hold the version that is asked for.
+            BadRequest: vLLM refuses the request, or the prompt leaves no room for a response.
         """
-        async with self._answering(draw) as version:
-            running = {asyncio.ensure_future(request) for request in self._requests(draw)}
+        async with self._answering(request) as version:
+            parameters = [(index, self._parameters(request, index)) for index in request.indices]
+            running = {asyncio.ensure_future(self._sample_one(request, *one)) for one in parameters}
             try:
                 while running:
                     await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-                    done, running = await asyncio.wait(running, timeout=draw.together_s)
+                    done, running = await asyncio.wait(running, timeout=request.flush_interval_s)
                     yield SampleChunk(version, tuple(task.result() for task in done))
             finally:
                 for task in running:
                     task.cancel()
                 await asyncio.gather(*running, return_exceptions=True)
 
-    async def sample_tokens(self, draw: SampleRequest) -> AsyncIterator[SampleChunk | list[int]]:
-        """The one candidate, token by token: lists of new token ids, then the candidate itself."""
-        async with self._answering(draw) as version:
-            seen = 0
-            (index,) = draw.indices
-            params = self._parameters(draw, index)
-            params.output_kind = type(params.output_kind).CUMULATIVE
-            async for output in self._generate(draw.prompt_token_ids, params):
-                new = list(output.outputs[0].token_ids[seen:])
-                seen += len(new)
+    async def sample_tokens(self, request: SampleRequest) -> AsyncIterator[SampleChunk | list[int]]:
+        """A single candidate as it is sampled: lists of new token ids, then the whole candidate. Raises as `sample`."""
+        async with self._answering(request) as version:
+            sent = 0
+            (index,) = request.indices
+            parameters = self._parameters(request, index)
+            parameters.output_kind = type(parameters.output_kind).CUMULATIVE
+            async for output in self._client.generate(request.prompt_token_ids, parameters):
+                new = list(output.outputs[0].token_ids[sent:])
+                sent += len(new)
                 yield new
                 last = output
             yield SampleChunk(version, ((index, candidates_of(last)[0]),))
 
-    async def standing(self) -> EngineStatus:
-        return EngineStatus(self._version, time.monotonic() - self._began)
+    async def engine_status(self) -> EngineStatus:
+        return EngineStatus(self._version, time.monotonic() - self._answering_since)
+
+    async def check_health(self) -> None:
+        """Raises when the replica must be replaced. Serve calls it."""
+        if self._failure is not None:
+            raise RuntimeError(self._failure)
+        await super().check_health()
 
     @property
     def _version(self) -> int | None:
         return self._manifest.version if self._manifest is not None else None
 
-    async def check_health(self) -> None:
-        if self._failure is not None:
-            raise RuntimeError(self._failure)
-        await super().check_health()
-
     @contextlib.asynccontextmanager
-    async def _answering(self, draw: SampleRequest) -> AsyncIterator[int | None]:
+    async def _answering(self, request: SampleRequest) -> AsyncIterator[int | None]:
+        """Keeps the weights as they are; yields their version."""
         async with self._lock.shared():
             if self._failure is not None:
                 raise WrongVersion(self._failure)
-            if draw.version is not None and draw.version != self._version:
-                raise WrongVersion(f"asked for version {draw.version}; this engine holds {self._version}")
+            if request.version is not None:
+                self._versioned.require_version(request.version)
             yield self._version
 
-    def _requests(self, draw: SampleRequest) -> list[Coroutine[Any, Any, tuple[int, Candidate]]]:
-        parameters = [(index, self._parameters(draw, index)) for index in draw.indices]
-        return [self._one(draw, index, params) for index, params in parameters]
-
-    async def _one(self, draw: SampleRequest, index: int, params: Any) -> tuple[int, Candidate]:
-        async for output in self._generate(draw.prompt_token_ids, params):
+    async def _sample_one(self, request: SampleRequest, index: int, parameters: Any) -> tuple[int, Candidate]:
+        async for output in self._client.generate(request.prompt_token_ids, parameters):
             last = output
         return index, candidates_of(last)[0]
 
-    def _parameters(self, draw: SampleRequest, index: int) -> Any:
-        prompt = Prompt(draw.prompt_token_ids, draw.seed + index)
-        how = SamplingSpec(1, draw.how.temperature, draw.how.top_p, draw.how.max_tokens)
-        with _refused():
-            room = response_room(len(draw.prompt_token_ids), self._spec.max_length)
-            return request_parameters(prompt, how, min(how.max_tokens, room), self._spec.eos_token_id)
-
-    async def _generate(self, token_ids: Sequence[int], params: Any) -> AsyncIterator[Any]:
-        with _refused():
-            async for output in self.engine.client.generate(
-                {"prompt_token_ids": list(token_ids)}, params, uuid.uuid4().hex
-            ):
-                yield output
+    def _parameters(self, request: SampleRequest, index: int) -> Any:
+        """vLLM's parameters for one candidate. Raises BadRequest."""
+        prompt = Prompt(request.prompt_token_ids, request.seed + index)
+        wanted = request.sampling
+        sampling = SamplingSpec(1, wanted.temperature, wanted.top_p, wanted.max_tokens)
+        with bad_request_errors():
+            room = response_room(len(request.prompt_token_ids), self._spec.max_length)
+            return request_parameters(prompt, sampling, min(sampling.max_tokens, room), self._spec.eos_token_id)
 
     async def _follow(self, rollout: Any) -> None:
-        """Takes each new version when its turn comes; one engine at a time, so that the others answer meanwhile."""
-        me = uuid.uuid4().hex
+        """Loads each new version of the run when the rollout tells this engine to."""
+        engine_id = uuid.uuid4().hex
         while True:
             await asyncio.sleep(self._spec.follow_s)
             try:
-                present = self._manifest
-                manifest = await rollout.turn.remote(me, self._version)
-                if manifest is None or present is None:
+                current = self._manifest
+                manifest = await rollout.begin_update.remote(engine_id, self._version)
+                if manifest is None or current is None:
                     continue
-                await rollout.done.remote(me, manifest.version, await self._take(manifest, present))
-            except Exception as error:  # the next look may go better; the present version goes on answering
+                failure = await self._update(manifest, current)
+                await rollout.end_update.remote(engine_id, manifest.version, failure)
+            except Exception as error:  # the next check may succeed; until then the current version answers
                 print(f"following the run failed for now: {error}", flush=True)
 
-    async def _take(self, manifest: VersionManifest, previous: VersionManifest) -> str | None:
-        """Loads a version in place; returns why it could not be. Running candidates finish with the old weights.
+    async def _update(self, manifest: VersionManifest, previous: VersionManifest) -> str | None:
+        """Loads a version in place of the previous one. Returns None, or why the version could not be loaded.
 
-        Raises TimeoutError, with nothing changed, when they do not in time.
+        Raises:
+            TimeoutError: the running candidates were not finished in time. Nothing has changed then.
         """
-        # From an object store it takes minutes, in which this engine still answers; what fails is tried again.
+        # A copy from an object store takes minutes. The engine answers meanwhile, and a failed copy is tried again.
         await asyncio.to_thread(local_model, manifest.model)
+        tolerance, timeout_s = self._spec.tolerance, self._spec.update_timeout_s
         async with self._lock.exclusive(self._spec.drain_s):
             try:
-                await self._load(manifest)
+                await self._versioned.update(manifest, tolerance, timeout_s)
                 self._manifest = manifest
+                return None
+            except PhaseTimeout as error:
+                # The engine may be blocked for ever, so no call is made to it any more.
+                reason = self._failure = f"version {manifest.version} could not be loaded: {error}"
+                return reason
             except Exception as error:
                 reason = f"version {manifest.version} could not be loaded: {error}"
-                try:
-                    await self._load(previous)
-                except Exception as again:
-                    # The weights are in an unknown state: nothing is answered, and Serve replaces this replica.
-                    self._failure = f"{reason}; nor could the one before: {again}"
-                return reason
-        return None
-
-    async def _load(self, manifest: VersionManifest) -> None:
-        """Loads and proves."""
-        client = self.engine.client
-        for call in manifest.calls(self._spec.drain_s):
-            await client.collective_rpc(call.method, args=call.args)
-        if not await client.reset_prefix_cache():
-            raise RuntimeError("the prefix cache could not be reset")
-        await self._verify_probes(manifest)
-
-    async def _verify_probes(self, manifest: VersionManifest) -> None:
-        """Raises WeightUpdateFailed when the probes score otherwise than they did for the trainer."""
-        scores = []
-        for probe in manifest.probes:
-            sequence = [*probe.prompt_token_ids, *probe.response_token_ids]
-            async for output in self._generate(sequence, scoring_parameters()):
-                last = output
-            scores.append(score_of(last, len(probe.prompt_token_ids)))
-        manifest.verify_probes(scores, self._spec.tolerance, f"the engine of {manifest.model}")
-
-
-@contextlib.contextmanager
-def _refused() -> Iterator[None]:
-    """What cannot be asked of the engine, as BadRequest."""
-    from vllm.exceptions import VLLMClientError, VLLMValidationError
-
-    try:
-        yield
-    except (NoRoom, VLLMValidationError, VLLMClientError) as error:
-        raise BadRequest(str(error)) from error
+            try:
+                await self._versioned.update(previous, tolerance, timeout_s)
+            except Exception as error:
+                # The engine's weights are in an unknown state.
+                self._failure = f"{reason}; nor could the previous version: {error}"
+            return reason
 
 
 def _with_model(llm_config: LLMConfig, model: str) -> LLMConfig:
-    """A new config: the one given has worked out by now what it would load."""
+    """A copy of the config that loads another model. The given object has already derived values from its own model."""
     given = {name: getattr(llm_config, name) for name in llm_config.model_fields_set}
     loading = {"model_id": llm_config.model_id, "model_source": model}
     return LLMConfig(**given | {"model_loading_config": loading})

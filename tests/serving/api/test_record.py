@@ -1,12 +1,13 @@
 """What is written down of a request."""
 
+from aft_ray.serving.telemetry import Record
+
 from aft_ray.config.run import DataConfig
-from aft_ray.inference.engine import SamplingSpec
+from aft_ray.inference.request_parameters import SamplingSpec
 from aft_ray.serving.api.requests import Refusal
 from aft_ray.serving.api.responses import Answer, explanation
 from aft_ray.serving.reasoning import Reasoned, ReasoningRequest, Scored
 from aft_ray.serving.strategies import rank
-from aft_ray.serving.telemetry import Record
 from aft_ray.storage.records import Candidate
 from aft_ray.tasks import build_task
 

@@ -16,8 +16,10 @@ from aft_ray.coordination.broadcast_group import (
     Receiver,
     StoreAddress,
 )
-from aft_ray.inference.engine import Engine, EngineSpec, WeightTransferFailed
+from aft_ray.inference.engine import Engine
+from aft_ray.inference.engine_spec import EngineSpec
 from aft_ray.inference.update_phases import PhaseTimeout, UpdatePhases
+from aft_ray.inference.versioned_engine import WeightTransferFailed
 from aft_ray.weights.broadcast.sender import GlooSender, stream
 from aft_ray.weights.export import layout_of, live_parameters
 from aft_ray.weights.publish import Broadcast

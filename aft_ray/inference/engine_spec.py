@@ -1,0 +1,139 @@
+"""What an engine is built from, as vLLM's own engine arguments and environment variables.
+
+Samplers and the service start their engines with these arguments.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from aft_ray.config.run import LoraConfig
+from aft_ray.weights.receive_plan import GLOO, NCCL
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSpec:
+    """What an engine is built from.
+
+    Attributes:
+        model: a local directory or a hub name.
+        eos_token_id: the token that ends a response. The engine is started without a tokenizer that would know it.
+        threads: CPU threads of each of the engine's processes, of which there are
+            tensor_parallel_size x pipeline_parallel_size.
+        shared_gpus: ids of the GPUs that train workers use while the engine sleeps; empty when the engine has GPUs of
+            its own.
+        joins_broadcast: whether the engine can receive new weights as a stream from the trainer.
+        lora: the adapters that the engine takes in place of new weights; None when it takes none.
+    """
+
+    model: str
+    eos_token_id: int
+    dtype: str
+    max_length: int
+    max_num_seqs: int
+    gpu: bool
+    threads: int = 1
+    kv_cache_gib: float = 1.0
+    gpu_memory_utilization: float = 0.9
+    trust_remote_code: bool = False
+    seed: int = 0
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    shared_gpus: tuple[str, ...] = ()
+    joins_broadcast: bool = False
+    lora: LoraConfig | None = None
+
+    @property
+    def executor(self) -> Literal["uni", "mp", "ray"]:
+        """vLLM's executor. It runs the engine in this process, in child processes or in Ray actors on several nodes."""
+        if self.tensor_parallel_size * self.pipeline_parallel_size == 1:
+            return "uni"
+        return "ray" if self.gpu and self.pipeline_parallel_size > 1 else "mp"
+
+
+def prepare_environment(spec: EngineSpec) -> None:
+    """Sets the environment variables that vLLM reads. Call it before this process imports vllm."""
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.update(engine_environment(spec))
+    if spec.shared_gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(spec.shared_gpus)
+    if not spec.gpu or spec.executor == "ray":
+        # vLLM's engine core then runs in this process. As a process of its own it would join Ray as another job.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+
+
+def engine_environment(spec: EngineSpec) -> dict[str, str]:
+    """The environment variables that every process of such an engine needs."""
+    if spec.gpu:
+        return {}
+    return {
+        "VLLM_CPU_CI_ENV": "1",
+        "VLLM_CPU_KVCACHE_SPACE": str(max(1, round(spec.kv_cache_gib))),
+        # With its default, vLLM pins all engines of a machine to the same cores.
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": str(spec.threads),
+        # Without this the first request that asks for log-probabilities compiles for half a minute.
+        "TORCH_COMPILE_DISABLE": "1",
+    }
+
+
+def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
+    """The arguments of vLLM's EngineArgs.
+
+    Raises:
+        ValueError: vLLM takes no adapters of the rank that `spec.lora` has.
+    """
+    arguments: dict[str, Any] = {
+        "model": spec.model,
+        "dtype": spec.dtype,
+        "max_model_len": spec.max_length,
+        "max_num_seqs": spec.max_num_seqs,
+        "skip_tokenizer_init": True,
+        "enable_prefix_caching": True,
+        "disable_log_stats": True,
+        "seed": spec.seed,
+        "trust_remote_code": spec.trust_remote_code,
+        "tensor_parallel_size": spec.tensor_parallel_size,
+        "pipeline_parallel_size": spec.pipeline_parallel_size,
+        "distributed_executor_backend": spec.executor,
+        "load_format": "safetensors",
+        "worker_extension_cls": "aft_ray.inference.vllm_worker.weight_loader.WeightLoader",
+        # Sampling must not take defaults from the model's own generation_config.json.
+        "generation_config": "vllm",
+    }
+    if spec.joins_broadcast:
+        arguments |= {"weight_transfer_config": {"backend": NCCL if spec.gpu else GLOO}}
+    if spec.lora is not None:
+        arguments |= {
+            "enable_lora": True,
+            "max_loras": 1,
+            "max_lora_rank": _max_lora_rank(spec.lora.rank),
+            # An output layer with adapters could not score a prompt: vLLM computes its logits for one token only.
+            "lora_target_modules": list(spec.lora.targets),
+        }
+    if spec.gpu:
+        arguments |= {
+            "gpu_memory_utilization": spec.gpu_memory_utilization,
+            "enable_sleep_mode": bool(spec.shared_gpus),
+        }
+    else:
+        # Requests with a seed crash the CPU engine when a prompt is split over several steps (chunked prefill).
+        arguments |= {
+            "enforce_eager": True,
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(4096, spec.max_length),
+        }
+    return arguments
+
+
+def _max_lora_rank(rank: int) -> int:
+    """The smallest of vLLM's maximal ranks that has room for adapters of rank `rank`; ValueError when none has."""
+    from vllm.config.lora import MaxLoRARanks
+
+    supported: list[int] = sorted(get_args(MaxLoRARanks))
+    if rank > supported[-1]:
+        raise ValueError(f"vLLM takes adapters up to rank {supported[-1]}, not lora.rank={rank}; use another transport")
+    return next(size for size in supported if size >= rank)
