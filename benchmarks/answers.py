@@ -7,7 +7,7 @@ import random
 from aft_ray.verify.answers.compare import Kind, compare
 from aft_ray.verify.answers.numbers import extract_after_marker
 from aft_ray.verify.answers.options import extract_option
-from aft_ray.verify.process_pool import Item
+from aft_ray.verify.process_pool import VerificationRequest
 from aft_ray.verify.result import VerificationResult
 
 KINDS: dict[Kind, float] = {"number": 0.6, "option": 0.25, "yes_no": 0.05, "math": 0.1}
@@ -27,7 +27,7 @@ class Marked:
         return compare(self.kind, answer, gold)
 
 
-def ordinary_items(count: int, seed: int) -> list[Item]:
+def ordinary_items(count: int, seed: int) -> list[VerificationRequest]:
     """Items in the shares of `KINDS`, about half of them right, with 4 sentences of reasoning each."""
     rng = random.Random(seed)
     tasks = {kind: Marked(kind) for kind in KINDS}
@@ -36,7 +36,7 @@ def ordinary_items(count: int, seed: int) -> list[Item]:
         a, b = rng.randint(2, 5000), rng.randint(2, 5000)
         answer, gold = _answer(rng, kind, a, b)
         text = REASONING.format(a=a, b=b, c=a + b) * 4
-        items.append(Item(tasks[kind], text + (answer if kind == "option" else f"#### {answer}"), gold))
+        items.append(VerificationRequest(tasks[kind], text + (answer if kind == "option" else f"#### {answer}"), gold))
     return items
 
 

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import typer
 from answers import Marked, ordinary_items
 
-from aft_ray.verify.process_pool import Item, Verifier
+from aft_ray.verify.process_pool import VerificationRequest, Verifier
 from aft_ray.verify.result import VerificationResult
 
 TARGET_S = 10.0
@@ -40,7 +40,7 @@ def main(
     """Seconds for ordinary answers through the pool, beside plain comparison in this process."""
     verifier = Verifier(workers)
     # Both compare one expression before the first turn: the parser of LaTeX is built by its first use.
-    first = [Item(Marked("math"), "#### x+1", "x+2")] * (2 * workers)
+    first = [VerificationRequest(Marked("math"), "#### x+1", "x+2")] * (2 * workers)
     _, start_s = _timed(verifier.verify, first)
     _timed(_here, first)
     seconds: dict[str, list[float]] = {"here": [], "pool": []}
@@ -62,11 +62,11 @@ def main(
         json_file.write_text(json.dumps(figures, indent=1))
 
 
-def _here(items: list[Item]) -> list[VerificationResult]:
+def _here(items: list[VerificationRequest]) -> list[VerificationResult]:
     return [item.task.same(item.task.extract(item.text), item.gold) for item in items]  # type: ignore[misc]
 
 
-def _timed(verify: Any, items: list[Item]) -> tuple[list[VerificationResult], float]:
+def _timed(verify: Any, items: list[VerificationRequest]) -> tuple[list[VerificationResult], float]:
     started = time.monotonic()
     outcomes = verify(items)
     return outcomes, time.monotonic() - started

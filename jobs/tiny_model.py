@@ -11,7 +11,7 @@ from pathlib import Path
 from string import digits
 from typing import TYPE_CHECKING
 
-from aft_ray.tasks.arithmetic import ASK, DISTRACTORS, NAMES, OBJECTS, SENTENCES, START, TERSE, WORDINGS
+from aft_ray.tasks.arithmetic.problems import FINAL_QUESTION, DISTRACTORS, NAMES, OBJECTS, SENTENCES, START, TERSE, WORDINGS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -87,7 +87,7 @@ def build_tiny_model(
 
 def _vocabulary() -> list[str]:
     """Special tokens, digits at the start and inside of a word, and every piece of the generator's templates."""
-    templates = [START, ASK, TERSE, *DISTRACTORS, *NAMES, *OBJECTS, "####"]
+    templates = [START, FINAL_QUESTION, TERSE, *DISTRACTORS, *NAMES, *OBJECTS, "####"]
     templates += [text for texts in (*SENTENCES.values(), *WORDINGS.values()) for text in texts]
     pieces = {_SPACE + digit for digit in digits} | set(digits)
     for template in templates:

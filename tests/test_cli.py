@@ -10,9 +10,10 @@ from tiny import tiny_config, tiny_tree
 from aft_ray.config.loader import config_difference
 from aft_ray.config.run import load_config, parse_config
 from aft_ray.run.resume import adopt_config
-from aft_ray.storage.ledger import FailedQuestion, Ledger, Trained, write_group_file
+from aft_ray.storage.group_files import write_group_file
+from aft_ray.storage.ledger import CheckpointRecord, FailedQuestion, Ledger
 from aft_ray.storage.run_dir import RunDir
-from aft_ray.tasks.dataset import load_tokenizer, tokenize_split, questions_of_round
+from aft_ray.tasks.dataset import load_tokenizer, questions_of_round, tokenize_split
 
 
 def command(*arguments, status=0, timeout=120):
@@ -53,14 +54,14 @@ def begun(tmp_path, tiny_model):
     ledger.complete_sampling(0, 0, {})
     train(run_dir, ledger, 0)
     ledger.commit(write_group_file(run_dir, questions_of_round(config, groups, 1)[:4]))
-    ledger.park(FailedQuestion(1, groups[5].question.id, "no reason", 3))
+    ledger.record_failed(FailedQuestion(1, groups[5].question.id, "no reason", 3))
     return run_dir
 
 
 def train(run_dir, ledger, number):
     run_dir.write_json(f"{run_dir.checkpoint(number)}/state.json", {})
     run_dir.write_manifest(run_dir.checkpoint(number))
-    ledger.record_checkpoint(Trained(number, 1, run_dir.checkpoint(number), True))
+    ledger.record_checkpoint(CheckpointRecord(number, 1, run_dir.checkpoint(number), True))
     event = f'{{"event": "trained", "round": {number}, "groups": 10, "loss": 0.25, "train_s": 3.0}}'
     run_dir.append_line("metrics.jsonl", event)
 

@@ -14,7 +14,7 @@ from aft_ray.config.run import ConfigError, FeedbackConfig, JudgeConfig
 from aft_ray.storage.run_dir import RunDir
 
 if TYPE_CHECKING:
-    from aft_ray.verify.judge.judge import JudgeCounts, JudgeItem, Rating
+    from aft_ray.verify.judge.judge import JudgeCounts, Rating, RatingRequest
 
 
 class JudgeActor:
@@ -25,7 +25,7 @@ class JudgeActor:
 
         self._judge = Judge(config, cache)
 
-    def rate(self, items: Sequence[JudgeItem]) -> list[Rating]:
+    def rate(self, items: Sequence[RatingRequest]) -> list[Rating]:
         return self._judge.rate(items)
 
     def counts(self) -> JudgeCounts:
@@ -38,7 +38,7 @@ class RemoteJudge:
 
     actor: Any
 
-    def rate(self, items: Sequence[JudgeItem]) -> list[Rating]:
+    def rate(self, items: Sequence[RatingRequest]) -> list[Rating]:
         ratings: list[Rating] = ray.get(self.actor.rate.remote(list(items)))
         return ratings
 
@@ -54,7 +54,7 @@ def start_judge(feedback: FeedbackConfig, run_dir: RunDir) -> RemoteJudge | None
         return None
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     remote = ray.remote(JudgeActor).options(num_cpus=0, scheduling_strategy=here)
-    return RemoteJudge(remote.remote(feedback.judge, judge_cache(feedback.judge, run_dir)))
+    return RemoteJudge(remote.remote(feedback.judge, judge_cache_path(feedback.judge, run_dir)))
 
 
 def check_judge(feedback: FeedbackConfig, run_dir: RunDir) -> None:
@@ -62,10 +62,10 @@ def check_judge(feedback: FeedbackConfig, run_dir: RunDir) -> None:
     if feedback.kind == "judge":
         from aft_ray.verify.judge.judge import Judge
 
-        Judge(feedback.judge, judge_cache(feedback.judge, run_dir)).check()
+        Judge(feedback.judge, judge_cache_path(feedback.judge, run_dir)).check()
 
 
-def judge_cache(judge: JudgeConfig, run_dir: RunDir) -> Path:
+def judge_cache_path(judge: JudgeConfig, run_dir: RunDir) -> Path:
     """Where the replies are kept: as configured, else in the run directory. Raises ConfigError when that is remote."""
     if judge.cache is not None:
         return Path(judge.cache).expanduser()

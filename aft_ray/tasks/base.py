@@ -1,6 +1,6 @@
-"""What a reasoning task is: where its questions come from, how they are asked, how an answer is read.
+"""The interface of a reasoning task: how it loads questions, writes prompts, and extracts and compares answers.
 
-Invariant: a split never comes back empty, and a mistake in the user's data is one ConfigError that says where.
+Invariant: a split is never empty, and a mistake in the user's data raises one ConfigError that says where it is.
 """
 
 from __future__ import annotations
@@ -25,7 +25,11 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 class Task(Protocol):
     """A reasoning task. Its methods are pure: the same split, question or text always gives the same result.
 
-    name: what its questions carry as `task`, and what the ids begin with that it makes.
+    A task may also have the method `grade_steps` of `aft_ray.verify.feedback.StepGrader`, which `feedback.kind=steps`
+    needs.
+
+    Attributes:
+        name: The value of `Question.task` for the questions of this task, and the prefix of the ids that it makes.
     """
 
     name: str
@@ -34,22 +38,28 @@ class Task(Protocol):
         """The questions of a split; the columns are the fields of `Question`. Raises ConfigError."""
 
     def prompt(self, question: Question) -> str:
-        """How the question is put to a model."""
+        """The prompt that asks a model the question."""
 
     def extract(self, text: str) -> str | None:
-        """The final answer that a response gives, None when it gives none."""
+        """The final answer in a response, or None when the response has no final answer."""
 
     def same(self, answer: str | None, gold: str) -> VerificationResult:
-        """Whether an extracted answer is the gold one."""
+        """The verdict on an extracted answer, compared with the gold answer."""
 
 
 class MarkedTask:
-    """The part that tasks share whose responses end in a marker and the answer, which is compared as `kind` says."""
+    """The common part of the tasks whose responses end in a marker and the final answer.
+
+    Args:
+        prompt: The template of the prompt; `{question}` in it stands for the text of the question.
+        marker: The text before the final answer.
+        kind: How answers are compared.
+    """
 
     def __init__(self, name: str, prompt: str, marker: str, kind: Kind = "number") -> None:
         self.name = name
-        self._prompt = prompt
         self.marker = marker
+        self._prompt = prompt
         self._kind = kind
 
     def prompt(self, question: Question) -> str:
@@ -62,15 +72,15 @@ class MarkedTask:
         return compare(self._kind, answer, gold)
 
 
-def dataset(rows: Sequence[Question], origin: str) -> Dataset:
-    """Questions as a data set. Raises ConfigError when there are none; `origin` says where they were looked for."""
+def to_dataset(questions: Sequence[Question], source: str) -> Dataset:
+    """Questions as a data set. Raises ConfigError, which names `source`, when there are no questions."""
     from datasets import Dataset
 
-    if not rows:
-        raise ConfigError(f"{origin} has no questions")
-    return Dataset.from_list([asdict(row) for row in rows])
+    if not questions:
+        raise ConfigError(f"{source} has no questions")
+    return Dataset.from_list([asdict(question) for question in questions])
 
 
-def questions(rows: Dataset) -> list[Question]:
-    """The inverse of `dataset`."""
+def to_questions(rows: Dataset) -> list[Question]:
+    """The questions of a data set that `to_dataset` made."""
     return [Question(**row) for row in rows.to_list()]

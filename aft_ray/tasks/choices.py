@@ -1,7 +1,7 @@
-"""What the tasks share whose answer is one of several lettered options.
+"""The common part of the multiple-choice tasks.
 
-Invariants: the options stand one a line under the question, each behind its letter; the gold answer is the letter of
-one of them; no question is trained on that is tested or validated, and none is validated that is tested.
+Invariants: each option stands on its own line below the question, after its letter. The gold answer is the letter of
+one of the options. No training question occurs in validation or test, and no validation question occurs in test.
 """
 
 from __future__ import annotations
@@ -12,17 +12,21 @@ from dataclasses import dataclass
 from aft_ray.config.run import ConfigError, DataConfig
 from aft_ray.storage.records import Question
 from aft_ray.tasks.base import MarkedTask
-from aft_ray.verify.answers.markup import shown
+from aft_ray.verify.answers.markup import quote
 from aft_ray.verify.answers.numbers import extract_after_marker
 from aft_ray.verify.answers.options import extract_option
 from aft_ray.verify.result import VerificationResult, decided, undecided
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
-    """A multiple-choice problem as its source has it.
+class ChoiceProblem:
+    """A multiple-choice problem of a source.
 
-    id: within the task. gold: a letter. reasoning: the reference chain of thought, empty where the source has none.
+    Attributes:
+        id: The id within the task.
+        stem: The text of the question without its options.
+        gold: The letter of the right option.
+        reasoning: The reference chain of thought; empty when the source has none.
     """
 
     id: str
@@ -33,42 +37,45 @@ class Problem:
 
     @property
     def key(self) -> str:
-        """What is left of the stem without case, spaces and punctuation: equal for a question that was copied."""
+        """The stem without case, spaces and punctuation. Copies of a question have equal keys."""
         return "".join(filter(str.isalnum, self.stem.casefold())) or self.stem
 
     @property
     def is_ambiguous(self) -> bool:
-        """Whether the right option also stands under another letter, so that a right answer may be called wrong."""
+        """Whether the right option also has another letter, so that a right answer could be labelled wrong."""
         wordings = [" ".join(option.casefold().split()) for option in self.options]
         return wordings.count(wordings[ord(self.gold) - ord("A")]) > 1
 
 
 class ChoiceTask(MarkedTask):
-    """The part that the tasks share. `letters`: those that options may have."""
+    """The base class of the multiple-choice tasks. `letters` are the letters that an option can have."""
 
     def __init__(self, name: str, data: DataConfig, letters: str) -> None:
         super().__init__(name, data.prompt or "Question: {question}\nAnswer:", data.answer_marker)
         self.letters = letters
 
     def extract(self, text: str) -> str | None:
-        """The option's letter: from what follows the marker, else from the whole text.
+        """The letter of the option that a response names, after the marker if possible, else in the whole text.
 
-        What follows the marker and names no option is given back as it is: it may be the wording of the right one.
+        A text after the marker that names no option is returned unchanged: it may be the wording of the right option.
         """
         after = extract_after_marker(text, self.marker)
         option = extract_option(after, self.letters) if after else None
         return option or extract_option(text, self.letters) or after
 
     def same(self, answer: str | None, gold: str) -> VerificationResult:
-        """No answer is wrong; one that is no letter of an option is undecided."""
+        """The verdict on an answer. No answer is wrong. An answer that is no letter of an option is undecided."""
         if answer is None or (len(answer) == 1 and answer in self.letters):
             return decided(answer == gold, answer)
-        return undecided(f"{shown(answer)} names no option from {self.letters[0]} to {self.letters[-1]}", answer)
+        return undecided(f"{quote(answer)} names no option from {self.letters[0]} to {self.letters[-1]}", answer)
 
-    def problem(
-        self, identity: str, stem: str, options: Sequence[str], gold: str, reasoning: str, where: str
-    ) -> Problem:
-        """A problem from a source's row. Raises ConfigError, naming the row by `where`, when it cannot be asked."""
+    def check_problem(
+        self, problem_id: str, stem: str, options: Sequence[str], gold: str, reasoning: str, where: str
+    ) -> ChoiceProblem:
+        """A problem made from the values of a row.
+
+        Raises ConfigError, which names the row by `where`, when the stem, the options or the gold answer are not valid.
+        """
         options = [option.strip() for option in options]
         if not stem.strip():
             raise ConfigError(f"{where} has no text of the question; mend the row or take it out")
@@ -82,10 +89,10 @@ class ChoiceTask(MarkedTask):
                 f"{where} gives {gold!r} as its answer, which is none of {', '.join(letters)}; mend the row or take it "
                 f"out"
             )
-        return Problem(identity, stem.strip(), tuple(options), gold, reasoning.strip())
+        return ChoiceProblem(problem_id, stem.strip(), tuple(options), gold, reasoning.strip())
 
-    def questions(self, problems: Sequence[Problem]) -> list[Question]:
-        """Problems as they are asked; a reference ends in the marker and the letter."""
+    def to_questions(self, problems: Sequence[ChoiceProblem]) -> list[Question]:
+        """Problems as questions. A reference response ends in the marker and the letter of the right option."""
         return [
             Question(
                 f"{self.name}-{problem.id}",
@@ -98,12 +105,12 @@ class ChoiceTask(MarkedTask):
         ]
 
 
-def held_apart(problems: Sequence[Problem], kept: Sequence[Problem]) -> list[Problem]:
-    """The first of every question that is not among `kept`; equal stems are the same question, whatever the options."""
-    seen = {problem.key for problem in kept}
-    apart = []
+def without_duplicates(problems: Sequence[ChoiceProblem], excluded: Sequence[ChoiceProblem]) -> list[ChoiceProblem]:
+    """The first problem of each stem, without those whose stem occurs in `excluded`. The options are not compared."""
+    seen = {problem.key for problem in excluded}
+    kept = []
     for problem in problems:
         if problem.key not in seen:
             seen.add(problem.key)
-            apart.append(problem)
-    return apart
+            kept.append(problem)
+    return kept

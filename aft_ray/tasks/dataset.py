@@ -1,8 +1,8 @@
-"""The questions of a run as token ids: rendered once, in the driver, the same for every round and every process.
+"""The questions of a run as token ids, and the questions of each round.
 
-Invariant: what is asked and what is trained are the same tokens, and a question that cannot fit the context is left
-out here, counted, before anything starts. How many questions of which task a round has follows from the config and the
-number of questions of each task alone.
+Invariants: sampling and training use the same token ids. Questions that cannot fit `model.max_length` are left out and
+counted before anything starts. The number of questions of each task in a round depends only on the config and on the
+number of questions of each task, so every process computes the same number.
 """
 
 from __future__ import annotations
@@ -24,14 +24,20 @@ from aft_ray.tasks.rendering import render
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
-    """The questions of a split as groups without candidates, sorted by id; and the ids that do not fit."""
+class TokenizedSplit:
+    """The questions of a split as token ids.
+
+    Attributes:
+        groups: One group without candidates for each question, sorted by question id.
+        too_long: The ids of the questions that do not fit `model.max_length`, sorted.
+    """
 
     groups: list[Group]
     too_long: list[str]
 
 
 def load_tokenizer(config: RunConfig) -> Any:
+    """The tokenizer of the run's model."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(
@@ -39,21 +45,22 @@ def load_tokenizer(config: RunConfig) -> Any:
     )
 
 
-def prepare(config: RunConfig, split: Split, tokenizer: Any) -> Prepared:
-    """Loads and renders a split of every task, as much of it as its limit allows.
+def tokenize_split(config: RunConfig, split: Split, tokenizer: Any) -> TokenizedSplit:
+    """Loads and tokenizes a split of every task, up to the limit of each task.
 
-    Raises ConfigError when more than `sampling.max_parked` of a task, or all of it, does not fit, or two tasks share an
-    id.
+    Raises:
+        ConfigError: More than the share `sampling.max_parked` of a task's questions, or all of them, do not fit
+            `model.max_length`; or two questions have the same id.
     """
-    fits: list[Group] = []
+    groups: list[Group] = []
     too_long: list[str] = []
     for name, task in build_tasks(config).items():
-        questions = _load(config, name, task, split)
-        longer = []
+        questions = _load_split(config, name, task, split)
+        longer: list[str] = []
         for question in questions:
             prompt, reference = render(task, question, tokenizer, config.model.chat_template)
             if len(prompt) + max(len(reference), 1) <= config.model.max_length:
-                fits.append(Group(0, 0, question, prompt, reference, []))
+                groups.append(Group(0, 0, question, prompt, reference, []))
             else:
                 longer.append(question.id)
         if len(longer) > config.sampling.max_parked * len(questions) or len(longer) == len(questions):
@@ -64,13 +71,13 @@ def prepare(config: RunConfig, split: Split, tokenizer: Any) -> Prepared:
             )
         too_long += longer
     try:
-        unique_ids([group.question for group in fits])
+        unique_ids([group.question for group in groups])
     except ValueError as error:
         raise ConfigError(f"{error}; leave out custom.id of a task, so that its ids begin with its name") from error
-    return Prepared(sorted(fits, key=lambda group: group.question.id), sorted(too_long))
+    return TokenizedSplit(sorted(groups, key=lambda group: group.question.id), sorted(too_long))
 
 
-def _load(config: RunConfig, name: str, task: Task, split: Split) -> list[Question]:
+def _load_split(config: RunConfig, name: str, task: Task, split: Split) -> list[Question]:
     limit: int | None = getattr(config.task_configs[name], f"{split}_limit")
     try:
         return load_split(task, split, limit, config.seed)
@@ -79,16 +86,22 @@ def _load(config: RunConfig, name: str, task: Task, split: Split) -> list[Questi
 
 
 def count_by_task(groups: Sequence[Group]) -> dict[str, int]:
-    """Questions of each task, from which the sizes of all rounds follow."""
+    """The number of questions of each task."""
     return dict(sorted(Counter(group.question.task for group in groups).items()))
 
 
 def round_shares(config: RunConfig, counts: Mapping[str, int], round_number: int) -> dict[str, int]:
-    """How many questions of each task a round has. `counts`: of `count_by_task`.
+    """The number of questions of each task in a round.
 
-    Round 0 has every question. A later round has `rounds.questions_per_round`, shared by the tasks' weights, or fewer
-    where a task has not that many: no question is twice in a round, and the shares are kept. Raises ConfigError when a
-    task's share is no question at all.
+    Round 0 has every question. A later round has `rounds.questions_per_round` questions, divided by the tasks' weights.
+    It has fewer when a task has too few questions for its share, because no question occurs twice in a round and the
+    weights are kept.
+
+    Args:
+        counts: The number of training questions of each task, from `count_by_task`.
+
+    Raises:
+        ConfigError: The share of a task is less than one question.
     """
     if round_number == 0:
         return dict(counts)
@@ -98,10 +111,11 @@ def round_shares(config: RunConfig, counts: Mapping[str, int], round_number: int
     size = min(config.rounds.questions_per_round or largest, largest)
     exact = {name: size * weight / total for name, weight in weights.items()}
     shares = {name: math.floor(share) for name, share in exact.items()}
-    # Largest remainder: what rounding down left over goes to those that lost most by it. It cannot take a task above
-    # its questions: an exact share is at most their number, so one that is rounded up is below it.
-    by_loss = sorted(exact, key=lambda name: (shares[name] - exact[name], name))
-    for name in by_loss[: size - sum(shares.values())]:
+    # The largest remainder method: the questions that rounding down leaves go to the tasks with the largest remainders.
+    # No task gets more questions than it has: its exact share is at most their number, and is rounded up only when it
+    # is not a whole number.
+    by_remainder = sorted(exact, key=lambda name: (shares[name] - exact[name], name))
+    for name in by_remainder[: size - sum(shares.values())]:
         shares[name] += 1
     for name, share in shares.items():
         if share == 0:
@@ -113,23 +127,29 @@ def round_shares(config: RunConfig, counts: Mapping[str, int], round_number: int
 
 
 def round_size(config: RunConfig, counts: Mapping[str, int], round_number: int) -> int:
-    """How many questions a round has, over all tasks."""
+    """The number of questions of a round, over all tasks."""
     return sum(round_shares(config, counts, round_number).values())
 
 
-def questions_of_round(config: RunConfig, prepared: Sequence[Group], round_number: int) -> list[Group]:
-    """The round's groups without candidates: of each task its share, all of its questions before any repeats."""
+def questions_of_round(config: RunConfig, groups: Sequence[Group], round_number: int) -> list[Group]:
+    """The groups, without candidates, that a round samples.
+
+    Each task has its share of the round. Every question of a task is used before any is used again.
+
+    Args:
+        groups: The groups of all training questions, from `tokenize_split`.
+    """
     chosen: list[Group] = []
-    for name, share in round_shares(config, count_by_task(prepared), round_number).items():
-        of_task = [group for group in prepared if group.question.task == name]
-        chosen += _deal(config.seed, of_task, max(0, round_number - 1) * share, share)
+    for name, share in round_shares(config, count_by_task(groups), round_number).items():
+        of_task = [group for group in groups if group.question.task == name]
+        chosen += _take_in_cycle(config.seed, of_task, max(0, round_number - 1) * share, share)
     return [replace(group, round=round_number) for group in sorted(chosen, key=lambda group: group.question.id)]
 
 
-def _deal(seed: int, prepared: Sequence[Group], start: int, size: int) -> list[Group]:
-    """`size` groups from position `start` of a shuffled deck that is dealt over and over.
+def _take_in_cycle(seed: int, groups: Sequence[Group], start: int, size: int) -> list[Group]:
+    """`size` groups from position `start` of the shuffled groups, repeated without end.
 
-    It is not shuffled again: a round that spans two passes would draw a question twice, or some before others.
+    The order is the same in every repetition. Otherwise a round that spans two repetitions could use a question twice.
     """
-    order = random.Random(seed).sample(range(len(prepared)), len(prepared))
-    return [prepared[order[position % len(order)]] for position in range(start, start + size)]
+    order = random.Random(seed).sample(range(len(groups)), len(groups))
+    return [groups[order[position % len(order)]] for position in range(start, start + size)]

@@ -1,7 +1,7 @@
-"""From a question to token ids.
+"""Turns questions into token ids.
 
-Invariant: prompt and response are tokenised separately, so the boundary between them is where a sampler starts; the
-reference ends with the end-of-sequence token, exactly once.
+Invariant: prompt and response are tokenized separately, so training sees the same boundary between them as sampling.
+The reference response ends with exactly one end-of-sequence token.
 """
 
 from __future__ import annotations
@@ -20,10 +20,16 @@ if TYPE_CHECKING:
 def render(
     task: Task, question: Question, tokenizer: PreTrainedTokenizerBase, chat_template: Literal["auto", "never"]
 ) -> tuple[list[int], list[int]]:
-    """Token ids of the prompt and of the reference response. Raises ConfigError for a tokenizer without an end."""
+    """The token ids of the prompt and of the reference response.
+
+    Raises ConfigError when the tokenizer has no end-of-sequence token.
+    """
     eos = end_of_sequence(tokenizer)
     reference_ids = tokenizer(question.reference, add_special_tokens=False)["input_ids"]
-    return render_prompt(task.prompt(question), tokenizer, chat_template), [*_without_end(reference_ids, eos), eos]
+    return render_prompt(task.prompt(question), tokenizer, chat_template), [
+        *_without_final_eos(reference_ids, eos),
+        eos,
+    ]
 
 
 def render_prompt(
@@ -32,26 +38,30 @@ def render_prompt(
     chat_template: Literal["auto", "never"],
     before: Sequence[Mapping[str, str]] = (),
 ) -> list[int]:
-    """Token ids of a prompt. With chat_template "auto" it is a user's turn in the tokenizer's chat template, where it
-    has one, after the turns `before`: {"role", "content"} each, which are left out without a template.
+    """The token ids of a prompt.
+
+    Args:
+        chat_template: With "auto", the prompt becomes a user message in the tokenizer's chat template, if the
+            tokenizer has one.
+        before: The messages before the prompt, {"role", "content"} each. They are ignored without a chat template.
     """
     if chat_template == "auto" and tokenizer.chat_template:
-        turns = [*before, {"role": "user", "content": prompt}]
-        # return_dict=False: transformers 5 gives a BatchEncoding by default.
-        return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))
-    # With the start token where the tokenizer has one.
-    return _without_end(tokenizer(prompt)["input_ids"], end_of_sequence(tokenizer))
+        messages = [*before, {"role": "user", "content": prompt}]
+        # transformers 5 returns a BatchEncoding by default.
+        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+    # Without a template, the tokenizer adds its beginning-of-sequence token, if it has one.
+    return _without_final_eos(tokenizer(prompt)["input_ids"], end_of_sequence(tokenizer))
 
 
 def end_of_sequence(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that ends a response. Raises ConfigError when there is none."""
+    """The id of the token that ends a response. Raises ConfigError when the tokenizer has none."""
     if tokenizer.eos_token_id is None:
         raise ConfigError("the model's tokenizer has no end-of-sequence token; a response could never end")
     return int(tokenizer.eos_token_id)
 
 
-def _without_end(ids: list[int], eos: int) -> list[int]:
-    """Some tokenizers close every text with the end-of-sequence token."""
+def _without_final_eos(ids: list[int], eos: int) -> list[int]:
+    """The ids without end-of-sequence tokens at their end, which some tokenizers add to every text."""
     end = len(ids)
     while end and ids[end - 1] == eos:
         end -= 1

@@ -1,6 +1,6 @@
-"""Rows of local JSON-lines, TSV and Parquet files and of hub data sets, as plain dicts.
+"""Reads rows of local JSON-lines, TSV and Parquet files and of data sets on the Hugging Face hub.
 
-Invariant: whatever is wrong with a source is one ConfigError naming the file, and the line where there is one.
+Invariant: a problem with a source raises one ConfigError that names the file and, where there is one, the line.
 """
 
 from __future__ import annotations
@@ -16,20 +16,22 @@ from aft_ray.config.run import ConfigError
 Row = dict[str, Any]
 
 SUFFIXES = (".jsonl", ".json", ".tsv", ".parquet")
-# How a newline is written inside a field of a TSV file; some files escape the backslash once more.
+# How a TSV file writes a newline inside a field. Some files escape the backslash a second time.
 _ESCAPED_NEWLINE = re.compile(r"\\+n")
 
 
 def read_file(path: Path, columns: Sequence[str] = ()) -> list[Row]:
     """The rows of a JSON-lines (`.jsonl` or `.json`), `.tsv` or `.parquet` file. Blank lines are skipped.
 
-    columns: the names of a TSV file's columns; without them its first line has them. A `\\n` in a field is a newline.
+    Args:
+        columns: The column names of a TSV file; by default its first line has them. `\\n` in a field of a TSV file
+            becomes a newline.
     """
     if not path.is_file():
-        there = sorted(p.name for p in path.parent.glob("*") if p.suffix in SUFFIXES)
-        raise ConfigError(f"there is no file {path}; data files in {path.parent}: {', '.join(there) or 'none'}")
+        files = sorted(p.name for p in path.parent.glob("*") if p.suffix in SUFFIXES)
+        raise ConfigError(f"there is no file {path}; data files in {path.parent}: {', '.join(files) or 'none'}")
     if path.suffix in (".jsonl", ".json"):
-        return [_read_json(line, f"{path}, line {number}") for number, line in _lines(path)]
+        return [_read_json(line, f"{path}, line {number}") for number, line in _read_lines(path)]
     if path.suffix == ".tsv":
         return _read_tsv(path, columns)
     if path.suffix == ".parquet":
@@ -44,20 +46,20 @@ def read_file(path: Path, columns: Sequence[str] = ()) -> list[Row]:
     raise ConfigError(f"{path} is none of the files that can be read: {', '.join(SUFFIXES)}")
 
 
-def read_first(root: str, names: Sequence[str], columns: Sequence[str] = ()) -> tuple[list[Row], str]:
-    """The rows of the first of `names` that is a file in the directory `root`, and its path for messages."""
-    directory = Path(root).expanduser()
-    path = next((directory / name for name in names if (directory / name).is_file()), directory / names[0])
+def read_first(directory: str, names: Sequence[str], columns: Sequence[str] = ()) -> tuple[list[Row], str]:
+    """The rows of the first of `names` that exists in the directory, and the path of that file for messages."""
+    root = Path(directory).expanduser()
+    path = next((root / name for name in names if (root / name).is_file()), root / names[0])
     return read_file(path, columns), str(path)
 
 
 def read_hub(name: str, split: str, config: str | None = None) -> list[Row]:
-    """The rows of a split of a Hugging Face data set, from the hub or its local cache."""
+    """The rows of a split of a Hugging Face data set, from the hub or from its local cache."""
     import datasets
 
     try:
         rows: list[Row] = datasets.load_dataset(name, config, split=split).to_list()
-    except Exception as error:  # the hub client has no common base class for what can go wrong
+    except Exception as error:  # The errors of the hub's client have no common base class.
         raise ConfigError(
             f"cannot load the split {split!r} of the data set {name} from the Hugging Face hub "
             f"({type(error).__name__}: {_one_line(error)}); set data.path to a directory with local files"
@@ -65,8 +67,13 @@ def read_hub(name: str, split: str, config: str | None = None) -> list[Row]:
     return rows
 
 
-def column(row: Row, name: str, key: str, where: str) -> str:
-    """The value of a column as text. `key` is the config key that names it, `where` the row's place."""
+def column_text(row: Row, name: str, key: str, where: str) -> str:
+    """The value of a column as text.
+
+    Args:
+        key: The config key, or the task, that names the column; for messages.
+        where: The file and line of the row; for messages.
+    """
     if name not in row:
         raise ConfigError(f"{where} has no column {name!r}, which {key} names; it has {', '.join(sorted(row))}")
     if row[name] is None:
@@ -74,16 +81,16 @@ def column(row: Row, name: str, key: str, where: str) -> str:
     return str(row[name])
 
 
-def texts(row: Row, name: str, where: str) -> list[str]:
-    """The value of a column that is a list of texts."""
+def column_texts(row: Row, name: str, where: str) -> list[str]:
+    """The value of a column that holds a list of texts."""
     values = row.get(name)
     if not isinstance(values, list):
         raise ConfigError(f"{where} has no list of texts in the column {name!r}; it has {', '.join(sorted(row))}")
     return [str(value) for value in values]
 
 
-def _lines(path: Path) -> list[tuple[int, str]]:
-    """The lines of a file that are not blank, with their numbers."""
+def _read_lines(path: Path) -> list[tuple[int, str]]:
+    """The numbers and texts of the lines that are not blank."""
     try:
         with path.open(encoding="utf-8") as lines:
             return [(number, line.rstrip("\n")) for number, line in enumerate(lines, 1) if line.strip()]
@@ -92,7 +99,7 @@ def _lines(path: Path) -> list[tuple[int, str]]:
 
 
 def _read_tsv(path: Path, columns: Sequence[str]) -> list[Row]:
-    lines = [(number, line.split("\t")) for number, line in _lines(path)]
+    lines = [(number, line.split("\t")) for number, line in _read_lines(path)]
     if not columns and lines:
         columns = lines.pop(0)[1]
     for number, fields in lines:

@@ -1,64 +1,89 @@
 """Turns verdicts into rewards: right or wrong, the share of right steps, or a judge's rating.
 
-Invariants: an undecided candidate stays undecided and costs nothing. Equal responses to a question get equal rewards.
+Invariants: an undecided candidate stays undecided and is not sent to a judge. Equal responses to a question get equal
+rewards.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from aft_ray.config.run import FeedbackConfig
-from aft_ray.storage.records import Candidate, Group, Verdict
-from aft_ray.tasks.arithmetic_steps import grade_steps
+from aft_ray.storage.records import Candidate, Group, Question, Verdict
 
 if TYPE_CHECKING:
-    from aft_ray.verify.judge.judge import JudgeItem, Rating
+    from aft_ray.verify.judge.judge import Rating, RatingRequest
 
 
-class Rater(Protocol):
-    """A `Judge`, or whatever asks one."""
+@runtime_checkable
+class StepGrader(Protocol):
+    """A task that can grade the steps of a response, which `feedback.kind=steps` needs."""
 
-    def rate(self, items: Sequence[JudgeItem]) -> list[Rating]: ...
+    def grade_steps(self, question: Question, response: str, right: bool) -> float:
+        """The reward of a response, 0 to 1. `right`: whether the verifier found the final answer right.
+
+        Raises ValueError when the steps of this question cannot be graded.
+        """
 
 
-def reward_groups(groups: Sequence[Group], feedback: FeedbackConfig, judge: Rater | None) -> list[Group]:
-    """Labelled groups with the rewards of `feedback.kind`; `judge` is needed for that kind only.
+class JudgeClient(Protocol):
+    """Rates candidates: a `Judge`, or a handle of one in another process."""
 
-    binary: as they are. steps: `grade_steps`, 0 to 1. judge: the mean rating, 1 to 10; a candidate that got none is
-    undecided. Raises JudgeFailed, and ValueError when steps are to be graded of another task than arithmetic.
+    def rate(self, requests: Sequence[RatingRequest]) -> list[Rating]:
+        """One rating for each request, in order. Raises JudgeFailed."""
+
+
+def reward_groups(
+    groups: Sequence[Group], tasks: Mapping[str, object], feedback: FeedbackConfig, judge: JudgeClient | None
+) -> list[Group]:
+    """Labelled groups with the rewards of `feedback.kind`.
+
+    binary: the groups are returned unchanged. steps: the grade of the question's task, 0 to 1. judge: the mean rating,
+    1 to 10; a candidate without a rating becomes undecided.
+
+    Args:
+        tasks: The tasks of the run by the names in `Question.task`. Kind steps needs a `StepGrader`.
+        judge: Needed for kind judge only.
+
+    Raises:
+        JudgeFailed: The judge cannot be used.
+        ValueError: The steps of a question cannot be graded, or kind judge has no judge.
     """
     if feedback.kind == "steps":
-        return [_graded(group) for group in groups]
+        return [_reward_steps(group, tasks[group.question.task]) for group in groups]
     if feedback.kind == "judge":
         if judge is None:
             raise ValueError("feedback.kind=judge needs a judge")
-        return _judged(groups, judge)
+        return _reward_ratings(groups, judge)
     return list(groups)
 
 
-def _graded(group: Group) -> Group:
-    def grade(candidate: Candidate) -> Candidate:
+def _reward_steps(group: Group, task: object) -> Group:
+    if not isinstance(task, StepGrader):
+        raise ValueError(f"feedback.kind=steps cannot grade {group.question.task}, whose task has no `grade_steps`")
+
+    def rewarded(candidate: Candidate) -> Candidate:
         if candidate.verdict is Verdict.UNDECIDED:
             return candidate
         right = candidate.verdict is Verdict.RIGHT
-        return replace(candidate, reward=grade_steps(group.question.text, candidate.text, right))
+        return replace(candidate, reward=task.grade_steps(group.question, candidate.text, right))
 
-    return replace(group, candidates=[grade(candidate) for candidate in group.candidates])
+    return replace(group, candidates=[rewarded(candidate) for candidate in group.candidates])
 
 
-def _judged(groups: Sequence[Group], judge: Rater) -> list[Group]:
-    from aft_ray.verify.judge.judge import JudgeItem  # imports the client library, which other kinds do without
+def _reward_ratings(groups: Sequence[Group], judge: JudgeClient) -> list[Group]:
+    from aft_ray.verify.judge.judge import RatingRequest  # Imports the client library, which other kinds do not need.
 
-    items = [
-        JudgeItem(f"{group.question.id}, candidate {index}", group.question.text, group.question.reference, c.text)
+    requests = [
+        RatingRequest(f"{group.question.id}, candidate {index}", group.question.text, group.question.reference, c.text)
         for group in groups
         for index, c in enumerate(group.candidates)
         if c.verdict is not Verdict.UNDECIDED
     ]
-    # The judge asks about equal items once.
-    rewards = iter([rating.reward for rating in judge.rate(items)])
+    # The judge asks only once about equal candidates.
+    rewards = iter([rating.reward for rating in judge.rate(requests)])
 
     def rewarded(candidate: Candidate) -> Candidate:
         if candidate.verdict is Verdict.UNDECIDED:

@@ -1,9 +1,10 @@
-"""The start method of the verifier's worker processes.
+"""A multiprocessing context whose processes import only what verification needs.
 
-Invariant: a worker has imported what verification needs and nothing else, whatever its parent has loaded. `fork` would
-copy a process with the threads of Ray, torch or vLLM, and their locks, and `spawn` and `forkserver` run the parent's
-`__main__` again, which in a Ray worker imports Ray. Here a fork server of this module's own is started with the
-verifier preloaded, once per process, and `__main__` is left alone; a worker then starts in milliseconds.
+Invariant: a verification process has imported `aft_ray.verify.preload` and nothing else, whatever its parent has
+imported. The start methods of multiprocessing do not give this. `fork` copies a process with the threads of Ray, torch
+or vLLM, and with the locks that they hold. `spawn` and `forkserver` run the parent's `__main__` again, which in a Ray
+worker imports Ray. So this module has a fork server of its own, which is started once per process with the preload and
+does not run `__main__`. It starts a verification process in milliseconds.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ import os
 from multiprocessing import forkserver, popen_forkserver, process, reduction, spawn, util
 from multiprocessing.context import ForkServerContext, ForkServerProcess, set_spawning_popen
 
-# It ends when the last process that holds its other end does: with its parent and the parent's workers.
+# The server ends when the last process that holds the other end of its pipe ends: its parent or a process it started.
 _server = forkserver.ForkServer()
 _server.set_forkserver_preload(["aft_ray.verify.preload"])
 
 
 class _Popen(popen_forkserver.Popen):
-    """Asks the module's own fork server, and sends no word about `__main__`."""
+    """Starts a process through this module's fork server, without instructions to run `__main__`."""
 
     def _launch(self, process_obj: process.BaseProcess) -> None:
         preparation = spawn.get_preparation_data(process_obj.name)
@@ -33,7 +34,7 @@ class _Popen(popen_forkserver.Popen):
         finally:
             set_spawning_popen(None)
         self.sentinel, writer = _server.connect_to_new_process(self._fds)  # type: ignore[attr-defined]
-        # The child waits for the end of this pipe too: it learns so that its parent died while it was starting.
+        # The child waits for the end of this pipe too. So it learns when its parent dies while it starts.
         self.finalizer = util.Finalize(self, _close, (os.dup(writer), self.sentinel))
         with open(writer, "wb") as pipe:
             pipe.write(message.getbuffer())
@@ -52,6 +53,6 @@ class _Process(ForkServerProcess):
 
 
 class LightContext(ForkServerContext):
-    """A multiprocessing context whose processes are light; see the module."""
+    """The multiprocessing context of this module's fork server."""
 
     Process = _Process

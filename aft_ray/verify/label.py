@@ -1,41 +1,44 @@
-"""Labels the candidates of groups: the answer each gives, the verdict on it, and its binary reward.
+"""Labels the candidates of groups with the answer of each, the verdict on it, and its binary reward.
 
-Invariant: a failure of the verifier is undecided, never wrong, and says why.
+Invariant: a failure of the verifier makes a candidate undecided, with a reason, and never wrong.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from aft_ray.storage.records import Candidate, Group, Verdict
-from aft_ray.verify.process_pool import Item, Verifier
-
-if TYPE_CHECKING:
-    from aft_ray.tasks.base import Task
+from aft_ray.verify.process_pool import AnswerReader, VerificationRequest, Verifier
 
 
-def label_groups(groups: Sequence[Group], tasks: Mapping[str, Task], verifier: Verifier) -> list[Group]:
-    """`groups` with every candidate's answer, verdict, reason and reward: 1.0 for a right answer, else 0.0.
+def label_groups(groups: Sequence[Group], tasks: Mapping[str, AnswerReader], verifier: Verifier) -> list[Group]:
+    """`groups` with the answer, verdict, reason and reward of every candidate.
 
-    tasks: by the names in `question.task`. All candidates are verified in one call, the cheapest way.
+    The reward is 1.0 for a right answer and 0.0 otherwise. All candidates are verified in one call, because large
+    calls cost the verifier least.
+
+    Args:
+        tasks: The tasks of the run by the names in `Question.task`.
+
+    Raises:
+        KeyError: The task of a group is not in `tasks`.
     """
-    items = [
-        Item(tasks[group.question.task], candidate.text, group.question.gold)
+    requests = [
+        VerificationRequest(tasks[group.question.task], candidate.text, group.question.gold)
         for group in groups
         for candidate in group.candidates
     ]
-    outcomes = iter(verifier.verify(items))
+    results = iter(verifier.verify(requests))
 
     def labelled(candidate: Candidate) -> Candidate:
-        outcome = next(outcomes)
+        result = next(results)
         return replace(
             candidate,
-            answer=outcome.answer,
-            verdict=outcome.verdict,
-            reason=outcome.reason,
-            reward=1.0 if outcome.verdict is Verdict.RIGHT else 0.0,
+            answer=result.answer,
+            verdict=result.verdict,
+            reason=result.reason,
+            reward=1.0 if result.verdict is Verdict.RIGHT else 0.0,
         )
 
     return [replace(group, candidates=[labelled(candidate) for candidate in group.candidates]) for group in groups]

@@ -1,12 +1,14 @@
-"""What the fork server imports, so that every worker starts with it: imports, and the parser of LaTeX.
+"""The imports of the fork server, which every verification process starts with.
 
-Invariant: the first answer that a worker compares takes no longer than any other. The parser builds its tables as it
-is used; built in a new worker, under a deadline, they would make an innocent answer late.
+Invariant: the first answer that a process compares takes no longer than any other. So the modules that tasks import
+are imported here, and the parser of LaTeX, which builds its tables when it is first used, is used here once. Otherwise
+this time would count against the deadline of the first answer.
 """
 
 from __future__ import annotations
 
-import aft_ray.tasks.base
+import aft_ray.config.run
+import aft_ray.verify.answers.options
 import aft_ray.verify.process_pool  # noqa: F401
 from aft_ray.verify.answers.compare import compare
 

@@ -1,7 +1,7 @@
-"""Verifies responses in worker processes that may hang, crash or run out of memory without doing harm.
+"""Verifies responses in worker processes, because a response can make its process hang, crash or run out of memory.
 
-Invariant: every item gets an outcome in bounded time, in order, from any thread; what an item does to its worker makes
-that item undecided, with the reason, and no other.
+Invariant: every request gets a result in bounded time, in order, and from any thread. If a request harms its worker
+process, that request alone becomes undecided, with the reason.
 """
 
 from __future__ import annotations
@@ -24,46 +24,58 @@ from typing import Any, Protocol
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 from aft_ray.storage.records import Verdict
-from aft_ray.verify.answers.compare import failure
+from aft_ray.verify.answers.compare import error_reason
 from aft_ray.verify.answers.markup import MAX_ANSWER_LENGTH
 from aft_ray.verify.fork_server import LightContext
 from aft_ray.verify.result import VerificationResult, undecided
 
-MAX_TEXT_LENGTH = 100_000  # characters; a longer response is no answer to anything, and costs to send
+MAX_TEXT_LENGTH = 100_000  # Characters. A longer response is a degenerate sample and is not sent to a worker.
 DEADLINE_S = 5.0
-MEMORY_BYTES = 1 << 30  # what a worker may allocate beyond what it starts with
-_CHUNK = 64  # items sent at once
-_CHUNK_S = 1.0  # a worker gives back what it has after so long, and gets the rest anew
-_CHUNKS_PER_WORKER = 500  # then it is replaced: caches of the algebra system grow
-_SILENCE_S = 60.0  # beyond the deadlines, without a sign of life from any worker
+MEMORY_BYTES = 1 << 30  # What a worker may allocate in addition to what it starts with.
+_CHUNK_SIZE = 64  # Requests that are sent to a worker at once.
+_CHUNK_SECONDS = 1.0  # After this time a worker returns the results that it has; the other requests are sent again.
+_MAX_CHUNKS_PER_WORKER = 500  # Then a worker is replaced, because the caches of the algebra system grow.
+_UNRESPONSIVE_S = 60.0  # Beyond the deadline. If no worker returns anything for so long, the pool is restarted.
 
 
-class Reader(Protocol):
-    """The part of a task that is applied. It is sent to the workers pickled: its class must be importable there."""
+class AnswerReader(Protocol):
+    """The part of a task that verification uses.
 
-    def extract(self, text: str) -> str | None: ...
+    It is pickled and sent to the workers, so its class must be importable there.
+    """
 
-    def same(self, answer: str | None, gold: str) -> VerificationResult: ...
+    def extract(self, text: str) -> str | None:
+        """The final answer in a response, or None when the response has no final answer."""
+
+    def same(self, answer: str | None, gold: str) -> VerificationResult:
+        """The verdict on an extracted answer, compared with the gold answer."""
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
-    """One response to verify: how it is read, its text, and the gold answer."""
+class VerificationRequest:
+    """One response to verify: the task that reads it, its text, and the gold answer."""
 
-    task: Reader
+    task: AnswerReader
     text: str
     gold: str
 
 
-_Sent = tuple[
-    Sequence[int], ProcessFuture[list[VerificationResult]]
-]  # which items, and what comes of the first of them
+@dataclass(frozen=True, slots=True)
+class _PendingChunk:
+    """Requests that were sent to a worker. The worker returns the results of the first ones, at least one."""
+
+    indices: Sequence[int]
+    future: ProcessFuture[list[VerificationResult]]
 
 
 class Verifier:
-    """A bounded pool of light processes. The first call starts them, `close` ends them.
+    """A bounded pool of light worker processes. The first call of `verify` starts them, and `close` ends them.
 
-    workers: processes. deadline_s: per item; also about the longest that a worker outlives a parent that was killed.
+    Args:
+        workers: The number of processes.
+        deadline_s: The time limit of one request, in seconds. A worker outlives a parent that was killed by about
+            this time at most.
+        memory_bytes: What each worker may allocate in addition to what it starts with.
     """
 
     def __init__(self, workers: int = 1, deadline_s: float = DEADLINE_S, memory_bytes: int = MEMORY_BYTES) -> None:
@@ -72,27 +84,28 @@ class Verifier:
         self._memory_bytes = memory_bytes
         self._lock = threading.Lock()
         self._pool: ProcessPool | None = None
-        self._finished = 0
+        self._finished_chunks = 0
 
-    def verify(self, items: Sequence[Item]) -> list[VerificationResult]:
-        """One outcome an item, in order."""
-        outcomes = [_oversized(item) for item in items]
-        todo = [index for index, outcome in enumerate(outcomes) if outcome is None]
-        size = max(1, min(_CHUNK, -(-len(todo) // self._workers)))
-        waiting = deque(self._send(items, todo[at : at + size]) for at in range(0, len(todo), size))
-        while waiting:
-            indices, future = waiting.popleft()
-            done, problem = self._receive(future)
-            for index, outcome in zip(indices, done, strict=False):
-                outcomes[index] = outcome
-            rest = indices[len(done) :]
+    def verify(self, requests: Sequence[VerificationRequest]) -> list[VerificationResult]:
+        """One result for each request, in order."""
+        results = [_reject_oversized(request) for request in requests]
+        to_send = [index for index, result in enumerate(results) if result is None]
+        size = max(1, min(_CHUNK_SIZE, -(-len(to_send) // self._workers)))
+        pending = deque(self._send(requests, to_send[start : start + size]) for start in range(0, len(to_send), size))
+        while pending:
+            chunk = pending.popleft()
+            received, problem = self._receive(chunk)
+            for index, result in zip(chunk.indices, received, strict=False):
+                results[index] = result
+            rest = chunk.indices[len(received) :]
             if problem and len(rest) == 1:
-                outcomes[rest[0]] = undecided(problem)
+                results[rest[0]] = undecided(problem)
             elif problem:
-                waiting.extend(self._send(items, [index]) for index in rest)
+                # One of these requests caused the problem. Sent alone, it cannot affect the others.
+                pending.extend(self._send(requests, [index]) for index in rest)
             elif rest:
-                waiting.append(self._send(items, rest))
-        return [outcome for outcome in outcomes if outcome is not None]
+                pending.append(self._send(requests, rest))
+        return [result for result in results if result is not None]
 
     def close(self) -> None:
         """Ends the workers. A later call of `verify` starts new ones."""
@@ -102,56 +115,56 @@ class Verifier:
             pool.stop()  # type: ignore[no-untyped-call]
             pool.join()
 
-    def _send(self, items: Sequence[Item], indices: Sequence[int]) -> _Sent:
-        # Pickled here, so that a task which cannot be unpickled fails inside the call and not the worker.
-        # Within one pickle, a task that many items share is written once.
-        message = pickle.dumps([items[index] for index in indices])
-        limit = self._deadline_s if len(indices) == 1 else self._deadline_s + _CHUNK_S
+    def _send(self, requests: Sequence[VerificationRequest], indices: Sequence[int]) -> _PendingChunk:
+        # The requests are pickled here, so that a task that cannot be unpickled fails inside `_verify_chunk` and does
+        # not end the worker. One pickle writes a task that many requests share only once.
+        message = pickle.dumps([requests[index] for index in indices])
+        limit_s = self._deadline_s if len(indices) == 1 else self._deadline_s + _CHUNK_SECONDS
         with self._lock:
-            if self._pool is not None and not self._pool.active:  # a worker was killed from outside while it was idle
+            if self._pool is not None and not self._pool.active:  # Another process killed a worker while it was idle.
                 self._pool.join()
                 self._pool = None
             if self._pool is None:
                 self._pool = ProcessPool(
                     max_workers=self._workers,
-                    max_tasks=_CHUNKS_PER_WORKER,
-                    initializer=_bound_this_process,
+                    max_tasks=_MAX_CHUNKS_PER_WORKER,
+                    initializer=_limit_this_process,
                     initargs=(self._memory_bytes,),
                     context=LightContext(),
                 )
-            future = self._pool.schedule(_verify_chunk, (message, self._deadline_s + 1), timeout=limit)
-        future.add_done_callback(self._count)
-        return indices, future
+            future = self._pool.schedule(_verify_chunk, (message, self._deadline_s + 1), timeout=limit_s)
+        future.add_done_callback(self._count_finished)
+        return _PendingChunk(indices, future)
 
-    def _receive(self, future: ProcessFuture[list[VerificationResult]]) -> tuple[list[VerificationResult], str]:
-        """The outcomes of the first items of a chunk, and what became of the one after them, if anything did."""
+    def _receive(self, chunk: _PendingChunk) -> tuple[list[VerificationResult], str]:
+        """The results of the first requests of a chunk, and the problem with the others; empty without a problem."""
         while True:
-            before = self._finished
+            finished_before = self._finished_chunks
             try:
-                return future.result(timeout=self._deadline_s + _SILENCE_S), ""
+                return chunk.future.result(timeout=self._deadline_s + _UNRESPONSIVE_S), ""
             except TimeoutError:
-                if future.done():
+                if chunk.future.done():
                     return [], f"took longer than {self._deadline_s:g} s"
-                if self._finished == before:
+                if self._finished_chunks == finished_before:
                     self.close()
                     return [], "the verification processes did not answer"
             except ProcessExpired as error:
                 return [], f"its process died (exit code {error.exitcode})"
             except (BrokenProcessPool, RuntimeError) as error:
-                return [], failure(error)
+                return [], error_reason(error)
 
-    def _count(self, _: object) -> None:
-        self._finished += 1
+    def _count_finished(self, _: object) -> None:
+        self._finished_chunks += 1
 
 
 def shared_verifier() -> Verifier:
-    """The verifier of this process: made on first use, closed at exit."""
+    """The verifier of this process. It is made when it is first used and closed when the process ends."""
     global _shared
     with _shared_lock:
-        # A forked child has the object but none of the threads behind it.
+        # A forked child has a copy of the object, but not the threads that it needs.
         if _shared is None or _shared[0] != os.getpid():
             _shared = (os.getpid(), Verifier(workers=min(2, os.cpu_count() or 1)))
-            # Not atexit: a process that multiprocessing started waits for its children before that is called.
+            # `atexit` would be too late: a process of multiprocessing waits for its children before it calls that.
             Finalize(None, _shared[1].close, exitpriority=1)
         return _shared[1]
 
@@ -160,46 +173,47 @@ _shared: tuple[int, Verifier] | None = None
 _shared_lock = threading.Lock()
 
 
-def _oversized(item: Item) -> VerificationResult | None:
-    length = max(len(item.text), len(item.gold))
+def _reject_oversized(request: VerificationRequest) -> VerificationResult | None:
+    """An undecided result for a request that is too long to send; None for any other."""
+    length = max(len(request.text), len(request.gold))
     return undecided(f"the response has {length} characters") if length > MAX_TEXT_LENGTH else None
 
 
-def _bound_this_process(memory_bytes: int) -> None:
-    """Runs in a worker as it starts."""
-    # The pool ends a worker with SIGTERM, which a handler in Python would not see during a long calculation.
+def _limit_this_process(memory_bytes: int) -> None:
+    """Sets the limits of a worker process when it starts."""
+    # The pool ends a worker with SIGTERM. A Python handler would not run during a long calculation.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if sys.platform == "linux":  # elsewhere the limit is not kept, and what is used is not told
+    if sys.platform == "linux":  # Other systems do not report the memory in use and do not enforce the limit.
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + memory_bytes, used + memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def _verify_chunk(message: bytes, deadline_s: float) -> list[VerificationResult]:
-    """Runs in a worker: the outcomes of the first items, as many as there is time for, at least one."""
-    items: list[Item] = pickle.loads(message)
+    """Runs in a worker. The results of the first requests, at least one and as many as `_CHUNK_SECONDS` allows."""
+    requests: list[VerificationRequest] = pickle.loads(message)
     started = time.monotonic()
-    outcomes: list[VerificationResult] = []
+    results: list[VerificationResult] = []
     try:
-        for item in items:
-            # Should the parent be killed, nobody else ends this process; the kernel's default for the alarm does.
+        for request in requests:
+            # If the parent is killed, nobody else ends this process. The default action of the alarm signal does.
             signal.setitimer(signal.ITIMER_REAL, deadline_s)
-            outcomes.append(_verify_one(item))
-            if time.monotonic() - started > _CHUNK_S:
+            results.append(_verify_one(request))
+            if time.monotonic() - started > _CHUNK_SECONDS:
                 break
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-    return outcomes
+    return results
 
 
-def _verify_one(item: Item) -> VerificationResult:
+def _verify_one(request: VerificationRequest) -> VerificationResult:
     answer: Any = None
     try:
-        answer = item.task.extract(item.text)
+        answer = request.task.extract(request.text)
         if not isinstance(answer, str | None):
             raise TypeError(f"extract gave a {type(answer).__name__} instead of a text")
-        said = item.task.same(answer, item.gold)
+        result = request.task.same(answer, request.gold)
         answer = answer if answer is None or len(answer) <= MAX_ANSWER_LENGTH else answer[:MAX_ANSWER_LENGTH] + "…"
-        return VerificationResult(Verdict(said.verdict), answer, said.reason)
-    except BaseException as error:  # SystemExit of a task must not end the caller's process
-        return undecided(failure(error), answer if isinstance(answer, str) else None)
+        return VerificationResult(Verdict(result.verdict), answer, result.reason)
+    except BaseException as error:  # Also SystemExit, which a task raises, must not end this process.
+        return undecided(error_reason(error), answer if isinstance(answer, str) else None)

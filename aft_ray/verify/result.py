@@ -1,6 +1,6 @@
-"""What comes out of verifying one response.
+"""The result of verifying one response.
 
-Invariant: an undecided outcome says why.
+Invariant: an undecided result has a reason.
 """
 
 from __future__ import annotations
@@ -12,16 +12,23 @@ from aft_ray.storage.records import Verdict
 
 @dataclass(frozen=True, slots=True)
 class VerificationResult:
-    """answer: what was read out of the response. reason: why the verdict is undecided; empty otherwise."""
+    """The verdict on one response.
+
+    Attributes:
+        answer: The answer that was extracted from the response; None when there was none.
+        reason: Why the verdict is undecided; empty for the other verdicts.
+    """
 
     verdict: Verdict
     answer: str | None
     reason: str = ""
 
 
-def decided(equal: bool, answer: str | None) -> VerificationResult:
-    return VerificationResult(Verdict.RIGHT if equal else Verdict.WRONG, answer)
+def decided(right: bool, answer: str | None) -> VerificationResult:
+    """The result for an answer that was understood."""
+    return VerificationResult(Verdict.RIGHT if right else Verdict.WRONG, answer)
 
 
 def undecided(reason: str, answer: str | None = None) -> VerificationResult:
+    """The result for a response on which no verdict is possible."""
     return VerificationResult(Verdict.UNDECIDED, answer, reason)

@@ -20,7 +20,7 @@ from tiny import tiny_config, tiny_tree
 from aft_ray.observe.summary import read_events
 from aft_ray.storage.ledger import Ledger
 from aft_ray.storage.run_dir import RunDir
-from aft_ray.tasks.dataset import load_tokenizer, prepare, questions_of_round
+from aft_ray.tasks.dataset import load_tokenizer, tokenize_split, questions_of_round
 
 ROOT = Path(__file__).parents[2]
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
@@ -219,14 +219,14 @@ def test_every_question_is_answered_and_trained_exactly_once(survived):
     config, _, log = survived
     run_dir, tokenizer = RunDir(config.run_dir), load_tokenizer(config)
     ledger = Ledger(run_dir)
-    questions = prepare(config, "train", tokenizer).groups
+    questions = tokenize_split(config, "train", tokenizer).groups
     for number in (1, 2):
         wanted = Counter(group.question.id for group in questions_of_round(config, questions, number))
         groups = ledger.read_groups(number)
         assert Counter(group.question.id for group in groups) == wanted, log
         assert {group.policy_version for group in groups} == {number - 1}
         assert {len(group.candidates) for group in groups} == {config.sampling.k}
-        assert ledger.parked(number) == []
+        assert ledger.failed_questions(number) == []
     assert ledger.trained_rounds() == [0, 1, 2]
     (trained,) = events(run_dir, "trained", round=2)
     assert (trained["groups"], trained["steps"]) == (QUESTIONS, 6 * QUESTIONS // 8)

@@ -11,11 +11,11 @@ from tiny import tiny_config
 from aft_ray.observe.reporter import Reporter
 from aft_ray.observe.summary import read_events
 from aft_ray.run import orchestrator as rounds
-from aft_ray.run.orchestrator import RunFailed
+from aft_ray.sampling.round import RunFailed
 from aft_ray.storage.ledger import Ledger
 from aft_ray.storage.records import Verdict
 from aft_ray.storage.run_dir import RunDir
-from aft_ray.tasks.arithmetic_steps import grade_steps
+from aft_ray.tasks.arithmetic.steps import grade_steps
 from aft_ray.verify.judge.judge import JudgeFailed
 
 pytestmark = [pytest.mark.usefixtures("ray_here"), pytest.mark.timeout(900)]

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from aft_ray.config.run import ArithmeticConfig
-from aft_ray.tasks.arithmetic import generate
+from aft_ray.tasks.arithmetic.problems import generate
 from aft_ray.verify.answers.numbers import extract_after_marker
 from jobs.tiny_model import build_tiny_model, build_tokenizer
 

@@ -22,7 +22,7 @@ START_S, STOP_S = 600, 90
 @pytest.fixture(scope="package")
 def reasoner(tmp_path_factory) -> Iterator[Reasoner]:
     from aft_ray.config.run import ArithmeticConfig
-    from aft_ray.tasks.arithmetic import generate
+    from aft_ray.tasks.arithmetic.problems import generate
 
     here = tmp_path_factory.mktemp("serving")
     model = train(here / "tiny")

@@ -25,7 +25,7 @@ def train(directory: Path) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from aft_ray.config.run import ArithmeticConfig
-    from aft_ray.tasks.arithmetic import generate
+    from aft_ray.tasks.arithmetic.problems import generate
     from jobs.tiny_model import build_tiny_model
 
     steps, batch, peak = 250, 32, 4e-3

@@ -6,7 +6,7 @@ import pytest
 from choice_rows import assert_sound, splits, stem, task_at, write_jsonl
 
 from aft_ray.config.run import ConfigError
-from aft_ray.tasks import load_split, questions
+from aft_ray.tasks import load_split, to_questions
 
 
 def row(number: int, name: str = "crates", correct: str = "C") -> dict:
@@ -109,4 +109,4 @@ def test_the_real_files(aqua_rat_path):
     assert_sound(task, found, "ABCDE")
     assert len({stem(question) for question in found["train"]}) == 2130
     assert not [question for question in found["train"] if "\\n" in question.text + question.reference]
-    assert questions(task.load("test")) == found["test"]
+    assert to_questions(task.load("test")) == found["test"]

@@ -5,7 +5,7 @@ from choice_rows import task_at, write_jsonl
 
 from aft_ray.storage.records import Verdict
 from aft_ray.tasks import load_split
-from aft_ray.tasks.choices import Problem, held_apart
+from aft_ray.tasks.choices import ChoiceProblem, without_duplicates
 
 
 @pytest.fixture
@@ -55,12 +55,12 @@ def test_a_marker_of_ones_own(tmp_path, task):
 
 
 def problem(identity, stem, options=("1", "2"), gold="A"):
-    return Problem(identity, stem, options, gold)
+    return ChoiceProblem(identity, stem, options, gold)
 
 
 def test_copied_questions_are_found_whatever_their_spaces_and_case():
     kept = [problem("t0", "What is 2 + 2?")]
-    found = held_apart(
+    found = without_duplicates(
         [
             problem("a", "what is 2+2 ?"),
             problem("b", "Why?"),

@@ -14,10 +14,10 @@ from aft_ray.storage.records import Group, Question
 from aft_ray.tasks.dataset import (
     count_by_task,
     load_tokenizer,
-    prepare,
     questions_of_round,
     round_shares,
     round_size,
+    tokenize_split,
 )
 
 
@@ -134,14 +134,14 @@ def test_a_task_that_would_have_no_question_in_any_round_is_refused(tmp_path):
 def test_questions_are_rendered_once_sorted_and_end_with_the_end_token(tiny_model, tmp_path):
     config = config_of(tiny_model, tmp_path, limit=25)
     tokenizer = load_tokenizer(config)
-    result = prepare(config, "train", tokenizer)
+    result = tokenize_split(config, "train", tokenizer)
     assert len(result.groups) == 25
     assert result.too_long == []
     assert ids(result.groups) == sorted(ids(result.groups))
     for group in result.groups:
         assert group.reference_token_ids[-1] == tokenizer.eos_token_id
         assert tokenizer.decode(group.prompt_token_ids).strip() == group.question.text
-    assert prepare(config, "train", tokenizer) == result
+    assert tokenize_split(config, "train", tokenizer) == result
 
 
 def test_each_task_has_its_own_limit_prompt_and_ids(tiny_model, tmp_path):
@@ -149,7 +149,7 @@ def test_each_task_has_its_own_limit_prompt_and_ids(tiny_model, tmp_path):
     hard = config.tasks["hard"].model_copy(update={"train_limit": 7, "validation_limit": 3, "prompt": "{question} !"})
     config = config.model_copy(update={"tasks": {**config.tasks, "hard": hard}})
     tokenizer = load_tokenizer(config)
-    groups = prepare(config, "train", tokenizer).groups
+    groups = tokenize_split(config, "train", tokenizer).groups
     assert count_by_task(groups) == {"easy": 20, "hard": 7}
     assert len(set(ids(groups))) == 27
     for group in groups:
@@ -157,7 +157,7 @@ def test_each_task_has_its_own_limit_prompt_and_ids(tiny_model, tmp_path):
         asked = group.question.text + (" !" if group.question.task == "hard" else "")
         # The tiny tokenizer knows no "!" and drops what it does not know.
         assert tokenizer(asked)["input_ids"] == group.prompt_token_ids
-    assert count_by_task(prepare(config, "validation", tokenizer).groups)["hard"] == 3
+    assert count_by_task(tokenize_split(config, "validation", tokenizer).groups)["hard"] == 3
 
 
 def test_an_id_that_two_tasks_share_is_refused_with_the_way_out(tiny_model, tmp_path):
@@ -166,25 +166,25 @@ def test_an_id_that_two_tasks_share_is_refused_with_the_way_out(tiny_model, tmp_
     entry = {"task": "custom", "path": str(tmp_path), "custom": {"train": "train.jsonl", "id": "key"}}
     config = several(tmp_path / "run", tiny_model, {"one": 1, "two": 1}, entries=entry)
     with pytest.raises(ConfigError, match=r"two questions have the id 'k\d+'.*leave out custom\.id"):
-        prepare(config, "train", load_tokenizer(config))
+        tokenize_split(config, "train", load_tokenizer(config))
 
 
 def test_a_mistake_in_a_tasks_data_names_its_entry(tiny_model, tmp_path):
     config = several(tmp_path / "run", tiny_model, {"easy": 1}, entries={"task": "mmlu"})
     with pytest.raises(ConfigError, match=r"easy is MMLU.*aft-ray evaluate MODEL"):
-        prepare(config, "train", load_tokenizer(config))
+        tokenize_split(config, "train", load_tokenizer(config))
     impossible = {"arithmetic": {"min_steps": 8, "max_steps": 8, "operations": "/"}}
     config = several(tmp_path / "run", tiny_model, {"easy": 1}, entries=impossible)
     with pytest.raises(ConfigError, match=r"found for tasks\.easy\.arithmetic"):
-        prepare(config, "train", load_tokenizer(config))
+        tokenize_split(config, "train", load_tokenizer(config))
 
 
 def test_questions_that_do_not_fit_are_left_out_and_named(tiny_model, tmp_path):
-    whole = prepare(config_of(tiny_model, tmp_path), "train", load_tokenizer(config_of(tiny_model, tmp_path)))
+    whole = tokenize_split(config_of(tiny_model, tmp_path), "train", load_tokenizer(config_of(tiny_model, tmp_path)))
     lengths = sorted(len(g.prompt_token_ids) + len(g.reference_token_ids) for g in whole.groups)
     limit = lengths[-3]
     config = config_of(tiny_model, tmp_path, model={"max_length": limit}, sampling={"max_tokens": 8, "max_parked": 0.5})
-    result = prepare(config, "train", load_tokenizer(config))
+    result = tokenize_split(config, "train", load_tokenizer(config))
     assert len(result.groups) == sum(length <= limit for length in lengths)
     assert sorted(ids(result.groups) + result.too_long) == ids(whole.groups)
 
@@ -195,4 +195,4 @@ def test_too_many_questions_that_do_not_fit_are_an_error_that_names_one(tiny_mod
         ConfigError,
         match=r"\d+ of 40 train questions of arithmetic do not fit model.max_length=40.*arithmetic-train-",
     ):
-        prepare(config, "train", load_tokenizer(config))
+        tokenize_split(config, "train", load_tokenizer(config))

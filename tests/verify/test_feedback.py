@@ -6,13 +6,16 @@ import sys
 import pytest
 from judge_server import chat, rated
 
-from aft_ray.config.run import FeedbackConfig, JudgeConfig
+from aft_ray.config.run import DataConfig, FeedbackConfig, JudgeConfig
 from aft_ray.storage.records import Candidate, Group, Question, Verdict
+from aft_ray.tasks import build_task
 from aft_ray.verify.feedback import reward_groups
 from aft_ray.verify.judge.judge import Judge
 
 TEXT = "Ana has 8 coins. Ana finds 4 more. Ana loses 2. how many coins does Ana have?"
 CHAIN = "8 + 4 = 12. 12 - 2 = 10. #### 10"
+
+TASKS = {"arithmetic": build_task(DataConfig(), 0)}
 
 
 def candidate(text: str, verdict: Verdict, reason: str = "") -> Candidate:
@@ -59,11 +62,11 @@ def judged(server, tmp_path):
 
 
 def test_binary_feedback_is_the_verdict():
-    assert reward_groups(GROUPS, FeedbackConfig(), None) == GROUPS
+    assert reward_groups(GROUPS, TASKS, FeedbackConfig(), None) == GROUPS
 
 
 def test_steps_are_graded():
-    graded = reward_groups(GROUPS, FeedbackConfig(kind="steps"), None)
+    graded = reward_groups(GROUPS, TASKS, FeedbackConfig(kind="steps"), None)
     assert rewards(graded) == [[1.0, 1 / 3, 1 / 3, 0.0, 0.0, 1 / 3], [], [1.0]]
     assert untouched(graded) == untouched(GROUPS)
     assert [c.verdict for c in graded[0].candidates] == [c.verdict for c in GROUPS[0].candidates]
@@ -73,12 +76,18 @@ def test_steps_are_graded():
 def test_steps_of_another_task_are_an_error():
     other = group("other", candidate("#### 10", Verdict.RIGHT), text="what is 5 + 5?")
     with pytest.raises(ValueError, match="not a generated word problem"):
-        reward_groups([other], FeedbackConfig(kind="steps"), None)
+        reward_groups([other], TASKS, FeedbackConfig(kind="steps"), None)
+
+
+def test_a_task_that_cannot_grade_steps_is_an_error():
+    gsm8k = {"arithmetic": build_task(DataConfig(task="gsm8k"), 0, "arithmetic")}
+    with pytest.raises(ValueError, match="cannot grade arithmetic, whose task has no `grade_steps`"):
+        reward_groups(GROUPS, gsm8k, FeedbackConfig(kind="steps"), None)
 
 
 def test_a_judge_rates_each_decided_response_of_a_question_once(server, judged):
     server.answer = lambda number, request: rated(number)
-    done = reward_groups(GROUPS, *judged)
+    done = reward_groups(GROUPS, TASKS, *judged)
     assert untouched(done) == untouched(GROUPS)
     assert [c.verdict for g in done for c in g.candidates] == [c.verdict for g in GROUPS for c in g.candidates]
     first = done[0].candidates
@@ -86,21 +95,21 @@ def test_a_judge_rates_each_decided_response_of_a_question_once(server, judged):
     assert len({c.reward for c in first if c.verdict is not Verdict.UNDECIDED}) == 4
     assert first[3] == GROUPS[0].candidates[3]
     assert len(server.requests) == 2 * 5  # four distinct decided responses of one question, and one of another
-    assert reward_groups(GROUPS, *judged) == done
+    assert reward_groups(GROUPS, TASKS, *judged) == done
     assert len(server.requests) == 2 * 5
 
 
 def test_a_candidate_that_the_judge_does_not_rate_is_undecided(server, judged):
     server.answer = lambda number, request: chat("?") if "\n#### 9\n" in request["messages"][0]["content"] else rated(4)
-    done = reward_groups(GROUPS, *judged)
+    done = reward_groups(GROUPS, TASKS, *judged)
     unrated = done[0].candidates[4]
     assert (unrated.verdict, unrated.reward, unrated.reason) == (Verdict.UNDECIDED, 0.0, "the judge gave no rating")
     assert rewards(done) == [[4.0, 4.0, 4.0, 0.0, 0.0, 4.0], [], [4.0]]
 
 
 def test_nothing_to_judge_asks_nothing(server, judged):
-    assert reward_groups([GROUPS[1]], *judged) == [GROUPS[1]]
-    assert reward_groups([], *judged) == []
+    assert reward_groups([GROUPS[1]], TASKS, *judged) == [GROUPS[1]]
+    assert reward_groups([], TASKS, *judged) == []
     assert not server.requests
 
 

@@ -14,7 +14,7 @@ import pytest
 from readers import As, Misbehaving, Process
 
 from aft_ray.storage.records import Verdict
-from aft_ray.verify.process_pool import MAX_TEXT_LENGTH, Item, Verifier, shared_verifier
+from aft_ray.verify.process_pool import MAX_TEXT_LENGTH, VerificationRequest, Verifier, shared_verifier
 
 DEADLINE_S = 1.0
 ROOT = Path(__file__).parents[2]
@@ -27,12 +27,12 @@ def verifier():
     verifier.close()
 
 
-def numbers(texts: list[str], gold: str = "12") -> list[Item]:
+def numbers(texts: list[str], gold: str = "12") -> list[VerificationRequest]:
     task = Misbehaving()
-    return [Item(task, text, gold) for text in texts]
+    return [VerificationRequest(task, text, gold) for text in texts]
 
 
-def verdicts(verifier: Verifier, items: list[Item]) -> list[Verdict]:
+def verdicts(verifier: Verifier, items: list[VerificationRequest]) -> list[Verdict]:
     return [outcome.verdict for outcome in verifier.verify(items)]
 
 
@@ -81,7 +81,10 @@ def test_a_slow_chunk_is_not_a_slow_item(verifier: Verifier) -> None:
 
 def test_a_response_that_is_too_long_is_not_even_sent(verifier: Verifier) -> None:
     long, gold = verifier.verify(
-        [Item(As("number"), "1" * (MAX_TEXT_LENGTH + 1), "1"), Item(As("number"), "1", "1" * 10**7)]
+        [
+            VerificationRequest(As("number"), "1" * (MAX_TEXT_LENGTH + 1), "1"),
+            VerificationRequest(As("number"), "1", "1" * 10**7),
+        ]
     )
     assert (long.verdict, long.reason) == (Verdict.UNDECIDED, "the response has 100001 characters")
     assert gold.verdict is Verdict.UNDECIDED
@@ -100,7 +103,7 @@ def test_an_idle_worker_that_is_killed_is_replaced() -> None:
     verifier = Verifier(deadline_s=DEADLINE_S)
     try:
         for _ in range(2):
-            (outcome,) = verifier.verify([Item(Process(), "pid", "")])
+            (outcome,) = verifier.verify([VerificationRequest(Process(), "pid", "")])
             os.kill(int(outcome.answer or 0), signal.SIGKILL)
             time.sleep(0.5)
         assert verdicts(verifier, numbers(["12"])) == [Verdict.RIGHT]
@@ -110,7 +113,7 @@ def test_an_idle_worker_that_is_killed_is_replaced() -> None:
 
 def test_closed_it_leaves_nothing_and_can_start_again() -> None:
     verifier = Verifier(deadline_s=DEADLINE_S)
-    (outcome,) = verifier.verify([Item(Process(), "pid", "")])
+    (outcome,) = verifier.verify([VerificationRequest(Process(), "pid", "")])
     verifier.close()
     assert not alive(int(outcome.answer or 0))
     assert verdicts(verifier, numbers(["12"])) == [Verdict.RIGHT]
@@ -129,9 +132,9 @@ print("main runs")
 sys.path.insert(0, {tests!r})
 import torch
 from readers import Process
-from aft_ray.verify.process_pool import Item, shared_verifier
+from aft_ray.verify.process_pool import VerificationRequest, shared_verifier
 text = {text!r}
-print([outcome.answer for outcome in shared_verifier().verify([Item(Process(), text, "x")])])
+print([outcome.answer for outcome in shared_verifier().verify([VerificationRequest(Process(), text, "x")])])
 """
 
 
@@ -182,10 +185,12 @@ def test_works_in_ray_actors_and_tasks(ray_here: None) -> None:
         sys.path.insert(0, tests)
         from readers import Misbehaving, Process
 
-        from aft_ray.verify.process_pool import Item, shared_verifier
+        from aft_ray.verify.process_pool import VerificationRequest, shared_verifier
 
         task = Misbehaving()
-        items = [Item(task, text, "12") for text in ("12", "13", "dies", "12")] + [Item(Process(), "modules", "x")]
+        items = [VerificationRequest(task, text, "12") for text in ("12", "13", "dies", "12")] + [
+            VerificationRequest(Process(), "modules", "x")
+        ]
         return [(outcome.verdict.value, outcome.answer) for outcome in shared_verifier().verify(items)]
 
     class Actor:

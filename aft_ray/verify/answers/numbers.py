@@ -1,7 +1,7 @@
-"""Reads and compares final answers.
+"""Reads and compares answers that are numbers.
 
-Invariant: an answer is called wrong only when the verifier understood both sides (or there was no answer at all).
-What it cannot read, and whatever fails inside it, is undecided. Time is linear in a bounded input.
+Invariant: an answer is wrong only when the verifier understood both sides, or when there was no answer. An answer that
+it cannot read is undecided. The time is linear in a bounded input.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import re
 from fractions import Fraction
 from typing import NamedTuple
 
-from aft_ray.verify.answers.markup import MAX_ANSWER_LENGTH, plain, shown, unwrap
+from aft_ray.verify.answers.markup import MAX_ANSWER_LENGTH, normalize, quote, to_plain_notation
 from aft_ray.verify.result import VerificationResult, decided, undecided
 
 RELATIVE_TOLERANCE = Fraction(1, 10**6)
 
-# Every alternative starts with another character than the ones before it can take, so matching never backtracks far.
+# Each alternative starts with a character that the ones before it cannot match, so there is little backtracking.
 _NUMBER = re.compile(
     r"""
     (?P<sign>[+-]?) \s* (?P<currency>[$£€]|US\$)? \s* (?P<inner>[+-]?)
@@ -26,8 +26,9 @@ _NUMBER = re.compile(
     """,
     re.VERBOSE,
 )
-# What may follow a number: nothing, a spaced-off word, "%", a currency, or a unit written together with it ("5kg").
-# "5!" may be 5 or 120. One letter alone is more often a variable ("3x") than a unit, so only common ones are read.
+# What may follow a number: nothing, a word after a space, "%", a currency, or a unit without a space ("5kg"). Nothing
+# else may, because "5!" can mean 5 or 120. A single letter is more often a variable ("3x") than a unit, so only common
+# units of one letter are accepted.
 _UNIT = re.compile(r"(?:\s*[$£€%°/.,;:)]|\s+\S|[A-Za-z]{2}|[gmlhsLCF](?![A-Za-z])|[kK](?![A-Za-z])|$)")
 _MAGNITUDES = {
     "k": 10**3,
@@ -40,7 +41,7 @@ _MAGNITUDES = {
     "billion": 10**9,
     "trillion": 10**12,
 }
-# Units in which one quantity is often stated by different numbers; every other word after a number is only a word.
+# The units in which one quantity is often stated with different numbers. Other words after a number have no effect.
 _SPELLINGS = """
     % percent pct | second s sec secs seconds | minute min mins minutes | hour h hr hrs hours | day days | week weeks
     month months | year yr yrs years | mm millimeters millimetres | cm centimeters centimetres
@@ -49,34 +50,34 @@ _SPELLINGS = """
     liter l liters litre litres | gallon gallons | cent cents ¢ | dollar $ us$ usd dollars | euro € euros
 """
 _UNITS = {word: line.split()[0] for line in re.split(r"[|\n]", _SPELLINGS) for word in line.split()}
-_POWER_OF_TEN = re.compile(  # behind a mantissa: × 10^{-3}
+_POWER_OF_TEN = re.compile(  # After a mantissa: × 10^{-3}
     r"(?<=[0-9])\s*[×x*]\s*10\s*(?:\^|\*\*)\s*(?:\{\s*([+-]?[0-9]{1,2})\s*\}|([+-]?[0-9]{1,2})(?![0-9]))"
 )
 _GROUPING_SPACE = re.compile(r"(?<=[0-9])[\u00a0\u202f\u2009](?=[0-9]{3}(?![0-9]))")
 
 
 class Quantity(NamedTuple):
-    """unit: one of those in which a quantity has several numbers ("hour", "%", "dollar"); empty for any other."""
+    """A number with its unit. `unit` is one of the values of `_UNITS` ("hour", "%", "dollar") or empty."""
 
     value: Fraction
     unit: str
 
 
 def read_number(text: str) -> Fraction | None:
-    """The one number that `text` states, with its currency, unit, percent sign or LaTeX wrapping; None when unsure.
+    """The only number in `text`, which may have a currency, unit, percent sign or LaTeX around it; None when unsure.
 
-    Text before the number, a second number, and wrongly grouped commas make it None. A percent sign is a unit:
-    "50%" reads as 50. Full-width digits are digits; those of other scripts are not read.
+    The result is None when there is text before the number, a second number, or a wrongly placed thousands separator.
+    A percent sign is a unit, so "50%" is 50. Full-width digits are read; digits of other scripts are not.
     """
     quantity = read_quantity(text)
     return quantity.value if quantity else None
 
 
 def read_quantity(text: str) -> Quantity | None:
-    """As `read_number`, with the unit."""
+    """The number that `read_number` returns, with its unit."""
     if len(text) > MAX_ANSWER_LENGTH:
         return None
-    text = _POWER_OF_TEN.sub(r"e\1\2", unwrap(_GROUPING_SPACE.sub(",", text)))
+    text = _POWER_OF_TEN.sub(r"e\1\2", to_plain_notation(_GROUPING_SPACE.sub(",", text)))
     match = _NUMBER.match(text)
     if match is None or (match["sign"] and match["inner"]):
         return None
@@ -95,18 +96,18 @@ def read_quantity(text: str) -> Quantity | None:
 
 
 def extract_after_marker(text: str, marker: str) -> str | None:
-    """What follows the last `marker` on its line, stripped; None without a marker or with nothing after it."""
-    _, found, after = text.rpartition(marker)
-    return (after.partition("\n")[0].strip() or None) if found else None
+    """The text after the last `marker` up to the end of its line, stripped; None when there is no marker or no text."""
+    _, marker_found, after = text.rpartition(marker)
+    return (after.partition("\n")[0].strip() or None) if marker_found else None
 
 
 def compare_numbers(answer: str | None, gold: str) -> VerificationResult:
-    """Whether `answer` states what `gold` states.
+    """The verdict on `answer`, compared with `gold` as numbers.
 
-    No answer is wrong: the model did not answer. A gold answer that is empty or too long to read is undecided.
-    Two integers must be equal; otherwise numbers may differ by a relative 1e-6. A percent sign on one side only
-    matches the number with or without the division by 100. Numbers in two different units are undecided. A gold answer
-    that is no number is compared as text, ignoring case, spaces and a final full stop.
+    A missing answer is wrong, because the model did not answer. A gold answer that is empty or too long is undecided.
+    Two integers must be equal; other numbers may differ by a relative 1e-6. When only one side has a percent sign, it
+    matches the other side with or without division by 100. Numbers in two different units are undecided. When the gold
+    answer is not a number, both sides are compared as texts, without case, spaces and a final full stop.
     """
     if not gold.strip() or len(gold) > MAX_ANSWER_LENGTH:
         return undecided("the gold answer is empty or too long", answer)
@@ -114,28 +115,30 @@ def compare_numbers(answer: str | None, gold: str) -> VerificationResult:
         return decided(False, answer)
     if len(answer) > MAX_ANSWER_LENGTH:
         return undecided(f"the answer has {len(answer)} characters")
-    wanted = read_quantity(gold)
-    if wanted is None:
-        return decided(plain(answer) == plain(gold), answer)
+    expected = read_quantity(gold)
+    if expected is None:
+        return decided(normalize(answer) == normalize(gold), answer)
     given = read_quantity(answer)
     if given is None:
-        # An answer without any digit is no number at all; one with digits may be right in a form unknown here.
+        # An answer without any digit is not a number. One with digits may be right in a form that is unknown here.
         if any(c.isnumeric() for c in answer):
-            return undecided(f"cannot read {shown(answer)} as one number", answer)
+            return undecided(f"cannot read {quote(answer)} as one number", answer)
         return decided(False, answer)
-    if given.unit == wanted.unit or not (given.unit and wanted.unit):
-        return decided(_close(given.value, wanted.value) or _percent(given, wanted) or _percent(wanted, given), answer)
-    if "%" in (given.unit, wanted.unit):
-        return decided(_close(given.value, wanted.value), answer)
-    return undecided(f"{shown(answer)} and {shown(gold)} have different units", answer)
+    if given.unit == expected.unit or not (given.unit and expected.unit):
+        equal = _is_close(given.value, expected.value)
+        return decided(equal or _is_percentage_of(given, expected) or _is_percentage_of(expected, given), answer)
+    if "%" in (given.unit, expected.unit):
+        return decided(_is_close(given.value, expected.value), answer)
+    return undecided(f"{quote(answer)} and {quote(gold)} have different units", answer)
 
 
-def _percent(one: Quantity, other: Quantity) -> bool:
-    """Whether a percentage is the other's share: 50 % and 0.5."""
-    return one.unit == "%" != other.unit and _close(one.value / 100, other.value)
+def _is_percentage_of(percentage: Quantity, share: Quantity) -> bool:
+    """Whether the first quantity is a percentage and the second the same share without the percent sign."""
+    return percentage.unit == "%" != share.unit and _is_close(percentage.value / 100, share.value)
 
 
-def _close(a: Fraction, b: Fraction) -> bool:
+def _is_close(a: Fraction, b: Fraction) -> bool:
+    """Whether two numbers are equal, or, unless both are integers, differ by a relative 1e-6 at most."""
     if a.denominator == b.denominator == 1:
         return a == b
     return abs(a - b) <= RELATIVE_TOLERANCE * max(abs(a), abs(b))

@@ -37,11 +37,11 @@ class JudgeFailed(RuntimeError):
     """The judge cannot go on. The message is one sentence for the user; what was rated before is in the cache."""
 
 
-class EndpointRefused(RuntimeError):
+class RequestRefused(RuntimeError):
     """The endpoint will not answer this one request, however often it is sent; it may answer others."""
 
 
-class Endpoint:
+class JudgeEndpoint:
     """An OpenAI-compatible endpoint; an asynchronous context manager of one event loop.
 
     calls, retries: requests for replies sent, and those of them that repeat a failed one.
@@ -94,7 +94,7 @@ class Endpoint:
         return found
 
     async def reply(self, request: Mapping[str, Any]) -> Reply:
-        """The answer to a chat completion request. Raises EndpointRefused and JudgeFailed."""
+        """The answer to a chat completion request. Raises RequestRefused and JudgeFailed."""
         try:
             return await AsyncRetrying(
                 retry=retry_if_exception(_passing),
@@ -106,7 +106,7 @@ class Endpoint:
         except APIStatusError as error:
             if _passing(error) or error.status_code in (401, 403, 404):
                 raise self._failed(error, self._config.attempts) from error
-            raise EndpointRefused(_words(error)) from error
+            raise RequestRefused(_words(error)) from error
         except (APIError, TimeoutError, ValueError, AttributeError, TypeError) as error:
             raise self._failed(error, self._config.attempts) from error
 

@@ -18,17 +18,17 @@ from typing import Any
 
 from aft_ray.config.run import ConfigError, JudgeConfig
 from aft_ray.verify.judge.cache import CacheBroken, JudgeCache, Reply, request_key
-from aft_ray.verify.judge.endpoint import Endpoint, EndpointRefused, JudgeFailed
+from aft_ray.verify.judge.endpoint import JudgeEndpoint, JudgeFailed, RequestRefused
 from aft_ray.verify.judge.prompt import judge_prompt, read_reply, reply_pattern
 
-__all__ = ["Judge", "JudgeCounts", "JudgeFailed", "JudgeItem", "Rating"]
+__all__ = ["Judge", "JudgeCounts", "JudgeFailed", "Rating", "RatingRequest"]
 
 # A batch of fewer replies is allowed as many without a rating as one of this size: an odd candidate is no broken judge.
 _FEW = 30
 
 
 @dataclass(frozen=True, slots=True)
-class JudgeItem:
+class RatingRequest:
     """One candidate to rate. `key` names it in messages."""
 
     key: str
@@ -97,7 +97,7 @@ class Judge:
         when it has no such model or the config names no endpoint or no key."""
         return asyncio.run(self._check())
 
-    def rate(self, items: Sequence[JudgeItem]) -> list[Rating]:
+    def rate(self, items: Sequence[RatingRequest]) -> list[Rating]:
         """One rating for each item, in order; equal items are asked about once. Not from within an event loop.
 
         Raises JudgeFailed when the endpoint cannot be used or does not answer in `attempts`, and when more than
@@ -107,7 +107,7 @@ class Judge:
             return asyncio.run(self._rate(items)) if items else []
 
     async def _check(self) -> str:
-        async with Endpoint(self._config) as endpoint:
+        async with JudgeEndpoint(self._config) as endpoint:
             models = await endpoint.models(attempts=1)
         if self._config.model in models:
             return self._config.model
@@ -118,8 +118,8 @@ class Judge:
             f"it has: {', '.join(models[:20])}"
         )
 
-    async def _rate(self, items: Sequence[JudgeItem]) -> list[Rating]:
-        async with Endpoint(self._config) as endpoint:
+    async def _rate(self, items: Sequence[RatingRequest]) -> list[Rating]:
+        async with JudgeEndpoint(self._config) as endpoint:
             if self._model is None:
                 self._model = (await endpoint.models(self._config.attempts))[0]
             asks = [[_ask(self._config, self._model, item, i) for i in range(self._config.ratings)] for item in items]
@@ -137,7 +137,7 @@ class Judge:
 
 
 @dataclass(frozen=True, slots=True)
-class _RatingRequest:
+class _ChatRequest:
     """One rating to get. key: of its reply in the cache; item: the candidate's name in messages."""
 
     key: str
@@ -145,7 +145,7 @@ class _RatingRequest:
     item: str
 
 
-def _ask(config: JudgeConfig, model: str, item: JudgeItem, index: int) -> _RatingRequest:
+def _ask(config: JudgeConfig, model: str, item: RatingRequest, index: int) -> _ChatRequest:
     request: dict[str, Any] = {
         "model": model,
         "messages": [{"role": "user", "content": judge_prompt(item.question, item.reference, item.response)}],
@@ -156,14 +156,14 @@ def _ask(config: JudgeConfig, model: str, item: JudgeItem, index: int) -> _Ratin
         request["seed"] = config.seed + index
     if config.guided:
         request["extra_body"] = {"structured_outputs": {"regex": reply_pattern(config.max_tokens)}}
-    return _RatingRequest(request_key(request, index), request, item.key)
+    return _ChatRequest(request_key(request, index), request, item.key)
 
 
 class _Batch:
     """Distinct requests, worked off by as many workers as may be in flight, until none is left or one has failed."""
 
     def __init__(
-        self, config: JudgeConfig, endpoint: Endpoint, cache: JudgeCache, asks: Sequence[_RatingRequest]
+        self, config: JudgeConfig, endpoint: JudgeEndpoint, cache: JudgeCache, asks: Sequence[_ChatRequest]
     ) -> None:
         self._config = config
         self._endpoint = endpoint
@@ -190,13 +190,13 @@ class _Batch:
                 self._failure = self._failure or error
                 self._endpoint.halt()
 
-    async def _reply(self, ask: _RatingRequest) -> Reply:
+    async def _reply(self, ask: _ChatRequest) -> Reply:
         if reply := self._cache.get(ask.key):
             self.counts += JudgeCounts(hits=1)
         else:
             try:
                 reply = self._cache.put(ask.key, await self._endpoint.reply(ask.request))
-            except EndpointRefused as error:
+            except RequestRefused as error:
                 self.counts += JudgeCounts(refused=1)
                 self._tolerate(f"the request for {ask.item} was refused: {error}")
                 return Reply("", True, 0, 0)

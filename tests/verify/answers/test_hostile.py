@@ -12,7 +12,7 @@ from aft_ray.config.run import DataConfig
 from aft_ray.storage.records import Verdict
 from aft_ray.tasks import build_task
 from aft_ray.verify.answers.options import extract_option
-from aft_ray.verify.process_pool import Item, Verifier
+from aft_ray.verify.process_pool import VerificationRequest, Verifier
 
 DEADLINE_S = 1.5
 HOSTILE = {
@@ -72,9 +72,9 @@ HOSTILE = {
 GOLDS = {"number": "12", "option": "B", "yes_no": "yes", "math": "\\sqrt{2}", "text": "New York"}
 
 
-def items() -> list[Item]:
+def items() -> list[VerificationRequest]:
     tasks = [(As(kind), gold) for kind, gold in GOLDS.items()]  # type: ignore[arg-type]
-    return [Item(task, text, gold) for text in HOSTILE.values() for task, gold in tasks]
+    return [VerificationRequest(task, text, gold) for text in HOSTILE.values() for task, gold in tasks]
 
 
 @pytest.fixture(scope="module")
@@ -91,21 +91,26 @@ def test_none_is_right_and_all_are_answered_in_bounded_time(verifier: Verifier) 
     assert [item.text[:50] for item, o in zip(items(), outcomes, strict=True) if o.verdict is Verdict.RIGHT] == []
     hung = sum(outcome.reason.startswith("took longer") for outcome in outcomes)
     assert took < 30 + hung * (DEADLINE_S + 1)
-    good = verifier.verify([Item(As("number"), "12", "12"), Item(As("math"), "2^{1/2}", "\\sqrt{2}")])
+    good = verifier.verify(
+        [VerificationRequest(As("number"), "12", "12"), VerificationRequest(As("math"), "2^{1/2}", "\\sqrt{2}")]
+    )
     assert [outcome.verdict for outcome in good] == [Verdict.RIGHT, Verdict.RIGHT]
 
 
 def test_none_is_right_as_a_response_to_a_task(verifier: Verifier) -> None:
     task = build_task(DataConfig(), 0)
-    outcomes = verifier.verify([Item(task, text, "12") for text in HOSTILE.values()])
+    outcomes = verifier.verify([VerificationRequest(task, text, "12") for text in HOSTILE.values()])
     assert Verdict.RIGHT not in {outcome.verdict for outcome in outcomes}
 
 
 def test_from_a_thread(verifier: Verifier) -> None:
     """Signals, which math_verify would use, work in the main thread only."""
     found: list[Verdict] = []
-    hostile = [Item(As("math"), HOSTILE[name], "\\sqrt{2}") for name in ("a tower of powers", "nested fractions")]
-    good = Item(As("math"), "\\frac{2}{\\sqrt{2}}", "\\sqrt{2}")
+    hostile = [
+        VerificationRequest(As("math"), HOSTILE[name], "\\sqrt{2}")
+        for name in ("a tower of powers", "nested fractions")
+    ]
+    good = VerificationRequest(As("math"), "\\frac{2}{\\sqrt{2}}", "\\sqrt{2}")
     thread = threading.Thread(target=lambda: found.extend(o.verdict for o in verifier.verify([*hostile, good])))
     thread.start()
     thread.join(60)
@@ -125,11 +130,11 @@ def test_in_a_ray_actor(ray_here: None) -> None:
             sys.path.insert(0, tests)
             from readers import As
 
-            from aft_ray.verify.process_pool import Item, Verifier
+            from aft_ray.verify.process_pool import VerificationRequest, Verifier
 
             verifier = Verifier(workers=2, deadline_s=1.5)
             task = As("math")
-            outcomes = verifier.verify([Item(task, text, "\\sqrt{2}") for text in [*texts, "2^{1/2}"]])
+            outcomes = verifier.verify([VerificationRequest(task, text, "\\sqrt{2}") for text in [*texts, "2^{1/2}"]])
             verifier.close()
             return [outcome.verdict.value for outcome in outcomes]
 

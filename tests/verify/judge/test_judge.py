@@ -8,7 +8,7 @@ import pytest
 from judge_server import Answer, JudgeServer, chat, judge_server, rated, refusal
 
 from aft_ray.config.run import ConfigError, JudgeConfig
-from aft_ray.verify.judge.judge import Judge, JudgeCounts, JudgeFailed, JudgeItem
+from aft_ray.verify.judge.judge import Judge, JudgeCounts, JudgeFailed, RatingRequest
 
 
 @pytest.fixture
@@ -21,15 +21,15 @@ def build(server, tmp_path):
     return built
 
 
-def item(response: str) -> JudgeItem:
-    return JudgeItem(f"q-{response}", "how many coins?", "8 + 4 = 12. #### 12", response)
+def item(response: str) -> RatingRequest:
+    return RatingRequest(f"q-{response}", "how many coins?", "8 + 4 = 12. #### 12", response)
 
 
-def items(count: int) -> list[JudgeItem]:
+def items(count: int) -> list[RatingRequest]:
     return [item(f"response {index}") for index in range(count)]
 
 
-def failure(judge: Judge, wanted: list[JudgeItem]) -> str:
+def failure(judge: Judge, wanted: list[RatingRequest]) -> str:
     with pytest.raises(JudgeFailed) as error:
         judge.rate(wanted)
     assert "\n" not in str(error.value)

@@ -15,7 +15,7 @@ import pytest
 from processes import free_ports, wait_for
 
 from aft_ray.config.run import JudgeConfig
-from aft_ray.verify.judge.judge import Judge, JudgeFailed, JudgeItem
+from aft_ray.verify.judge.judge import Judge, JudgeFailed, RatingRequest
 
 pytestmark = pytest.mark.timeout(900)
 START_S = 600
@@ -116,9 +116,11 @@ def config(url: str, **settings) -> JudgeConfig:
     return JudgeConfig(**{"url": url, "guided": True, "max_tokens": 60, "ratings": 1, "timeout_s": 120, **settings})
 
 
-def items(count: int) -> list[JudgeItem]:
+def items(count: int) -> list[RatingRequest]:
     return [
-        JudgeItem(f"q{index}", f"what is {index} + 2?", f"{index} + 2 = {index + 2}.", f"{index} + 2 = {index + 3}.")
+        RatingRequest(
+            f"q{index}", f"what is {index} + 2?", f"{index} + 2 = {index + 2}.", f"{index} + 2 = {index + 3}."
+        )
         for index in range(count)
     ]
 
@@ -147,7 +149,7 @@ def test_a_judge_that_keeps_to_no_form_gives_no_ratings(vllm, tmp_path):
 
 def test_a_candidate_longer_than_the_context_is_refused_and_the_others_are_rated(vllm, tmp_path):
     judge = Judge(config(vllm.url), tmp_path / "judge.sqlite")
-    long = JudgeItem("long", "how many?", "12", "8 + 4 = 12. " * 1000)
+    long = RatingRequest("long", "how many?", "12", "8 + 4 = 12. " * 1000)
     assert [rating.reward is None for rating in judge.rate([*items(1), long])] == [False, True]
     assert (judge.counts.refused, judge.counts.retries) == (1, 0)
 

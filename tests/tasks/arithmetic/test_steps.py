@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aft_ray.config.run import ArithmeticConfig
-from aft_ray.tasks.arithmetic import Calculation, generate, pose
-from aft_ray.tasks.arithmetic_steps import grade_steps, read_calculation
+from aft_ray.tasks.arithmetic.problems import Calculation, generate, word_problem
+from aft_ray.tasks.arithmetic.steps import grade_steps, read_calculation
 
 # 8 + 4 = 12, 12 * 2 = 24, 24 - 5 = 19
 QUESTION = (
@@ -30,7 +30,7 @@ calculations = st.builds(
 @given(calculations, st.integers(0, 2**32), st.sampled_from([0.0, 0.5, 1.0]), st.sampled_from([0.0, 1.0]))
 def test_the_calculation_of_a_question_is_read_back(calculation, seed, distractors, terse):
     config = ArithmeticConfig(distractors=distractors, terse=terse)
-    question = pose(config, random.Random(seed), calculation, "id", "####")
+    question = word_problem(config, random.Random(seed), calculation, "id", "####")
     assert read_calculation(question.text) == calculation
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from aft_ray.config.run import ArithmeticConfig, ConfigError, DataConfig
 from aft_ray.storage.records import Question, Verdict
 from aft_ray.tasks import SPLITS, build_task, load_split
-from aft_ray.tasks.arithmetic import Calculation, generate
+from aft_ray.tasks.arithmetic.problems import Calculation, generate
 
 CONFIG = ArithmeticConfig()
 NUMBER = re.compile(r"[0-9]+")

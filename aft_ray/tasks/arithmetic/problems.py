@@ -1,28 +1,24 @@
-"""Generated word problems of a few dependent calculations: any size, no download, every answer known.
+"""Generates word problems of a few dependent calculations, in any number and without a download.
 
-Invariants: which split a problem belongs to is decided by a hash of its calculation alone, so two splits never share
-one, whatever their sizes, wordings and seeds; question i of a split depends on the generator's settings and i only.
-Each step of a reference is worded in one of several valid ways, or worked out together with the next one, so right
-responses differ from the reference, and references differ in how hard they are to follow.
+Invariants: a hash of the calculation alone decides which split a problem belongs to. So two splits never share a
+calculation, whatever their sizes, wordings and seeds. Question i of a split depends only on the generator's settings
+and on i. Each step of a reference response has one of several valid wordings, or is combined with the next step. So a
+right response can differ from the reference, and some references are harder to follow than others.
 """
 
 from __future__ import annotations
 
 import hashlib
 import random
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
-from aft_ray.config.run import ArithmeticConfig, ConfigError, DataConfig
+from aft_ray.config.run import ArithmeticConfig, ConfigError
 from aft_ray.storage.records import Question
-from aft_ray.tasks.base import MarkedTask, Split, dataset
-
-if TYPE_CHECKING:
-    from datasets import Dataset
+from aft_ray.tasks.base import Split
 
 NAMES = ("Ana", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana")
 OBJECTS = ("apples", "books", "coins", "pens", "shells", "stamps")
-# A step's sentence: {n} the operand, {who} the owner, {things} the objects.
+# The sentences of a question that tell a step: {n} is the operand, {who} the owner, {things} the objects.
 SENTENCES = {
     "+": ("{who} finds {n} more.", "{who} buys {n} {things}.", "a friend gives {who} {n} {things}."),
     "-": ("{who} loses {n}.", "{who} sells {n} {things}.", "{who} gives {n} {things} away."),
@@ -32,34 +28,39 @@ SENTENCES = {
         "{who} keeps only one part of {n} equal parts.",
     ),
 }
+# Sentences of a question that no step needs.
 DISTRACTORS = ("{other} has {n} {things}.", "{other} is {n} years old.", "the shop is {n} miles away.")
-# A step's chain of thought: {a} before, {b} the operand, {c} after.
+# The sentences of a reference that state a step: {a} is the value before it, {b} the operand, {c} the value after it.
 WORDINGS = {
     "+": ("{a} + {b} = {c}.", "adding {b} to {a} gives {c}.", "now {a} + {b} = {c} {things}."),
     "-": ("{a} - {b} = {c}.", "taking {b} from {a} leaves {c}.", "now {a} - {b} = {c} {things}."),
     "*": ("{a} * {b} = {c}.", "{b} times {a} is {c}.", "now {a} * {b} = {c} {things}."),
     "/": ("{a} / {b} = {c}.", "splitting {a} by {b} gives {c}.", "now {a} / {b} = {c} {things}."),
 }
-# Two steps worked out at once: {a} before, {o} and {b} of the first step, {p} and {d} of the second, {c} after both.
+# The sentence that states two steps at once: {a} is the value before them, {o} and {b} are the operation and operand of
+# the first, {p} and {d} those of the second, {c} is the value after both.
 TERSE = "({a} {o} {b}) {p} {d} = {c}."
 START = "{who} has {n} {things}."
-ASK = "how many {things} does {who} have?"
+FINAL_QUESTION = "how many {things} does {who} have?"
 
-# Out of 10 calculations: which are validation's, test's and training's.
+# The hash of a calculation modulo 10 is its bucket. These are the buckets of each split.
 _BUCKETS: dict[Split, range] = {"validation": range(1), "test": range(1, 3), "train": range(3, 10)}
-_PATIENCE = 5000  # draws in a row without a new problem, after which the space counts as exhausted
+_MAX_MISSES = 5000  # After so many draws in a row without a new problem, the generator gives up.
 
 
 @dataclass(frozen=True, slots=True)
 class Calculation:
-    """A start and the (operation, operand) steps applied to it, left to right; every result is a positive integer."""
+    """A start value and the steps, (operation, operand) each, that are applied to it from left to right.
+
+    Invariant: every result is a positive integer.
+    """
 
     start: int
     steps: tuple[tuple[str, int], ...]
 
     @property
     def values(self) -> list[int]:
-        """The start and the result of each step."""
+        """The start value and the result of each step."""
         values = [self.start]
         for operation, operand in self.steps:
             values.append(_apply(operation, values[-1], operand))
@@ -67,57 +68,47 @@ class Calculation:
 
     @property
     def split(self) -> Split:
-        """The only split in which this calculation may occur."""
+        """The only split that may contain this calculation."""
         bucket = int.from_bytes(hashlib.blake2b(repr(self).encode(), digest_size=8).digest()) % 10
         return next(split for split, buckets in _BUCKETS.items() if bucket in buckets)
 
 
-class ArithmeticTask(MarkedTask):
-    """See the module."""
-
-    def __init__(self, data: DataConfig, name: str) -> None:
-        super().__init__(name, data.prompt or "{question}", data.answer_marker)
-        self.config = data.arithmetic
-
-    def load(self, split: Split) -> Dataset:
-        size: int = getattr(self.config, f"{split}_size")
-        found = generate(self.config, split, size, self.marker)
-        named = [replace(q, id=f"{self.name}-{split}-{index:06d}", task=self.name) for index, q in enumerate(found)]
-        return dataset(named, f"data.arithmetic.{split}_size")
-
-
 def generate(config: ArithmeticConfig, split: Split, size: int, marker: str = "####") -> list[Question]:
-    """The first `size` questions of a split. Raises ConfigError when there are not that many different ones."""
+    """The first `size` questions of a split. Raises ConfigError when that many different questions are not found."""
     rng = random.Random(f"{config.seed}/{split}")
-    found: list[Question] = []
+    questions: list[Question] = []
     texts: set[str] = set()
     misses = 0
-    while len(found) < size:
-        question = _draw(config, split, rng, f"arithmetic-{split}-{len(found):06d}", marker)
+    while len(questions) < size:
+        question = _draw_question(config, split, rng, f"arithmetic-{split}-{len(questions):06d}", marker)
         if question is not None and question.text not in texts:
             texts.add(question.text)
-            found.append(question)
+            questions.append(question)
             misses = 0
             continue
         misses += 1
-        if misses > _PATIENCE:
+        if misses > _MAX_MISSES:
             raise ConfigError(
-                f"only {len(found)} different {split} problems were found for data.arithmetic, and {size} are asked "
-                f"for; raise max_steps, max_operand or max_value, allow more operations, or lower {split}_size"
+                f"only {len(questions)} different {split} problems were found for data.arithmetic, but {size} are "
+                f"required; raise max_steps, max_operand or max_value, allow more operations, or lower {split}_size"
             )
-    return found
+    return questions
 
 
-def _draw(config: ArithmeticConfig, split: Split, rng: random.Random, name: str, marker: str) -> Question | None:
-    """One problem, or None when the calculation drawn cannot go on or is another split's."""
-    calculation = _calculation(config, rng)
+def _draw_question(
+    config: ArithmeticConfig, split: Split, rng: random.Random, question_id: str, marker: str
+) -> Question | None:
+    """One problem, or None when the drawn calculation has no valid next step or belongs to another split."""
+    calculation = _draw_calculation(config, rng)
     if calculation is None or calculation.split != split:
         return None
-    return pose(config, rng, calculation, name, marker)
+    return word_problem(config, rng, calculation, question_id, marker)
 
 
-def pose(config: ArithmeticConfig, rng: random.Random, calculation: Calculation, name: str, marker: str) -> Question:
-    """A calculation as a word problem with its reference response; `name` is the question's id."""
+def word_problem(
+    config: ArithmeticConfig, rng: random.Random, calculation: Calculation, question_id: str, marker: str
+) -> Question:
+    """A calculation as a word problem with its reference response."""
     who, other = rng.sample(NAMES, 2)
     things = rng.choice(OBJECTS)
     text = [START.format(who=who, n=calculation.start, things=things)]
@@ -127,15 +118,14 @@ def pose(config: ArithmeticConfig, rng: random.Random, calculation: Calculation,
         number = rng.randint(2, config.max_operand)
         sentence = rng.choice(DISTRACTORS).format(other=other, n=number, things=things)
         text.insert(rng.randint(1, len(text)), sentence)
-    text.append(ASK.format(who=who, things=things))
+    text.append(FINAL_QUESTION.format(who=who, things=things))
     gold = str(calculation.values[-1])
-    return Question(
-        name, " ".join(text), f"{_thought(config, rng, calculation, things)} {marker} {gold}", gold, "arithmetic"
-    )
+    reference = f"{_chain_of_thought(config, rng, calculation, things)} {marker} {gold}"
+    return Question(question_id, " ".join(text), reference, gold, "arithmetic")
 
 
-def _thought(config: ArithmeticConfig, rng: random.Random, calculation: Calculation, things: str) -> str:
-    """A valid chain of thought: each step in a wording of its own, or, tersely, two steps in one expression."""
+def _chain_of_thought(config: ArithmeticConfig, rng: random.Random, calculation: Calculation, things: str) -> str:
+    """A valid chain of thought. Each sentence states one step, or, in the terse form, two steps in one expression."""
     steps, values = calculation.steps, calculation.values
     sentences = []
     done = 0
@@ -153,7 +143,8 @@ def _thought(config: ArithmeticConfig, rng: random.Random, calculation: Calculat
     return " ".join(sentences)
 
 
-def _calculation(config: ArithmeticConfig, rng: random.Random) -> Calculation | None:
+def _draw_calculation(config: ArithmeticConfig, rng: random.Random) -> Calculation | None:
+    """A random calculation, or None when no operation gives a valid result from an intermediate value."""
     value = start = rng.randint(2, config.max_operand)
     steps = []
     for _ in range(rng.randint(config.min_steps, config.max_steps)):
@@ -168,7 +159,7 @@ def _calculation(config: ArithmeticConfig, rng: random.Random) -> Calculation | 
 
 
 def _operands(operation: str, value: int, config: ArithmeticConfig) -> list[int] | range:
-    """The operands with which an operation on `value` gives a positive integer of at most max_value."""
+    """The operands for which an operation on `value` gives a positive integer of at most `max_value`."""
     largest = config.max_operand
     if operation == "+":
         return range(2, min(largest, config.max_value - value) + 1)
