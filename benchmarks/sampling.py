@@ -27,7 +27,8 @@ import typer
 
 from aft_ray.config.loader import apply_override
 from aft_ray.config.run import RunConfig, parse_config
-from aft_ray.inference.engine import EngineSpec, SamplingSpec, engine_arguments, prepare_environment, request_parameters
+from aft_ray.inference.engine_spec import EngineSpec, engine_arguments, prepare_environment
+from aft_ray.inference.request_parameters import SamplingSpec, request_parameters
 
 TARGET = 0.9
 WARM_UP_QUESTIONS = 64
@@ -111,20 +112,23 @@ def _measure(config: RunConfig, repeats: int) -> dict[str, list[Turn]]:
     """The turns of both, after one of each that is not counted."""
     import ray
 
-    from aft_ray.cluster.connect import connected, evaluation_placement
-    from aft_ray.inference.engine import Prompt
+    from aft_ray.cluster.connect import connected
+    from aft_ray.cluster.reservations import evaluation_reservations
+    from aft_ray.inference.request_parameters import Prompt
+    from aft_ray.sampling.counts import SampleCounts
+    from aft_ray.sampling.sample_stage import question_seed
     from aft_ray.sampling.sampler_pool import SamplerPool, engine_spec
-    from aft_ray.sampling.stream import SampleCounts, question_seed, sample_round, sampling_spec
+    from aft_ray.sampling.stream import sample_round, sampling_spec
     from aft_ray.storage.ledger import Ledger
     from aft_ray.storage.run_dir import RunDir
-    from aft_ray.tasks.dataset import load_tokenizer, prepare
+    from aft_ray.tasks.dataset import load_tokenizer, tokenize_split
 
     tokenizer = load_tokenizer(config)
-    groups = prepare(config, "train", tokenizer).groups
+    groups = tokenize_split(config, "train", tokenizer).groups
     run_dir = RunDir(config.run_dir)
     ledger = Ledger(run_dir)
     turns: dict[str, list[Turn]] = {"vllm": [], "stage": []}
-    with connected(config.cluster, evaluation_placement(config)):
+    with connected(config.cluster, evaluation_reservations(config)):
         pool = SamplerPool.start(config, config.model.name, tokenizer.eos_token_id, None, None)
         spec = engine_spec(config, config.model.name, tokenizer.eos_token_id)
         raw = ray.remote(Raw).options(num_cpus=1).remote(spec)
@@ -140,15 +144,15 @@ def _measure(config: RunConfig, repeats: int) -> dict[str, list[Turn]]:
 
         def stage(number: int) -> Turn:
             ledger.open_round(number)
-            before = pool.statuses()[0]["busy_s"]
+            before = pool.statuses()[0].busy_s
             started, total = time.monotonic(), SampleCounts()
             for written in sample_round(config, pool, None, [replace(g, round=number) for g in chosen], run_dir):
-                if written.file is None or written.parked:
-                    raise RuntimeError(f"questions were parked: {written.parked}")
+                if written.file is None or written.failed:
+                    raise RuntimeError(f"questions failed: {written.failed}")
                 ledger.commit(written.file)
-                total += written.tally
+                total += written.counts
             seconds = time.monotonic() - started
-            return Turn(total.tokens, seconds, pool.statuses()[0]["busy_s"] - before)
+            return Turn(total.tokens, seconds, pool.statuses()[0].busy_s - before)
 
         pool.wait_ready(config.sampling.samplers)
         for number in range(repeats + 1):

@@ -10,21 +10,22 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayActorError
 
 from aft_ray.cluster.colocated_placement import EnginePlacement
 from aft_ray.config.run import RunConfig
-from aft_ray.inference.engine import EngineSpec
+from aft_ray.inference.engine_spec import EngineSpec
+from aft_ray.inference.versioned_engine import UpdateReport
 from aft_ray.sampling.placement_groups import actor_options, close_groups, colocated_options, open_group, waits_for
-from aft_ray.sampling.sampler import Sampler, UpdateReport
-from aft_ray.sampling.sampler_health import HealthChange, SamplerHealth, SamplersFailed, last_line, reason_of
-from aft_ray.weights.version_manifest import VersionManifest, WeightUpdateFailed
+from aft_ray.sampling.sampler import Sampler
+from aft_ray.sampling.sampler_health import HealthChange, SamplerHealth, SamplersFailed, reason_of
+from aft_ray.sampling.version_loading import load_version
+from aft_ray.weights.version_manifest import VersionManifest
 
 # Times Ray restarts a sampler whose process or node ended. What kills engines at once parks its questions long before.
 RESTARTS = 100
@@ -80,6 +81,11 @@ class Samplers:
         log = self.log_files[index]
         waits = waits_for(self.groups[index]) if self.groups else "its engine has not started yet"
         return waits + (f" (its output: {log})" if log else "")
+
+    def logs_of(self, indexes: Iterable[int]) -> str:
+        """Where the output of some samplers is, as the end of a sentence; empty when nobody knows."""
+        logs = [log for index in indexes if (log := self.log_files[index])]
+        return f" (its output: {', '.join(logs)})" if logs else ""
 
 
 class SamplerPool:
@@ -157,52 +163,9 @@ class SamplerPool:
         return sorted(asyncio.run_coroutine_threadsafe(self._health.enough(minimum), self._loop).result())
 
     def load(self, manifest: VersionManifest) -> list[UpdateReport]:
-        """Brings the samplers that answer to a version, proven by its probes; at least sampling.min_samplers of them.
-
-        One that dies meanwhile is left out: it loads the version when it is back, before it serves. Raises
-        WeightUpdateFailed when a living engine does not take the weights, SamplersFailed when too few live.
-        """
-        loaded: dict[int, UpdateReport] = {}
-        deadline = time.monotonic() + self._samplers.start_timeout_s + 3 * self._samplers.load_timeout_s
-        while True:
-            ready = self.wait_ready()
-            loaded |= self._load_on([index for index in ready if index not in loaded], manifest)
-            if len(loaded) >= self._samplers.minimum:
-                return list(loaded.values())
-            if time.monotonic() > deadline:
-                raise SamplersFailed(
-                    f"{len(loaded)} samplers reached version {manifest.version} and {self._samplers.minimum} must "
-                    f"(sampling.min_samplers); the others ended each time they loaded it"
-                )
-
-    def _load_on(self, indexes: Iterable[int], manifest: VersionManifest) -> dict[int, UpdateReport]:
-        """Loads a version on some samplers at once; without those that ended."""
-        samplers = self._samplers
-        timeout_s = samplers.load_timeout_s
-        calls = {samplers.actors[i].load.remote(manifest, samplers.tolerance, timeout_s): i for i in indexes}
-        patience = 3 * timeout_s + 30  # a sampler's own deadline is a phase's, thrice
-        _, late = ray.wait(list(calls), num_returns=max(1, len(calls)), timeout=patience) if calls else ([], [])
-        if late:
-            names = ", ".join(f"sampler {calls[call]}" for call in late)
-            raise WeightUpdateFailed(
-                f"{names} did not load version {manifest.version} within {patience:.0f} s"
-                f"{self._where([calls[call] for call in late])}"
-            )
-        loaded = {}
-        for call, index in calls.items():
-            try:
-                loaded[index] = ray.get(call)
-            except RayActorError as error:
-                self._loop.call_soon_threadsafe(self._health.lost, index, reason_of(error))
-            except RayError as error:
-                cause = getattr(error, "cause", None) or error
-                if isinstance(cause, WeightUpdateFailed):
-                    raise cause from None
-                raise WeightUpdateFailed(
-                    f"sampler {index} did not load version {manifest.version}: {last_line(str(cause))}"
-                    f"{self._where([index])}"
-                ) from error
-        return loaded
+        """Loads a version into the samplers that answer; see `version_loading.load_version`."""
+        loading = load_version(self._samplers, self._health, manifest)
+        return asyncio.run_coroutine_threadsafe(loading, self._loop).result()
 
     def sleep(self) -> None:
         """Has every engine give its GPUs' memory back; each must load a version before it answers again.
@@ -241,7 +204,3 @@ class SamplerPool:
         for actor in self.actors:
             ray.kill(actor)
         close_groups(self._samplers.groups)
-
-    def _where(self, indexes: Iterable[int]) -> str:
-        logs = [log for index in indexes if (log := self._samplers.log_files[index])]
-        return f" (its output: {', '.join(logs)})" if logs else ""

@@ -13,14 +13,14 @@ from tiny import tiny_config, tiny_tree
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from aft_ray.config.run import parse_config
-from aft_ray.coordination.coordinator import start_coordinator
 from aft_ray.evaluation.generations import read_generations
 from aft_ray.evaluation.statistics.metrics import EvaluationMetrics, measure
 from aft_ray.observe.reporter import Reporter
 from aft_ray.observe.summary import read_events, state_lines
-from aft_ray.run import orchestrator as rounds
-from aft_ray.run.orchestrator import Orchestrator, RunFailed
+from aft_ray.run import launch
+from aft_ray.sampling.round import RoundSampling, RunFailed
 from aft_ray.sampling.sampler_pool import SamplerPool
+from aft_ray.sampling.stream import sample_round
 from aft_ray.storage.ledger import Ledger
 from aft_ray.storage.records import Verdict
 from aft_ray.storage.run_dir import RunDir
@@ -33,7 +33,7 @@ pytestmark = [pytest.mark.usefixtures("ray_here"), pytest.mark.timeout(1200)]
 
 def run(config) -> bool:
     with quiet_reporter(config) as reporter:
-        return rounds.run(config, reporter)
+        return launch.run(config, reporter)
 
 
 def quiet_reporter(config) -> Reporter:
@@ -172,7 +172,7 @@ def test_two_sharded_workers_train_rft_around_a_question_that_the_engine_refuses
         data={"train_limit": 24},
     )
     run_with_refused(config, 1)
-    (parked,) = Ledger(RunDir(config.run_dir)).parked(1)
+    (parked,) = Ledger(RunDir(config.run_dir)).failed_questions(1)
     assert parked.question_id == "too-long-0"
     assert "leaves no room" in parked.reason
     assert parked.attempts == 1
@@ -192,7 +192,9 @@ def run_with_refused(config, refused) -> None:
     run_dir = RunDir(config.run_dir)
     with quiet_reporter(config) as reporter, run_dir.lock(reporter.say) as hold:
         ledger = Ledger(run_dir)
-        rounds._run_on_cluster(config, run_dir, hold, ledger, reporter, groups, [], tokenizer.eos_token_id)
+        launch.run_on_cluster(
+            config, run_dir, hold, ledger, reporter, launch.RunData(groups, [], tokenizer.eos_token_id)
+        )
 
 
 def too_long(group, number):
@@ -261,12 +263,12 @@ def test_a_wrong_publication_is_refused_and_the_right_one_then_taken(overlapped,
         pool.load(wrong)
     with pytest.raises(WeightUpdateFailed, match="nan"):
         pool.load(replace(right, probes=(replace(right.probes[0], score=float("nan")), *right.probes[1:])))
-    assert pool.statuses()[0]["version"] is None
+    assert pool.statuses()[0].version is None
     (loaded,) = pool.load(right)
     assert loaded.version == 2
-    assert loaded.difference < 1e-4
+    assert loaded.probe_difference < 1e-4
     assert pool.load(right)[0].load_s == 0.0  # it has it already
-    assert pool.statuses()[0]["version"] == 2
+    assert pool.statuses()[0].version == 2
 
 
 def test_more_refused_questions_than_allowed_end_the_round_in_one_sentence(overlapped, pool, tmp_path):
@@ -277,11 +279,15 @@ def test_more_refused_questions_than_allowed_end_the_round_in_one_sentence(overl
     run_dir = RunDir(config.run_dir)
     ledger, manifest = Ledger(run_dir), published(overlapped, 2)
     pool.load(manifest)
+
+    def stream(manifest, groups):
+        return sample_round(config, pool, manifest, groups, run_dir)
+
     with quiet_reporter(config) as reporter:
-        conductor = Orchestrator(config, run_dir, ledger, reporter, start_coordinator(), pool, None, groups, [])
+        sampling = RoundSampling(config, ledger, reporter, groups, stream, lambda: None)
         for _ in range(2):  # a run that is started again tries them again
             with pytest.raises(RunFailed, match=r"3 of 13 questions could not .* sampling.max_parked=0.05; 3 times"):
-                conductor._sample(1, manifest, 0.0)
-    assert len(ledger.parked(1)) == 3
+                sampling.sample(1, manifest, 0.0)
+    assert len(ledger.failed_questions(1)) == 3
     assert len(ledger.read_groups(1)) == 10
     assert ledger.sampled(1) is None

@@ -140,9 +140,7 @@ class _SimulatedRun:
         return self._loop.run_until_complete(getattr(self._coordinator, method)(*arguments))
 
     def _group_sizes(self, round_number: int) -> list[GroupSize]:
-        return group_sizes(
-            self._config, self._samplers.work[round_number], self._samplers.answered[round_number]
-        )
+        return group_sizes(self._config, self._samplers.work[round_number], self._samplers.answered[round_number])
 
     async def _record_curve(self) -> None:
         """Records which share of the engines' places runs a sequence, again and again."""

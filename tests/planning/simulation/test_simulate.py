@@ -9,14 +9,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from aft_ray.config.run import ConfigError, RunConfig, parse_config
-from aft_ray.planning.simulation import simulate as simulation
+from aft_ray.planning.simulation import samplers as simulation
 from aft_ray.planning.simulation.assumptions import SimulationAssumptions, draw_work
 from aft_ray.planning.simulation.calibration import like_answers
 from aft_ray.planning.simulation.sampler import SimulatedSampler
 from aft_ray.planning.simulation.simulate import simulate
 from aft_ray.planning.simulation.virtual_time import Stuck, run_virtually
 from aft_ray.sampling.sampler_pool import Samplers
-from aft_ray.sampling.stream import SampleJob, SampleStage, sampling_spec
+from aft_ray.sampling.sample_stage import SampleJob, SampleStage
+from aft_ray.sampling.stream import sampling_spec
 from aft_ray.storage.records import Candidate, Group, Question, Verdict, groups_to_table
 from aft_ray.weights.version_manifest import VersionManifest
 
@@ -200,7 +201,7 @@ def test_questions_of_a_sampler_that_hangs_wait_for_the_deadline_of_its_calls_an
         ask = SampleStage()
         tables = await asyncio.gather(*(ask(groups_to_table(groups[n : n + 8]), job) for n in range(0, count, 8)))
         await ask.close()
-        reasons = [reason for table in tables for reason in table["parked"].to_pylist()]
+        reasons = [reason for table in tables for reason in table["failure"].to_pylist()]
         assert len(reasons) == count
         return loop.time() - began, sum(reason is not None for reason in reasons)
 

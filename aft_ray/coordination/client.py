@@ -1,0 +1,63 @@
+"""The driver's calls to the coordinator, which block until the coordinator has answered.
+
+Invariant: a failure of the train workers arrives here as `PeerFailed` with its reason, whichever call meets it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+from aft_ray.cluster.colocated_placement import WorkerPlacement
+from aft_ray.coordination.coordinator import call
+
+if TYPE_CHECKING:
+    from aft_ray.weights.version_manifest import VersionManifest
+
+
+class CallCoordinator(Protocol):
+    """Calls a method of `coordination.coordinator.Coordinator` by name and returns its value."""
+
+    def __call__(self, method: str, *arguments: Any) -> Any: ...
+
+
+class CoordinatorClient:
+    """What the driver asks of the coordinator of a run. A simulation gives it a coordinator without an actor."""
+
+    def __init__(self, call_coordinator: CallCoordinator) -> None:
+        self._call = call_coordinator
+
+    @classmethod
+    def of_actor(cls, actor: Any) -> CoordinatorClient:
+        """The client of a coordinator that runs as a Ray actor."""
+        return cls(lambda method, *arguments: call(getattr(actor, method), *arguments))
+
+    def publish(self, manifest: VersionManifest) -> None:
+        """Offers a version to the samplers."""
+        self._call("publish", manifest)
+
+    def wait_version(self, version: int, timeout_s: float) -> tuple[VersionManifest, float]:
+        """The newest version once it is at least `version`, and the seconds waited. Raises PeerFailed."""
+        manifest, waited_s = self._call("wait_version", version, timeout_s)
+        return manifest, waited_s
+
+    def set_ready(self, round_number: int) -> None:
+        """Tells the train workers that every group of the round is in the ledger."""
+        self._call("set_ready", round_number)
+
+    def wait_gpus_released(self, round_number: int, timeout_s: float) -> list[WorkerPlacement]:
+        """Where the train workers run, once all of them have released their GPUs before a round. Raises PeerFailed."""
+        placements: list[WorkerPlacement] = self._call("wait_gpus_released", round_number, timeout_s)
+        return placements
+
+    def drain_events(self) -> list[dict[str, Any]]:
+        """The events that train workers have sent since the last call."""
+        events: list[dict[str, Any]] = self._call("drain")
+        return events
+
+    def check(self) -> None:
+        """Raises PeerFailed when training has failed."""
+        self._call("check")
+
+    def fail(self, reason: str) -> None:
+        """Ends every wait of the train workers with this reason."""
+        self._call("fail", reason)

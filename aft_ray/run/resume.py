@@ -1,0 +1,59 @@
+"""What a run that is started again takes over from its run directory: its config and its published versions.
+
+Invariant: a run goes on only with a config that leads to the same steps, up to rounding.
+"""
+
+from __future__ import annotations
+
+from aft_ray.config.loader import config_difference, dump_config
+from aft_ray.config.run import ConfigError, RunConfig
+from aft_ray.storage.run_dir import CONFIG, RunDir
+from aft_ray.storage.versions import read_config
+from aft_ray.weights.adapter import given_manifest, stored_manifest
+from aft_ray.weights.version_manifest import VersionManifest
+
+# Keys that a resumed run may change: they move the same steps to other hardware.
+_HARDWARE_KEYS = frozenset(
+    f"training.{key}"
+    for key in (
+        "workers",
+        "cpus_per_worker",
+        "gpus_per_worker",
+        "tokens_per_microbatch",
+        "offload_optimizer",
+        "offload_parameters",
+        "activation_checkpointing",
+    )
+)
+
+
+def adopt_config(config: RunConfig, run_dir: RunDir) -> list[str]:
+    """Writes the resolved config into a new run directory, or compares it with the one of a run that was begun.
+
+    The cluster, the run directory's own address and the hardware of training may differ.
+
+    Returns:
+        A line `key: old -> new` for each difference in the hardware of training.
+
+    Raises:
+        ConfigError: the configs differ in anything else.
+    """
+    if not run_dir.exists(CONFIG):
+        run_dir.write_bytes(CONFIG, dump_config(config).encode())
+        return []
+    difference = config_difference(read_config(run_dir), config)
+    difference = [line for line in difference if not line.startswith(("cluster.", "run_dir:"))]
+    changed = [line for line in difference if line.partition(":")[0] in _HARDWARE_KEYS]
+    if refused := [line for line in difference if line not in changed]:
+        raise ConfigError(
+            f"{run_dir.uri()} was started with another config ({'; '.join(refused)}); give the run the config it "
+            f"was started with, or another run_dir"
+        )
+    return changed
+
+
+def version_on_disk(config: RunConfig, run_dir: RunDir, version: int) -> VersionManifest:
+    """The manifest of a version as the run directory has it; version 0 of a run without round 0 is the given model."""
+    if version == 0 and not config.vft.epochs:
+        return given_manifest(config)
+    return stored_manifest(config, run_dir, version)

@@ -1,0 +1,137 @@
+"""The samplers of a run, as the orchestrator uses them: with GPUs of their own, or on those of the train workers.
+
+Invariant: after `load` every sampler that answers holds the version, verified by its probes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from aft_ray.cluster.colocated_placement import EnginePlacement
+from aft_ray.config.run import RunConfig
+from aft_ray.coordination.client import CoordinatorClient
+from aft_ray.coordination.colocation import Colocation
+from aft_ray.observe.reporter import Reporter
+from aft_ray.sampling.broadcast import meet
+from aft_ray.sampling.sampler_health import HealthChange, SamplersFailed
+from aft_ray.sampling.sampler_pool import SamplerPool
+from aft_ray.storage.run_dir import LOGS, RunDir
+from aft_ray.weights.version_manifest import VersionManifest
+
+
+class NoSamplers:
+    """The samplers of a run that neither samples nor evaluates."""
+
+    def load(self, manifest: VersionManifest) -> None:
+        """Does nothing."""
+        del manifest
+
+    def release(self) -> None:
+        """Does nothing."""
+
+
+class RunSamplers:
+    """The samplers of a run that samples or evaluates.
+
+    Args:
+        coordinator: the coordinator's actor.
+        eos_token_id: the token that ends a response.
+    """
+
+    def __init__(
+        self, config: RunConfig, run_dir: RunDir, reporter: Reporter, coordinator: Any, eos_token_id: int
+    ) -> None:
+        self._config, self._run_dir, self._reporter = config, run_dir, reporter
+        self._coordinator, self._eos_token_id = coordinator, eos_token_id
+        self._pool: SamplerPool | None = None
+        self._colocation: Colocation[SamplerPool] | None = None
+        if config.sampling.colocate:
+            client = CoordinatorClient.of_actor(coordinator)
+            self._colocation = Colocation(config, client, self._start)
+        else:
+            self._pool = self._start(None)
+
+    @property
+    def pool(self) -> SamplerPool:
+        """The samplers that hold the version which was loaded last."""
+        assert self._pool is not None, "colocated samplers were used before a version was loaded"
+        return self._pool
+
+    def wait_ready(self) -> None:
+        """Waits until as many samplers answer as the run needs; colocated ones start later. Raises SamplersFailed."""
+        if self._colocation is None:
+            self.pool.wait_ready()
+
+    def load(self, manifest: VersionManifest) -> None:
+        """Loads a version into the samplers that answer: by a broadcast, where one is offered, else as they can.
+
+        Raises:
+            SamplersFailed: fewer samplers answer than the run needs.
+            WeightUpdateFailed: an engine did not take the version, or took it wrong.
+        """
+        if self._colocation is not None:
+            try:
+                self._pool = self._colocation.acquire(manifest.version + 1)
+            except ValueError as error:
+                raise SamplersFailed(str(error)) from None
+        started = time.monotonic()
+        reports = []
+        if manifest.broadcast is not None:
+            broadcast = meet(self._coordinator, self.pool, manifest, self._config.sampling.processes_per_sampler)
+            for sentence in broadcast.missed:
+                self._reporter.say(f"version {manifest.version} did not reach every engine by stream: {sentence}")
+            reports += broadcast.loaded
+        # Samplers that the broadcast reached report that they hold the version already.
+        reports += self.pool.load(manifest)
+        slowest = max(reports, key=lambda report: report.seconds)
+        if slowest.seconds > 0:
+            self._reporter.event(
+                "published",
+                version=manifest.version,
+                seconds=time.monotonic() - started,
+                bytes=manifest.bytes,
+                rendezvous_s=slowest.rendezvous_s,
+                fetch_s=slowest.fetch_s,
+                load_s=slowest.load_s,
+                prove_s=slowest.verify_s,
+                probe_difference=max(report.probe_difference for report in reports),
+            )
+
+    def release(self) -> None:
+        """Releases the train workers' GPUs, if the samplers use them."""
+        if self._colocation is not None:
+            self._colocation.release()
+
+    def close(self) -> None:
+        """Ends the samplers."""
+        if self._colocation is not None:
+            self._colocation.close()
+        elif self._pool is not None:
+            self._pool.close()
+
+    def _start(self, placements: tuple[EnginePlacement, ...] | None) -> SamplerPool:
+        log_dir = str(self._run_dir.local_path(LOGS)) if self._run_dir.is_local else None
+        # Without round 0 the given model is version 0 already when the engines start from it.
+        version = None if self._config.vft.epochs else 0
+        return SamplerPool.start(
+            self._config,
+            self._config.model.name,
+            self._eos_token_id,
+            log_dir,
+            version,
+            report_changes(self._reporter),
+            placements,
+        )
+
+
+def report_changes(reporter: Reporter) -> Callable[[HealthChange], None]:
+    """A function that reports when a sampler starts to answer and when one is lost."""
+
+    def report(change: HealthChange) -> None:
+        reporter.event("sampler_joined" if change.reason is None else "sampler_lost", **asdict(change))
+        reporter.say(change.line)
+
+    return report

@@ -1,0 +1,157 @@
+"""The stage of the pipeline that has questions answered: it forwards small batches to the long-lived samplers.
+
+Invariant: every question that enters the stage leaves it once, with candidates of the policy version that was asked
+for, or with the reason why it failed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import pyarrow as pa
+from ray.exceptions import RayError
+
+from aft_ray.config.run import SamplingConfig
+from aft_ray.inference.request_parameters import Prompt, SamplingSpec
+from aft_ray.inference.versioned_engine import WrongVersion
+from aft_ray.sampling.sampler import RefusedQuestion
+from aft_ray.sampling.sampler_health import SamplerHealth, last_line, reason_of
+from aft_ray.sampling.sampler_pool import Samplers
+from aft_ray.storage.records import GROUP_SCHEMA, Candidate, Group, groups_to_table, table_to_groups
+from aft_ray.weights.version_manifest import VersionManifest, WeightUpdateFailed
+
+# The columns that the stage adds: why a question failed (null: it did not), and how often it was tried.
+FAILURE, ATTEMPTS = "failure", "attempts"
+
+
+@dataclass(frozen=True, slots=True)
+class SampleJob:
+    """What a stage does with every question: which samplers it asks, how, and for which version.
+
+    Args:
+        manifest: the version that must answer, which a sampler that was restarted loads first; None: whatever the
+            samplers were started with.
+        purpose: together with the run's seed and the question it fixes the candidates.
+    """
+
+    samplers: Samplers
+    manifest: VersionManifest | None
+    how: SamplingSpec
+    sampling: SamplingConfig
+    seed: int
+    purpose: str
+
+    @property
+    def version(self) -> int | None:
+        return self.manifest.version if self.manifest else None
+
+
+def question_seed(seed: int, purpose: str, question_id: str) -> int:
+    """A seed that depends on the question alone, and not on which sampler answers it or in which order."""
+    digest = hashlib.sha256(f"{seed}/{purpose}/{question_id}".encode()).digest()
+    return int.from_bytes(digest[:6], "big")
+
+
+def split_failed(batch: pa.Table) -> tuple[list[Group], list[str | None], list[int]]:
+    """The groups that leave the stage, why each failed (None: it did not), and how often each was tried."""
+    groups = table_to_groups(batch.select(GROUP_SCHEMA.names))
+    return groups, batch.column(FAILURE).to_pylist(), batch.column(ATTEMPTS).to_pylist()
+
+
+@dataclass(frozen=True, slots=True)
+class _Failed:
+    """Why an attempt failed. `final`: another attempt would fail too."""
+
+    reason: str
+    attempts: int = 1
+    final: bool = False
+
+
+class SampleStage:
+    """A callable for `map_batches`: groups without candidates in, groups with candidates and two columns more out.
+
+    Each batch goes to the sampler with the fewest questions. A question that fails is tried again alone, at most
+    `sampling.attempts` times in all.
+    """
+
+    def __init__(self) -> None:
+        self._load: Counter[int] = Counter()  # questions that each sampler has now
+        self._health: SamplerHealth | None = None
+
+    async def __call__(self, batch: pa.Table, job: SampleJob) -> pa.Table:
+        """
+        Raises:
+            SamplersFailed: too few samplers are left.
+            WeightUpdateFailed: a sampler that was restarted does not take the weights.
+        """
+        if self._health is None:
+            self._health = job.samplers.health()
+            self._health.watch()
+        groups = table_to_groups(batch)
+        answers = await self._attempt(job, self._health, groups)
+        answers = await asyncio.gather(
+            *(self._retry(job, self._health, group, answer) for group, answer in zip(groups, answers, strict=True))
+        )
+        failed = [answer if isinstance(answer, _Failed) else None for answer in answers]
+        table = groups_to_table(
+            replace(group, candidates=[] if isinstance(answer, _Failed) else answer)
+            for group, answer in zip(groups, answers, strict=True)
+        )
+        table = table.append_column(FAILURE, pa.array([one.reason if one else None for one in failed], pa.string()))
+        return table.append_column(ATTEMPTS, pa.array([one.attempts if one else 1 for one in failed], pa.int32()))
+
+    async def close(self) -> None:
+        """Ends the watch over the samplers. In a run, the process of the stage ends with the pipeline."""
+        if self._health is not None:
+            await self._health.close()
+
+    async def _retry(
+        self, job: SampleJob, health: SamplerHealth, group: Group, answer: list[Candidate] | _Failed
+    ) -> list[Candidate] | _Failed:
+        while isinstance(answer, _Failed) and not answer.final and answer.attempts < job.sampling.attempts:
+            attempts = answer.attempts + 1
+            (answer,) = await self._attempt(job, health, [group])
+            if isinstance(answer, _Failed):
+                answer = replace(answer, attempts=attempts)
+        return answer
+
+    async def _attempt(
+        self, job: SampleJob, health: SamplerHealth, groups: Sequence[Group]
+    ) -> list[list[Candidate] | _Failed]:
+        prompts = [
+            Prompt(group.prompt_token_ids, question_seed(job.seed, job.purpose, group.question.id)) for group in groups
+        ]
+        index = min(sorted(await health.enough()), key=lambda i: self._load[i])
+        self._load[index] += len(prompts)
+        try:
+            answers = await asyncio.wait_for(self._call(job, index, prompts), job.sampling.timeout_s)
+        except WeightUpdateFailed as error:
+            raise WeightUpdateFailed(last_line(str(error))) from None  # the sampler lives and refuses the weights
+        except (RayError, WrongVersion) as error:
+            # The sampler is asked again when it answers. Until then its load of 0 must not make it the first choice.
+            health.lost(index, reason_of(error))
+            return [_Failed(f"sampler {index} failed: {reason_of(error)}")] * len(groups)
+        except TimeoutError:
+            reason = f"it did not answer in {job.sampling.timeout_s:.0f} s"
+            health.lost(index, reason)
+            return [_Failed(f"sampler {index} failed: {reason}")] * len(groups)
+        finally:
+            self._load[index] -= len(prompts)
+        return [_Failed(one.reason, final=True) if isinstance(one, RefusedQuestion) else one for one in answers]
+
+    async def _call(self, job: SampleJob, index: int, prompts: list[Prompt]) -> list[list[Candidate] | RefusedQuestion]:
+        sampler = job.samplers.actors[index]
+        answers: list[list[Candidate] | RefusedQuestion]
+        try:
+            answers = await sampler.sample.remote(prompts, job.how, job.version)
+        except WrongVersion:
+            if job.manifest is None:
+                raise
+            # The sampler was restarted: it loads the version of this round before it answers.
+            await sampler.load.remote(job.manifest, job.samplers.tolerance, job.samplers.load_timeout_s)
+            answers = await sampler.sample.remote(prompts, job.how, job.version)
+        return answers

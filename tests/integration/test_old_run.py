@@ -1,0 +1,51 @@
+"""A run that version 0.1 began, killed while it sampled round 2, is finished by this version.
+
+`tests/fixtures/run_of_0_1.tar.xz` has its run directory and its untrained model of 0.1 million parameters. `{place}` in
+its config stands for the directory that both lie in.
+"""
+
+import tarfile
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from aft_ray.observe.reporter import Reporter
+from aft_ray.observe.summary import read_events
+from aft_ray.run.launch import run
+from aft_ray.storage.ledger import Ledger
+from aft_ray.storage.run_dir import RunDir
+from aft_ray.storage.versions import read_config
+
+FIXTURE = Path(__file__).parents[1] / "fixtures/run_of_0_1.tar.xz"
+
+pytestmark = [pytest.mark.usefixtures("ray_here"), pytest.mark.timeout(900)]
+
+
+@pytest.fixture
+def old_run(tmp_path) -> RunDir:
+    with tarfile.open(FIXTURE) as archive:
+        archive.extractall(tmp_path, filter="data")
+    config = tmp_path / "run/config.yaml"
+    config.write_text(config.read_text().replace("{place}", str(tmp_path)))
+    return RunDir(tmp_path / "run")
+
+
+def test_a_run_of_the_version_before_goes_on(old_run):
+    before = Ledger(old_run)
+    assert before.trained_rounds() == [0, 1]
+    (kept,) = before.group_files(2)
+    assert 0 < len(kept.question_ids) < 24
+    with Reporter(old_run, Console(file=StringIO())) as reporter:
+        assert run(read_config(old_run), reporter) is True
+    ledger = Ledger(old_run)
+    assert ledger.trained_rounds() == [0, 1, 2]
+    assert kept in ledger.group_files(2)
+    assert old_run.verify_manifest(old_run.model(2)) == []
+    groups = ledger.read_groups(2)
+    assert len({group.question.id for group in groups}) == len(groups) == 24
+    (trained,) = [event for event in read_events(old_run) if event["event"] == "trained" and event["round"] == 2]
+    assert trained["steps"] == 3
+    with Reporter(old_run, Console(file=StringIO())) as reporter:
+        assert run(read_config(old_run), reporter) is False
