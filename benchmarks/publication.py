@@ -84,10 +84,10 @@ class Trainer:
 
         end = self._transports[transport]
         started = time.monotonic()
-        written = write_model(self._model, Path(directory), 1 << 30, end.offer, 0, self._dtype)
+        written = write_model(self._model, Path(directory), 1 << 30, end.put_shard, 0, self._dtype)
         seconds = time.monotonic() - started
         manifest = VersionManifest(version, directory, tuple(written.shards), self._probes(), bytes=written.bytes)
-        return end.describe(manifest, written.handles, self._model), seconds
+        return end.add_to_manifest(manifest, written.handles, self._model), seconds
 
     def deliver(self, version: int, transport: str) -> None:
         self._transports[transport].deliver(self._model, version)
@@ -135,7 +135,7 @@ def main(
     hidden = _hidden_size(parameters * 1_000_000)
     with tempfile.TemporaryDirectory(prefix="aft-ray-benchmark-") as scratch:
         model = str(build_tiny_model(f"{scratch}/model", 0, hidden, LAYERS, hidden // HEAD, True, LENGTH))
-        spec = EngineSpec(model, 1, dtype, LENGTH, 8, gpu, kv_cache_gib=0.25, joins_broadcast=True)
+        spec = EngineSpec(model, 1, dtype, LENGTH, 8, gpu, kv_cache_gib=0.25, receives_broadcasts=True)
         figures = _measure(spec, Path(scratch), repeats, starts, bucket_mib)
     figures |= {"benchmark": "publication", "dtype": dtype, "bucket_mib": bucket_mib, "gpu": gpu}
     _show(figures)
@@ -154,7 +154,8 @@ def _measure(spec: EngineSpec, scratch: Path, repeats: int, starts: int, bucket_
     from aft_ray.cluster.connect import start_ray
     from aft_ray.coordination.coordinator import start_coordinator
     from aft_ray.sampling.sampler import Sampler
-    from aft_ray.sampling.sampler_pool import SamplerPool, Samplers
+    from aft_ray.sampling.sampler_handles import SamplerHandles
+    from aft_ray.sampling.sampler_pool import SamplerPool
 
     start_ray(num_cpus=4, log_to_driver=False, object_store_memory=4 << 30)
     coordinator = start_coordinator()
@@ -164,7 +165,7 @@ def _measure(spec: EngineSpec, scratch: Path, repeats: int, starts: int, bucket_
     )
     engine = ray.remote(Sampler).options(num_gpus=gpus)
     tolerance = 1e-3 if spec.dtype == "float32" else 0.1
-    samplers = Samplers((engine.remote(0, spec, None, 900, None),), (), (None,), 1, 900, 600, tolerance)
+    samplers = SamplerHandles((engine.remote(0, spec, None, 900, None),), (), (None,), 1, 900, 600, tolerance)
     pool = SamplerPool(samplers)
     pool.wait_ready()
     turns: dict[str, list[Any]] = {"copy": [], "write": [], "start": [], **{name: [] for name in TRANSPORTS}}

@@ -117,7 +117,7 @@ def _measure(config: RunConfig, repeats: int) -> dict[str, list[Turn]]:
     from aft_ray.inference.request_parameters import Prompt
     from aft_ray.sampling.counts import SampleCounts
     from aft_ray.sampling.sample_stage import question_seed
-    from aft_ray.sampling.sampler_pool import SamplerPool, engine_spec
+    from aft_ray.sampling.sampler_pool import SamplerPool, sampler_engine_spec
     from aft_ray.sampling.stream import sample_round, sampling_spec
     from aft_ray.storage.ledger import Ledger
     from aft_ray.storage.run_dir import RunDir
@@ -130,7 +130,7 @@ def _measure(config: RunConfig, repeats: int) -> dict[str, list[Turn]]:
     turns: dict[str, list[Turn]] = {"vllm": [], "stage": []}
     with connected(config.cluster, evaluation_reservations(config)):
         pool = SamplerPool.start(config, config.model.name, tokenizer.eos_token_id, None, None)
-        spec = engine_spec(config, config.model.name, tokenizer.eos_token_id)
+        spec = sampler_engine_spec(config, config.model.name, tokenizer.eos_token_id)
         raw = ray.remote(Raw).options(num_cpus=1).remote(spec)
 
         def alone(number: int) -> Turn:

@@ -19,8 +19,8 @@ from aft_ray.config.run import SamplingConfig
 from aft_ray.inference.request_parameters import Prompt, SamplingSpec
 from aft_ray.inference.versioned_engine import WrongVersion
 from aft_ray.sampling.sampler import RefusedQuestion
+from aft_ray.sampling.sampler_handles import SamplerHandles
 from aft_ray.sampling.sampler_health import SamplerHealth, last_line, reason_of
-from aft_ray.sampling.sampler_pool import Samplers
 from aft_ray.storage.records import GROUP_SCHEMA, Candidate, Group, groups_to_table, table_to_groups
 from aft_ray.weights.version_manifest import VersionManifest, WeightUpdateFailed
 
@@ -38,7 +38,7 @@ class SampleJob:
         purpose: together with the run's seed and the question it fixes the candidates.
     """
 
-    samplers: Samplers
+    samplers: SamplerHandles
     manifest: VersionManifest | None
     how: SamplingSpec
     sampling: SamplingConfig
@@ -125,7 +125,7 @@ class SampleStage:
         prompts = [
             Prompt(group.prompt_token_ids, question_seed(job.seed, job.purpose, group.question.id)) for group in groups
         ]
-        index = min(sorted(await health.enough()), key=lambda i: self._load[i])
+        index = min(sorted(await health.wait_for_minimum()), key=lambda i: self._load[i])
         self._load[index] += len(prompts)
         try:
             answers = await asyncio.wait_for(self._call(job, index, prompts), job.sampling.timeout_s)
@@ -133,11 +133,11 @@ class SampleStage:
             raise WeightUpdateFailed(last_line(str(error))) from None  # the sampler lives and refuses the weights
         except (RayError, WrongVersion) as error:
             # The sampler is asked again when it answers. Until then its load of 0 must not make it the first choice.
-            health.lost(index, reason_of(error))
+            health.mark_lost(index, reason_of(error))
             return [_Failed(f"sampler {index} failed: {reason_of(error)}")] * len(groups)
         except TimeoutError:
             reason = f"it did not answer in {job.sampling.timeout_s:.0f} s"
-            health.lost(index, reason)
+            health.mark_lost(index, reason)
             return [_Failed(f"sampler {index} failed: {reason}")] * len(groups)
         finally:
             self._load[index] -= len(prompts)

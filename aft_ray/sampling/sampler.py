@@ -20,7 +20,7 @@ from aft_ray.inference.request_parameters import Prompt, SamplingSpec
 from aft_ray.inference.update_phases import PhaseTimeout
 from aft_ray.inference.versioned_engine import UpdateReport, VersionedEngine
 from aft_ray.observe.logs import redirect_output
-from aft_ray.sampling.placement_groups import wait_for_group
+from aft_ray.sampling.placement_groups import wait_for_placement_group
 from aft_ray.storage.records import Candidate
 from aft_ray.storage.run_dir import local_model
 from aft_ray.weights.version_manifest import VersionManifest
@@ -62,7 +62,7 @@ class Sampler:
         spec = replace(spec, model=local_model(spec.model))
         prepare_environment(spec)
         if spec.executor == "ray":
-            wait_for_group(spec.tensor_parallel_size, start_timeout_s)
+            wait_for_placement_group(spec.tensor_parallel_size, start_timeout_s)
         from transformers import AutoTokenizer
 
         self._name = f"sampler {index}"

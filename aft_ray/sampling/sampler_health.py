@@ -1,7 +1,7 @@
-"""Which samplers answer at the moment: every one is watched, from the moment it is asked for to its end.
+"""Which samplers answer at the moment. Every sampler is watched from its request to its end.
 
-Invariant: a sampler is asked only while it answers. One whose process, engine or node is gone stops being asked at
-once; Ray starts it again where there is room, and it is a member again as soon as it answers.
+Invariant: only samplers that answer are ready to be called. A sampler whose process, engine or node is lost is not
+ready from that moment on; Ray restarts it where there is room, and it is ready again as soon as it answers.
 """
 
 from __future__ import annotations
@@ -14,19 +14,21 @@ from typing import Any
 
 from ray.exceptions import ActorDiedError, RayActorError, RayError
 
-# Seconds between two looks at a sampler that is away, and at one that answered; patience with the latter.
-_AWAY_S, _THERE_S, _SILENT_S = 2.0, 5.0, 30.0
-# How a traceback begins the line of an exception that is defined here.
-_OURS = re.compile(r"^aft_ray(\.\w+)+: ")
+# Seconds between two status calls to a sampler that is lost or has not answered yet, and to one that is ready.
+_LOST_INTERVAL_S, _READY_INTERVAL_S = 2.0, 5.0
+# Seconds after which a ready sampler that does not answer a status call is lost.
+_STATUS_TIMEOUT_S = 30.0
+# The prefix of an exception of this package in a traceback.
+_OWN_EXCEPTION = re.compile(r"^aft_ray(\.\w+)+: ")
 
 
 class SamplersFailed(RuntimeError):
-    """Fewer samplers answer than the run needs. Says of the others why not, and where to look."""
+    """Fewer samplers answer than the run needs. The message says why each other one does not."""
 
 
 @dataclass(frozen=True, slots=True)
 class HealthChange:
-    """A sampler joined the others, or was lost (`reason`); `ready` of all `samplers` answer after it."""
+    """A sampler became ready, or was lost for `reason`; after it `ready` of all `samplers` answer."""
 
     sampler: int
     ready: int
@@ -35,16 +37,17 @@ class HealthChange:
 
     @property
     def line(self) -> str:
+        """The change as a line for the terminal."""
         if self.reason is None:
             return f"sampler {self.sampler} answers ({self.ready} of {self.samplers})"
         return f"sampler {self.sampler} is lost: {self.reason} ({self.ready} of {self.samplers} left)"
 
 
 class SamplerHealth:
-    """The watch over some sampler actors, on the event loop of whoever made it.
+    """Watches sampler actors, on one event loop.
 
-    ready: the samplers that answer, to begin with those that did lately. minimum: how many must. why: says of a sampler
-    that never answered what it waits for. tell: is told of every change.
+    Attributes:
+        ready: the indices of the samplers that answer.
     """
 
     def __init__(
@@ -53,37 +56,47 @@ class SamplerHealth:
         ready: Iterable[int],
         minimum: int,
         timeout_s: float,
-        why: Callable[[int], str],
-        tell: Callable[[HealthChange], None] | None = None,
+        why_not_ready: Callable[[int], str],
+        on_change: Callable[[HealthChange], None] | None = None,
     ) -> None:
+        """
+        Args:
+            ready: the samplers that are taken to be ready at the beginning.
+            minimum: the number of samplers that the run needs.
+            timeout_s: how long `wait_for_minimum` waits, seconds.
+            why_not_ready: says why a sampler that has never answered does not.
+            on_change: is called with every change.
+        """
         self.ready = frozenset(ready)
-        self._actors, self._minimum, self._timeout_s, self._why, self._tell = actors, minimum, timeout_s, why, tell
-        self._reasons: dict[int, str] = {}
-        self._died: set[int] = set()
+        self._actors, self._minimum, self._timeout_s = actors, minimum, timeout_s
+        self._why_not_ready, self._on_change = why_not_ready, on_change
+        self._reasons: dict[int, str] = {}  # why each lost sampler was lost
+        self._died: set[int] = set()  # the samplers that Ray does not restart any more
         self._changed = asyncio.Event()
         self._watchers: list[asyncio.Task[None]] = []
 
     def watch(self) -> None:
-        """Begins to watch; the event loop must be running."""
+        """Begins to watch. The event loop must be running."""
         self._watchers = [asyncio.ensure_future(self._watch(index)) for index in range(len(self._actors))]
 
     async def close(self) -> None:
-        """Ends the watch."""
+        """Stops watching."""
         for watcher in self._watchers:
             watcher.cancel()
         await asyncio.gather(*self._watchers, return_exceptions=True)
 
-    def lost(self, index: int, reason: str) -> None:
-        """A call to a sampler failed: it is not asked until it answers again."""
+    def mark_lost(self, index: int, reason: str) -> None:
+        """Records that a call to a sampler failed. It is ready again when it answers a status call."""
         self._reasons[index] = reason
         if index in self.ready:
             self._change(self.ready - {index}, HealthChange(index, len(self.ready) - 1, len(self._actors), reason))
 
-    async def enough(self, minimum: int | None = None) -> frozenset[int]:
-        """The samplers that answer, at least `minimum` of them (none: as many as the run needs).
+    async def wait_for_minimum(self, minimum: int | None = None) -> frozenset[int]:
+        """Waits until at least `minimum` samplers are ready (None: as many as the run needs); returns those that are.
 
-        Waits for them as long as an engine may take to start. Raises SamplersFailed then, or as soon as too many are
-        gone for good.
+        Raises:
+            SamplersFailed: too few are ready within the time that an engine may take to start, or too many will not be
+                restarted.
         """
         minimum = minimum or self._minimum
         loop = asyncio.get_running_loop()
@@ -91,7 +104,7 @@ class SamplerHealth:
         while len(self.ready) < minimum:
             left = deadline - loop.time()
             if left <= 0 or len(self._actors) - len(self._died) < minimum:
-                raise SamplersFailed(self._sentence(minimum, left <= 0))
+                raise SamplersFailed(self._too_few_message(minimum, left <= 0))
             try:
                 await asyncio.wait_for(self._changed.wait(), left)
             except TimeoutError:
@@ -100,53 +113,57 @@ class SamplerHealth:
 
     async def _watch(self, index: int) -> None:
         while True:
-            there = index in self.ready
+            timeout_s = _STATUS_TIMEOUT_S if index in self.ready else None
             try:
-                # The first call waits in Ray's queue until the actor has a place and its engine runs.
-                await asyncio.wait_for(self._actors[index].status.remote(), _SILENT_S if there else None)
+                # Ray queues the first call until the actor has been placed and its engine has started.
+                await asyncio.wait_for(self._actors[index].status.remote(), timeout_s)
             except ActorDiedError as error:
                 self._died.add(index)
-                self.lost(index, reason_of(error))
-                self._wake()
+                self.mark_lost(index, reason_of(error))
+                self._notify_waiting()
                 return
             except RayError as error:
-                self.lost(index, reason_of(error))
+                self.mark_lost(index, reason_of(error))
             except TimeoutError:
-                self.lost(index, f"it has not answered for {_SILENT_S:.0f} s")
+                self.mark_lost(index, f"it has not answered for {_STATUS_TIMEOUT_S:.0f} s")
             else:
                 if index not in self.ready:
                     self._change(self.ready | {index}, HealthChange(index, len(self.ready) + 1, len(self._actors)))
-            await asyncio.sleep(_THERE_S if index in self.ready else _AWAY_S)
+            await asyncio.sleep(_READY_INTERVAL_S if index in self.ready else _LOST_INTERVAL_S)
 
     def _change(self, ready: frozenset[int], change: HealthChange) -> None:
         self.ready = ready
-        self._wake()
-        if self._tell is not None:
-            self._tell(change)
+        self._notify_waiting()
+        if self._on_change is not None:
+            self._on_change(change)
 
-    def _wake(self) -> None:
+    def _notify_waiting(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    def _sentence(self, minimum: int, too_late: bool) -> str:
+    def _too_few_message(self, minimum: int, timed_out: bool) -> str:
         missing = [index for index in range(len(self._actors)) if index not in self.ready]
-        alike: dict[str, list[str]] = {}
+        samplers_by_reason: dict[str, list[str]] = {}
         for index in missing:
             known = self._reasons.get(index)
-            reason = known if index in self._died and known else self._why(index) + (f", {known}" if known else "")
-            alike.setdefault(reason, []).append(str(index))
-        said = "; ".join(
-            f"sampler{'s' if len(names) > 1 else ''} {', '.join(names)}: {reason}" for reason, names in alike.items()
+            if index in self._died and known:
+                reason = known
+            else:
+                reason = self._why_not_ready(index) + (f", {known}" if known else "")
+            samplers_by_reason.setdefault(reason, []).append(str(index))
+        reasons = "; ".join(
+            f"sampler{'s' if len(names) > 1 else ''} {', '.join(names)}: {reason}"
+            for reason, names in samplers_by_reason.items()
         )
         return (
             f"{len(self.ready)} of {len(self._actors)} samplers answer and {minimum} must (sampling.min_samplers)"
-            + (f", after {self._timeout_s:.0f} s (sampling.start_timeout_s)" if too_late else "")
-            + f"; {said}"
+            + (f", after {self._timeout_s:.0f} s (sampling.start_timeout_s)" if timed_out else "")
+            + f"; {reasons}"
         )
 
 
 def reason_of(error: BaseException) -> str:
-    """Why a call to a sampler failed, in a few words."""
+    """Why a call to a sampler failed, as a short phrase."""
     if isinstance(error, ActorDiedError):
         return f"it is gone for good: {last_line(str(error))}"
     if isinstance(error, RayActorError):
@@ -156,7 +173,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def last_line(text: str) -> str:
-    """The error itself of a remote traceback: the last one of our own, which is a sentence, else the last line."""
+    """The error message in a remote traceback: that of this package's last exception in it, else the last line."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    ours = [sentence for line in lines if (sentence := _OURS.sub("", line)) != line]
-    return (ours or lines or ["no reason given"])[-1]
+    messages = [message for line in lines if (message := _OWN_EXCEPTION.sub("", line)) != line]
+    return (messages or lines or ["no reason given"])[-1]

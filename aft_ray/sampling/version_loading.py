@@ -8,22 +8,21 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from ray.exceptions import RayActorError, RayError
 
+from aft_ray.inference.versioned_engine import UpdateReport
+from aft_ray.sampling.sampler_handles import SamplerHandles
 from aft_ray.sampling.sampler_health import SamplerHealth, SamplersFailed, last_line, reason_of
 from aft_ray.weights.version_manifest import VersionManifest, WeightUpdateFailed
-
-if TYPE_CHECKING:
-    from aft_ray.inference.versioned_engine import UpdateReport
-    from aft_ray.sampling.sampler_pool import Samplers
 
 # A sampler has a deadline for each of three phases. It gets so many seconds more to say which of them it missed.
 _PHASES, _ANSWER_S = 3, 30
 
 
-async def load_version(samplers: Samplers, health: SamplerHealth, manifest: VersionManifest) -> list[UpdateReport]:
+async def load_version(
+    samplers: SamplerHandles, health: SamplerHealth, manifest: VersionManifest
+) -> list[UpdateReport]:
     """Loads a version into at least `sampling.min_samplers` of the samplers, and verifies it by its probes.
 
     Returns:
@@ -37,7 +36,7 @@ async def load_version(samplers: Samplers, health: SamplerHealth, manifest: Vers
     reports: dict[int, UpdateReport] = {}
     deadline = loop.time() + samplers.start_timeout_s + _PHASES * samplers.load_timeout_s
     while True:
-        ready = sorted(await health.enough())
+        ready = sorted(await health.wait_for_minimum())
         reports |= await _load_into([i for i in ready if i not in reports], samplers, health, manifest)
         if len(reports) >= samplers.minimum:
             return list(reports.values())
@@ -49,7 +48,7 @@ async def load_version(samplers: Samplers, health: SamplerHealth, manifest: Vers
 
 
 async def _load_into(
-    indexes: Iterable[int], samplers: Samplers, health: SamplerHealth, manifest: VersionManifest
+    indexes: Iterable[int], samplers: SamplerHandles, health: SamplerHealth, manifest: VersionManifest
 ) -> dict[int, UpdateReport]:
     """Loads a version into some samplers at the same time; the result leaves out those that ended."""
     timeout_s = samplers.load_timeout_s
@@ -73,7 +72,7 @@ async def _load_into(
         try:
             reports[index] = call.result()
         except RayActorError as error:
-            health.lost(index, reason_of(error))
+            health.mark_lost(index, reason_of(error))
         except RayError as error:
             cause = getattr(error, "cause", None) or error
             if isinstance(cause, WeightUpdateFailed):

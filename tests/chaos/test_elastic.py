@@ -11,12 +11,18 @@ from ray.util.placement_group import placement_group_table
 from tiny import tiny_config
 
 from aft_ray.cluster.connect import connected
-from aft_ray.cluster.placement import Bundle, Placement, Reservation
+from aft_ray.cluster.placement import Bundle, Reservation, Reservations
 from aft_ray.config.run import ClusterConfig as ClusterKeys
 from aft_ray.config.run import ConfigError
-from aft_ray.sampling.placement_groups import actor_options, close_groups, open_group, wait_for_group
+from aft_ray.sampling.placement_groups import (
+    actor_options,
+    create_placement_group,
+    remove_placement_groups,
+    wait_for_placement_group,
+)
+from aft_ray.sampling.sampler_handles import SamplerHandles
 from aft_ray.sampling.sampler_health import SamplersFailed
-from aft_ray.sampling.sampler_pool import SamplerPool, Samplers
+from aft_ray.sampling.sampler_pool import SamplerPool
 
 pytestmark = pytest.mark.timeout(1200)
 STORE = 100 << 20
@@ -53,12 +59,12 @@ class Idle:
 
 
 def idle_pool(config, minimum: int, timeout_s: float, changes: list) -> SamplerPool:
-    groups = [open_group(index, config.sampling) for index in range(config.sampling.samplers)]
+    groups = [create_placement_group(index, config.sampling) for index in range(config.sampling.samplers)]
     actors = [
         ray.remote(Idle).options(**actor_options(group, config.sampling), max_restarts=3).remote() for group in groups
     ]
     logs = tuple(f"sampler-{index}.log" for index in range(len(groups)))
-    return SamplerPool(Samplers(tuple(actors), tuple(groups), logs, minimum, timeout_s, 10, 1e-4), changes.append)
+    return SamplerPool(SamplerHandles(tuple(actors), tuple(groups), logs, minimum, timeout_s, 10, 1e-4), changes.append)
 
 
 def test_a_sampler_without_a_place_is_waited_for_only_while_it_must_be_and_joins_when_a_node_comes(
@@ -94,7 +100,7 @@ def test_a_sampler_without_a_place_is_waited_for_only_while_it_must_be_and_joins
         pool.close()
         for node in nodes:
             cluster.remove_node(node)
-    groups = pool.handles().groups
+    groups = pool.handles().placement_groups
     assert [placement_group_table(group)["state"] for group in groups] == ["REMOVED", "REMOVED"]
 
 
@@ -110,7 +116,7 @@ class Placed:
         from vllm.platforms import current_platform
         from vllm.v1.executor import ray_utils
 
-        wait_for_group(config.tensor_parallel_size, 30)
+        wait_for_placement_group(config.tensor_parallel_size, 30)
         # Without GPUs vLLM refuses its Ray executor. The GPUs of these nodes are names only, so it is told of them.
         type(current_platform).ray_device_key = "GPU"
         group = ray.util.get_current_placement_group()
@@ -140,7 +146,7 @@ def test_an_engine_has_its_gpus_and_vllm_opens_no_group_inside_its_group(cluster
         },
     ).sampling
     nodes = [cluster.add_node(num_cpus=4, num_gpus=2, object_store_memory=STORE) for _ in range(stages)]
-    group = open_group(0, sampling)
+    group = create_placement_group(0, sampling)
     actor = ray.remote(Placed).options(**actor_options(group, sampling)).remote()
     try:
         if stages == 1:
@@ -153,7 +159,7 @@ def test_an_engine_has_its_gpus_and_vllm_opens_no_group_inside_its_group(cluster
             assert here == [True, True, False, False]
     finally:
         ray.kill(actor)
-        close_groups([group])
+        remove_placement_groups([group])
         for node in nodes:
             cluster.remove_node(node)
 
@@ -163,18 +169,19 @@ def test_what_an_autoscaler_may_add_counts(cluster):
     from ray._raylet import GcsClient
     from ray.core.generated.autoscaler_pb2 import ClusterConfig, NodeGroupConfig
 
-    def plan(gpus: float) -> Placement:
-        return Placement((Reservation("sampler", 2, (Bundle(1, gpus),), "sampling.tensor_parallel_size"),), "Add nodes")
+    def job(gpus: float) -> Reservations:
+        samplers = Reservation("sampler", 2, (Bundle(1, gpus),), "sampling.tensor_parallel_size")
+        return Reservations((samplers,), "Add nodes")
 
-    with pytest.raises(ConfigError, match="16 GPUs are needed and the cluster has 0"), connected(ON_RAY, plan(8)):
+    with pytest.raises(ConfigError, match="16 GPUs are needed and the cluster has 0"), connected(ON_RAY, job(8)):
         pass
     group = NodeGroupConfig(name="gpus", max_count=2, resources={"CPU": 8, "GPU": 8})
     reported = ClusterConfig(node_group_configs=[group]).SerializeToString()
     GcsClient(cluster.address).report_cluster_config(reported)
-    with connected(ON_RAY, plan(8)) as places:
+    with connected(ON_RAY, job(8)) as places:
         assert [place.node.name for place in places if place.bundles] == ["gpus (to come)"] * 2
     with (
         pytest.raises(ConfigError, match="18 GPUs are needed and the cluster can grow to 16"),
-        connected(ON_RAY, plan(9)),
+        connected(ON_RAY, job(9)),
     ):
         pass

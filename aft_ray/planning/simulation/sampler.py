@@ -17,7 +17,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError
 from aft_ray.inference.request_parameters import Prompt, SamplingSpec
 from aft_ray.inference.versioned_engine import UpdateReport, WrongVersion
 from aft_ray.planning.simulation.assumptions import SimulationAssumptions, Work
-from aft_ray.sampling.sampler_pool import RESTARTS
+from aft_ray.sampling.sampler_pool import MAX_RESTARTS
 from aft_ray.storage.records import Candidate
 from aft_ray.weights.version_manifest import VersionManifest
 
@@ -156,7 +156,7 @@ class SimulatedSampler:
     @property
     def _gone(self) -> bool:
         """Ray has restarted it as often as it may."""
-        return self.failures > RESTARTS
+        return self.failures > MAX_RESTARTS
 
     def _noticed(self, life: int) -> None:
         if life == self._life:

@@ -27,7 +27,7 @@ from aft_ray.planning.simulation.questions import (
 from aft_ray.planning.simulation.sampler import SimulatedSampler
 from aft_ray.sampling.counts import SampleCounts
 from aft_ray.sampling.sample_stage import SampleJob, SampleStage, split_failed
-from aft_ray.sampling.sampler_pool import Samplers
+from aft_ray.sampling.sampler_handles import SamplerHandles
 from aft_ray.sampling.stream import WrittenGroups, data_flow, sampling_spec
 from aft_ray.sampling.version_loading import load_version
 from aft_ray.storage.ledger import FailedQuestion, GroupFile
@@ -94,9 +94,9 @@ class SimulatedSamplers:
         self.samplers = [
             SimulatedSampler(index, assumed, sampling.max_num_seqs, self.work) for index in range(sampling.samplers)
         ]
-        self._handles = Samplers(
+        self._handles = SamplerHandles(
             actors=tuple(self.samplers),
-            groups=(),
+            placement_groups=(),
             log_files=(None,) * sampling.samplers,
             minimum=sampling.min_samplers,
             start_timeout_s=sampling.start_timeout_s,

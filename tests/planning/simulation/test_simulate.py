@@ -15,8 +15,8 @@ from aft_ray.planning.simulation.calibration import like_answers
 from aft_ray.planning.simulation.sampler import SimulatedSampler
 from aft_ray.planning.simulation.simulate import simulate
 from aft_ray.planning.simulation.virtual_time import Stuck, run_virtually
-from aft_ray.sampling.sampler_pool import Samplers
 from aft_ray.sampling.sample_stage import SampleJob, SampleStage
+from aft_ray.sampling.sampler_handles import SamplerHandles
 from aft_ray.sampling.stream import sampling_spec
 from aft_ray.storage.records import Candidate, Group, Question, Verdict, groups_to_table
 from aft_ray.weights.version_manifest import VersionManifest
@@ -190,7 +190,7 @@ def test_questions_of_a_sampler_that_hangs_wait_for_the_deadline_of_its_calls_an
     async def main() -> tuple[float, int]:
         work = {1: draw_work(assumed, 0, 1, count, given.sampling.k, given.sampling.max_tokens)}
         samplers = [SimulatedSampler(index, assumed, 128, work) for index in range(3)]
-        pool = Samplers(tuple(samplers), (), (None,) * 3, 1, 900, 600, 0.1, frozenset(range(3)))
+        pool = SamplerHandles(tuple(samplers), (), (None,) * 3, 1, 900, 600, 0.1, frozenset(range(3)))
         manifest = VersionManifest(0, "", (), ())
         await asyncio.gather(*(sampler.load.remote(manifest, 0.1, 600) for sampler in samplers))
         loop = asyncio.get_running_loop()
