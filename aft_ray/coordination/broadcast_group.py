@@ -1,7 +1,6 @@
-"""A meeting: train worker 0 and the engines form a group of their own, for one version, to stream its weights.
+"""The process group of a weight broadcast: the trainer and the engines that the driver chose for one version.
 
-The conductor invites, the trainer opens a table, the engines take their places. Invariant: rank 0 is the trainer; an
-engine's processes have the ranks from its place's `first_rank` on, in vLLM's own order.
+Invariant: rank 0 is train worker 0; an engine's processes have consecutive ranks, in vLLM's own order.
 """
 
 from __future__ import annotations
@@ -9,16 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import accumulate
 
-from aft_ray.weights.broadcast.layout import Layout
-
-
-class BroadcastFailed(RuntimeError):
-    """The stream broke off, or did not begin. Names the phase; what missed it takes the model directory."""
-
 
 @dataclass(frozen=True, slots=True)
 class Receiver:
-    """An engine that is invited, and how many processes it has."""
+    """An engine that receives a broadcast, and the number of its processes."""
 
     name: str
     processes: int
@@ -26,39 +19,25 @@ class Receiver:
 
 @dataclass(frozen=True, slots=True)
 class BroadcastGroup:
-    """To the trainer: who will come to the meeting of a version. Without guests there is none."""
+    """Which engines receive the broadcast of a version. Without receivers there is no broadcast."""
 
     version: int
-    guests: tuple[Receiver, ...]
+    receivers: tuple[Receiver, ...]
 
     @property
     def world_size(self) -> int:
-        return 1 + sum(guest.processes for guest in self.guests)
+        """The number of ranks."""
+        return 1 + sum(receiver.processes for receiver in self.receivers)
 
     @property
     def first_ranks(self) -> list[int]:
-        """The rank of each guest's first process."""
-        return list(accumulate((guest.processes for guest in self.guests[:-1]), initial=1)) if self.guests else []
+        """The rank of each receiver's first process."""
+        if not self.receivers:
+            return []
+        return list(accumulate((receiver.processes for receiver in self.receivers[:-1]), initial=1))
 
     @property
     def names(self) -> list[str]:
-        """Whose process each rank is."""
-        return ["train worker 0", *(guest.name for guest in self.guests for _ in range(guest.processes))]
-
-
-@dataclass(frozen=True, slots=True)
-class StoreAddress:
-    """Where the group of a meeting is formed: a store of train worker 0's."""
-
-    address: str
-    port: int
-
-
-@dataclass(frozen=True, slots=True)
-class BroadcastMembership:
-    """All that an engine needs to take part."""
-
-    table: StoreAddress
-    first_rank: int
-    world_size: int
-    layout: Layout
+        """For each rank, the name of its owner."""
+        engines = [receiver.name for receiver in self.receivers for _ in range(receiver.processes)]
+        return ["train worker 0", *engines]

@@ -1,21 +1,25 @@
-"""What sampling and training tell each other while a run lives: rounds that are ready, versions, events, failure.
+"""The coordinator: an actor through which the driver and the train workers of a run tell each other what is done.
 
-Invariant: nothing durable lives here; after a restart the board is filled again from the ledger. Every wait has a
-deadline, and a failure on one side ends the waits of the other at once.
+The driver tells it that a round is ready and which engines receive a broadcast; the train workers tell it that a
+version is published, that their GPUs are free, and what they measured. Invariants: nothing durable is kept here, after
+a restart the driver publishes again what the ledger says; every wait has a deadline; a failure of one side ends all
+waits of the other at once.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from aft_ray.cluster.colocated_placement import WorkerPlacement
-from aft_ray.coordination.broadcast_group import BroadcastGroup, StoreAddress
-from aft_ray.weights.version_manifest import VersionManifest
+from aft_ray.coordination.broadcast_group import BroadcastGroup
+
+if TYPE_CHECKING:
+    from aft_ray.weights.version_manifest import VersionManifest
 
 
 class PeerFailed(RuntimeError):
@@ -23,16 +27,19 @@ class PeerFailed(RuntimeError):
 
 
 class Coordinator:
-    """An actor of the driver's. Methods are asynchronous, so waits do not block each other."""
+    """The actor. Its methods are asynchronous, so that one that waits does not block the others.
+
+    `wait_*` methods raise PeerFailed when the other side has failed or the deadline has passed.
+    """
 
     def __init__(self) -> None:
         self._changed = asyncio.Condition()
         self._ready: set[int] = set()
-        self._manifests: dict[int, VersionManifest] = {}
-        self._given_way: dict[int, dict[int, WorkerPlacement]] = {}
-        self._wanted = -1  # the oldest version that the conductor may still bring to the samplers
-        self._invitations: dict[int, BroadcastGroup] = {}
-        self._tables: dict[int, StoreAddress] = {}
+        self._newest: VersionManifest | None = None
+        self._requested = -1  # the oldest version that the driver may still load into the samplers
+        self._offered: int | None = None  # the version whose broadcast train worker 0 offers now
+        self._broadcasts: dict[int, BroadcastGroup] = {}
+        self._released: dict[int, dict[int, WorkerPlacement]] = {}
         self._events: list[dict[str, Any]] = []
         self._failure: str | None = None
 
@@ -41,83 +48,79 @@ class Coordinator:
         await self._change(lambda: self._ready.add(round_number))
 
     async def wait_ready(self, round_number: int, timeout_s: float) -> float:
-        """Waits for a round's groups; returns the seconds waited."""
+        """Waits until a round is ready; returns the seconds waited."""
         return await self._wait(
             lambda: round_number in self._ready, timeout_s, f"the groups of round {round_number} to be complete"
         )
 
     async def publish(self, manifest: VersionManifest) -> None:
-        """Offers a version to the samplers. Older versions are let go, and with them their objects."""
+        """Offers a version to the samplers. Only the newest version's manifest is kept, and with it its objects.
+
+        Train workers that have started again publish their last version from disk. Whatever their predecessors
+        offered to broadcast, they cannot send; an offer therefore stands until the next version is published.
+        """
 
         def change() -> None:
-            newest = max([manifest.version, *self._manifests])
-            self._manifests = {newest: manifest if manifest.version == newest else self._manifests[newest]}
+            self._offered = manifest.version if manifest.broadcast is not None else None
+            if self._newest is None or manifest.version >= self._newest.version:
+                self._newest = manifest
 
         await self._change(change)
 
     async def wait_version(self, version: int, timeout_s: float) -> tuple[VersionManifest, float]:
-        """The newest version, once it is at least `version`; and the seconds waited."""
-        self._wanted = max(self._wanted, version)
+        """Waits until a version is published that is at least `version`; returns the newest and the seconds waited."""
+        self._requested = max(self._requested, version)
         await self._change(lambda: None)
-        waited = await self._wait(
-            lambda: max(self._manifests, default=-1) >= version, timeout_s, f"policy version {version} to be trained"
+        waited_s = await self._wait(
+            lambda: self._newest is not None and self._newest.version >= version,
+            timeout_s,
+            f"policy version {version} to be trained",
         )
-        return self._manifests[max(self._manifests)], waited
+        assert self._newest is not None
+        return self._newest, waited_s
 
-    async def release_gpus(self, round_number: int, seat: WorkerPlacement) -> None:
-        """A train worker has left its GPUs to the samplers, until the groups of the round are complete."""
-        await self._change(lambda: self._given_way.setdefault(round_number, {}).update({seat.rank: seat}))
+    async def announce_broadcast(self, group: BroadcastGroup) -> bool:
+        """Tells the train workers which engines receive the broadcast of a version; none: they need not wait.
+
+        Returns:
+            Whether the engines can join. False when the offer does not stand any more, because train workers have
+            started again, or when the broadcast of this version was announced before.
+        """
+        if self._offered != group.version:
+            return False
+
+        def change() -> None:
+            self._offered = None
+            self._broadcasts[group.version] = group
+
+        await self._change(change)
+        return True
+
+    async def wait_broadcast(self, version: int, timeout_s: float) -> BroadcastGroup | None:
+        """Waits until the driver announces the broadcast of a version; None when it goes on to a newer one without."""
+        await self._wait(
+            lambda: version in self._broadcasts or self._requested > version,
+            timeout_s,
+            f"the samplers to take policy version {version}",
+        )
+        return self._broadcasts.get(version)
+
+    async def release_gpus(self, round_number: int, placement: WorkerPlacement) -> None:
+        """A train worker has released its GPUs to the samplers until the round is ready."""
+        await self._change(lambda: self._released.setdefault(round_number, {}).update({placement.rank: placement}))
 
     async def wait_gpus_released(self, round_number: int, timeout_s: float) -> list[WorkerPlacement]:
-        """Waits until every train worker has given way before a round; where they sit."""
-        placements = self._given_way.setdefault(round_number, {})
+        """Waits until every train worker has released its GPUs before a round; returns where the workers run."""
+        placements = self._released.setdefault(round_number, {})
         await self._wait(
-            lambda: any(len(placements) == seat.workers for seat in placements.values()),
+            lambda: any(len(placements) == placement.workers for placement in placements.values()),
             timeout_s,
             f"the train workers to leave their GPUs before round {round_number}",
         )
         return list(placements.values())
 
-    async def invite(self, invitation: BroadcastGroup, timeout_s: float) -> StoreAddress | None:
-        """Calls the trainer to the meeting of a version that it offered; where it sits.
-
-        None when it does not come: the meeting was held already, or the train workers have started again since.
-        """
-        version = invitation.version
-        if version in self._invitations or not self._offers_meeting(version):
-            return None
-        await self._change(lambda: self._invitations.update({version: invitation}))
-        if not invitation.guests:
-            return None
-        try:
-            await self._wait(
-                lambda: version in self._tables or not self._offers_meeting(version),
-                timeout_s,
-                f"the trainer to open the meeting of version {version}",
-            )
-        except PeerFailed:
-            await self.check()
-        return self._tables.get(version)
-
-    async def wait_invitation(self, version: int, timeout_s: float) -> BroadcastGroup | None:
-        """Waits until the conductor invites to a version's meeting; None when it goes on without this version."""
-        await self._wait(
-            lambda: version in self._invitations or self._wanted > version,
-            timeout_s,
-            f"the samplers to come for policy version {version}",
-        )
-        return self._invitations.get(version)
-
-    async def open_table(self, version: int, table: StoreAddress) -> None:
-        """The trainer waits for the engines there."""
-        await self._change(lambda: self._tables.update({version: table}))
-
-    def _offers_meeting(self, version: int) -> bool:
-        manifest = self._manifests.get(version)
-        return manifest is not None and manifest.broadcast is not None
-
     async def post(self, event: dict[str, Any]) -> None:
-        """An event for the driver's metrics and progress."""
+        """Takes an event for the driver's metrics and progress."""
         self._events.append(event)
 
     async def drain(self) -> list[dict[str, Any]]:
@@ -126,12 +129,12 @@ class Coordinator:
         return events
 
     async def check(self) -> None:
-        """Raises PeerFailed when the other side failed."""
+        """Raises PeerFailed when the other side has failed."""
         if self._failure is not None:
             raise PeerFailed(self._failure)
 
     async def fail(self, reason: str) -> None:
-        """Ends every wait with PeerFailed. The first reason counts."""
+        """Ends every wait with PeerFailed. If it is called several times, the first reason counts."""
         if self._failure is None:
             self._failure = reason
         await self._change(lambda: None)
@@ -141,7 +144,7 @@ class Coordinator:
             change()
             self._changed.notify_all()
 
-    async def _wait(self, condition: Callable[[], bool], timeout_s: float, what: str) -> float:
+    async def _wait(self, condition: Callable[[], bool], timeout_s: float, awaited: str) -> float:
         now = asyncio.get_running_loop().time
         started = now()
         async with self._changed:
@@ -150,13 +153,15 @@ class Coordinator:
                     self._changed.wait_for(lambda: self._failure is not None or condition()), timeout_s
                 )
             except TimeoutError:
-                raise PeerFailed(f"waited {timeout_s:.0f} s for {what}; rounds.timeout_s sets this deadline") from None
+                raise PeerFailed(
+                    f"waited {timeout_s:.0f} s for {awaited}; rounds.timeout_s sets this deadline"
+                ) from None
         await self.check()
         return now() - started
 
 
 def call(method: Any, *args: Any) -> Any:
-    """Calls a board method and returns its value. Raises PeerFailed with the reason, not with Ray's traceback."""
+    """Calls a method of the actor and returns its value. Raises PeerFailed with its reason, without Ray's frames."""
     try:
         return ray.get(method.remote(*args))
     except PeerFailed as error:
@@ -164,6 +169,6 @@ def call(method: Any, *args: Any) -> Any:
 
 
 def start_coordinator() -> Any:
-    """A board that lives as long as the driver, on its node: another node may be lost while the run goes on."""
+    """Starts the actor on the driver's node, so that the loss of another node does not end it."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return ray.remote(Coordinator).options(num_cpus=0, max_concurrency=1000, scheduling_strategy=here).remote()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from aft_ray.config.run import LoraConfig
-from aft_ray.weights.receive_plan import GLOO, NCCL
+from aft_ray.weights.receive_plan import GLOO_BACKEND, NCCL_BACKEND
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class EngineSpec:
             tensor_parallel_size x pipeline_parallel_size.
         shared_gpus: ids of the GPUs that train workers use while the engine sleeps; empty when the engine has GPUs of
             its own.
-        joins_broadcast: whether the engine can receive new weights as a stream from the trainer.
+        receives_broadcasts: whether the engine can receive new weights as a stream from the trainer.
         lora: the adapters that the engine takes in place of new weights; None when it takes none.
     """
 
@@ -42,7 +42,7 @@ class EngineSpec:
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     shared_gpus: tuple[str, ...] = ()
-    joins_broadcast: bool = False
+    receives_broadcasts: bool = False
     lora: LoraConfig | None = None
 
     @property
@@ -104,8 +104,8 @@ def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
         # Sampling must not take defaults from the model's own generation_config.json.
         "generation_config": "vllm",
     }
-    if spec.joins_broadcast:
-        arguments |= {"weight_transfer_config": {"backend": NCCL if spec.gpu else GLOO}}
+    if spec.receives_broadcasts:
+        arguments |= {"weight_transfer_config": {"backend": NCCL_BACKEND if spec.gpu else GLOO_BACKEND}}
     if spec.lora is not None:
         arguments |= {
             "enable_lora": True,

@@ -156,13 +156,13 @@ class VersionedEngine:
         phases.enter("fetch")
         received = self._engine.update_weights(manifest.calls(timeout_s), phases.enter, manifest.adapter)
         await phases.watch(received, timeout_s)
-        phases.enter("prove")
+        phases.enter("verify")
         scores = await phases.watch(self._score_probes(manifest), timeout_s)
         difference = manifest.verify_probes(scores, tolerance, self.name)
         phases.leave()
         seconds = phases.seconds
         return UpdateReport(
-            manifest.version, seconds["rendezvous"], seconds["fetch"], seconds["load"], seconds["prove"], difference
+            manifest.version, seconds["rendezvous"], seconds["fetch"], seconds["load"], seconds["verify"], difference
         )
 
     def _score_probes(self, manifest: VersionManifest) -> asyncio.Future[list[float]]:

@@ -9,8 +9,7 @@ from aft_ray.config.loader import config_difference, dump_config
 from aft_ray.config.run import ConfigError, RunConfig
 from aft_ray.storage.run_dir import CONFIG, RunDir
 from aft_ray.storage.versions import read_config
-from aft_ray.weights.adapter import given_manifest, stored_manifest
-from aft_ray.weights.version_manifest import VersionManifest
+from aft_ray.weights.version_manifest import VersionManifest, given_manifest, stored_manifest
 
 # Keys that a resumed run may change: they move the same steps to other hardware.
 _HARDWARE_KEYS = frozenset(

@@ -15,7 +15,7 @@ from aft_ray.config.run import RunConfig
 from aft_ray.coordination.client import CoordinatorClient
 from aft_ray.coordination.colocation import Colocation
 from aft_ray.observe.reporter import Reporter
-from aft_ray.sampling.broadcast import meet
+from aft_ray.sampling.broadcast import broadcast_version
 from aft_ray.sampling.sampler_health import HealthChange, SamplersFailed
 from aft_ray.sampling.sampler_pool import SamplerPool
 from aft_ray.storage.run_dir import LOGS, RunDir
@@ -80,7 +80,8 @@ class RunSamplers:
         started = time.monotonic()
         reports = []
         if manifest.broadcast is not None:
-            broadcast = meet(self._coordinator, self.pool, manifest, self._config.sampling.processes_per_sampler)
+            processes = self._config.sampling.processes_per_sampler
+            broadcast = broadcast_version(self._coordinator, self.pool, manifest, processes)
             for sentence in broadcast.missed:
                 self._reporter.say(f"version {manifest.version} did not reach every engine by stream: {sentence}")
             reports += broadcast.loaded

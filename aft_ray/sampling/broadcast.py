@@ -1,7 +1,7 @@
-"""The conductor's part in a meeting: whom to invite, and what became of each.
+"""The driver's part in a weight broadcast: it chooses the samplers that receive a version, and collects the results.
 
-Invariant: a meeting never fails a run. A sampler that does not come through it is left where it is, without a version,
-and takes the model directory like one that was started again.
+Invariant: a broadcast never fails a run. A sampler that does not receive the version holds none afterwards, and must
+load it from the model directory, like one that has started again.
 """
 
 from __future__ import annotations
@@ -13,66 +13,75 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError
 
-from aft_ray.coordination.broadcast_group import BroadcastGroup, BroadcastMembership, Receiver
+from aft_ray.coordination.broadcast_group import BroadcastGroup, Receiver
 from aft_ray.coordination.coordinator import call
 from aft_ray.inference.update_phases import GRACE_S
 from aft_ray.inference.versioned_engine import UpdateReport
+from aft_ray.sampling.sampler_handles import SamplerHandles
 from aft_ray.sampling.sampler_health import last_line
-from aft_ray.sampling.sampler_pool import SamplerPool, Samplers
+from aft_ray.sampling.sampler_pool import SamplerPool
 from aft_ray.weights.receive_plan import FromBroadcast
 from aft_ray.weights.version_manifest import VersionManifest
 
-# Seconds in which a sampler says what it holds.
-_GREETING_S = 10.0
+# Seconds that samplers have to say which version they hold.
+_STATUS_TIMEOUT_S = 10.0
+# A sampler has a deadline for each of so many phases.
+_PHASES = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Met:
-    """How the samplers came through a meeting; `missed`: a sentence for each that did not, naming it."""
+class BroadcastResult:
+    """How a broadcast reached the samplers.
+
+    Attributes:
+        loaded: a report for each sampler that holds the version now.
+        missed: a sentence for each sampler that does not, which names it.
+    """
 
     loaded: list[UpdateReport]
     missed: list[str]
 
 
-def meet(coordinator: Any, pool: SamplerPool, manifest: VersionManifest, processes: int) -> Met:
-    """Brings the samplers that answer to a version through a meeting with the trainer, as far as they come through it.
+def broadcast_version(
+    coordinator: Any, pool: SamplerPool, manifest: VersionManifest, processes: int
+) -> BroadcastResult:
+    """Announces the broadcast of a version that the trainer offers, and has the samplers that answer receive it.
 
-    processes: of each engine. Raises PeerFailed when the trainer has failed for good, SamplersFailed when too few
-    samplers answer.
+    Args:
+        coordinator: the coordinator's actor.
+        processes: the number of processes of each engine.
+
+    Returns:
+        The results; both lists are empty when the trainer's offer does not stand any more.
+
+    Raises:
+        PeerFailed: training has failed for good.
+        SamplersFailed: fewer samplers answer than the run needs.
     """
-    assert manifest.broadcast is not None
+    offer = manifest.broadcast
+    assert offer is not None
     ready, samplers = pool.wait_ready(), pool.handles()
-    coming = _without(manifest.version, samplers, ready)
-    invitation = BroadcastGroup(manifest.version, tuple(Receiver(f"sampler {index}", processes) for index in coming))
-    table = call(coordinator.invite, invitation, samplers.load_timeout_s)
-    if table is None:
-        return Met([], [])
+    receiving = _without_version(manifest.version, samplers, ready)
+    receivers = tuple(Receiver(f"sampler {index}", processes) for index in receiving)
+    group = BroadcastGroup(manifest.version, receivers)
+    if not call(coordinator.announce_broadcast, group):
+        call(coordinator.check)
+        return BroadcastResult([], [])
     calls = {}
-    for index, rank in zip(coming, invitation.first_ranks, strict=True):
-        place = BroadcastMembership(table, rank, invitation.world_size, manifest.broadcast)
-        placed = replace(manifest, receive_plan=FromBroadcast(place))
-        calls[index] = samplers.actors[index].load.remote(placed, samplers.tolerance, samplers.load_timeout_s)
-    deadline = 4 * (samplers.load_timeout_s + GRACE_S)
-    done, _ = ray.wait(list(calls.values()), num_returns=len(calls), timeout=deadline)
-    loaded, missed = [], []
-    for index, pending in calls.items():
-        if pending not in done:
-            missed.append(f"sampler {index} did not come back from the meeting within {deadline:.0f} s")
-            continue
-        try:
-            loaded.append(ray.get(pending))
-        except RayActorError:
-            missed.append(f"sampler {index}: its process or node ended")
-        except RayError as error:
-            missed.append(last_line(str(getattr(error, "cause", None) or error)))
-    return Met(loaded, missed)
+    for index, first_rank in zip(receiving, group.first_ranks, strict=True):
+        plan = FromBroadcast(offer, first_rank, group.world_size)
+        actor = samplers.actors[index]
+        calls[index] = actor.load.remote(
+            replace(manifest, receive_plan=plan), samplers.tolerance, samplers.load_timeout_s
+        )
+    return _results(calls, _PHASES * (samplers.load_timeout_s + GRACE_S))
 
 
-def _without(version: int, samplers: Samplers, ready: Sequence[int]) -> list[int]:
-    """Those of the samplers that are there and hold another version."""
+def _without_version(version: int, samplers: SamplerHandles, ready: Sequence[int]) -> list[int]:
+    """Those of the samplers that answer and do not hold the version."""
     calls = {samplers.actors[index].status.remote(): index for index in ready}
-    done, _ = ray.wait(list(calls), num_returns=len(calls), timeout=_GREETING_S)
-    coming = []
+    done, _ = ray.wait(list(calls), num_returns=len(calls), timeout=_STATUS_TIMEOUT_S)
+    indexes = []
     for pending, index in calls.items():
         if pending in done:
             try:
@@ -80,5 +89,22 @@ def _without(version: int, samplers: Samplers, ready: Sequence[int]) -> list[int
             except RayError:
                 continue
             if status.version != version:
-                coming.append(index)
-    return coming
+                indexes.append(index)
+    return indexes
+
+
+def _results(calls: dict[int, Any], timeout_s: float) -> BroadcastResult:
+    """Waits for the samplers' calls to `load`."""
+    done, _ = ray.wait(list(calls.values()), num_returns=len(calls), timeout=timeout_s) if calls else ([], [])
+    result = BroadcastResult([], [])
+    for index, pending in calls.items():
+        if pending not in done:
+            result.missed.append(f"sampler {index} did not answer within {timeout_s:.0f} s of the broadcast's start")
+            continue
+        try:
+            result.loaded.append(ray.get(pending))
+        except RayActorError:
+            result.missed.append(f"sampler {index}: its process or node ended")
+        except RayError as error:
+            result.missed.append(last_line(str(getattr(error, "cause", None) or error)))
+    return result

@@ -1,7 +1,7 @@
-"""The trainer's side of a publication: probes scored, the model directory made whole, the weights handed over.
+"""The trainer's side of a publication: it scores the probes, writes the model directory, and sends the weights.
 
-Invariants: the probes are scored by the weights that are written and streamed, before anything changes them; a version
-whose model directory is complete stays what it is, since groups may have been sampled with it.
+Invariants: the probes are scored with the very weights that are written and sent, before anything changes them; the
+complete model directory of a version is never replaced, since groups may have been sampled with it.
 """
 
 from __future__ import annotations
@@ -17,52 +17,54 @@ import ray
 import torch
 import torch.distributed as dist
 
-from aft_ray.cluster.connect import needs_samplers
 from aft_ray.config.run import RunConfig
-from aft_ray.coordination.broadcast_group import BroadcastFailed, BroadcastGroup, StoreAddress
+from aft_ray.coordination.broadcast_group import BroadcastGroup
 from aft_ray.coordination.coordinator import call
 from aft_ray.objectives import build_objective
 from aft_ray.storage.records import Group
 from aft_ray.storage.run_dir import RunDir
 from aft_ray.training import step
 from aft_ray.training.collate import collate
-from aft_ray.weights.adapter import stored_manifest, with_adapter, write_adapter
-from aft_ray.weights.broadcast.sender import BroadcastStats
-from aft_ray.weights.export import write_model
-from aft_ray.weights.publish import Broadcast, ObjectStore, SharedStorage, Transport
-from aft_ray.weights.version_manifest import Probe, VersionManifest, write_probes
+from aft_ray.weights.broadcast.sender import Broadcast, BroadcastFailed, BroadcastStats
+from aft_ray.weights.export import write_adapter, write_model
+from aft_ray.weights.publish import ObjectStore, SharedStorage, Transport
+from aft_ray.weights.version_manifest import Probe, VersionManifest, stored_manifest, with_adapter, write_probes
 
 
 @dataclass(frozen=True)
-class CoordinatorBroadcasts:
-    """A trainer's meetings, arranged on the board."""
+class CoordinatorControl:
+    """The `BroadcastControl` of a run: the driver's announcements and the results go through the coordinator."""
 
     coordinator: Any
     timeout_s: float
 
-    def invitation(self, version: int) -> BroadcastGroup | None:
-        invitation: BroadcastGroup | None = call(self.coordinator.wait_invitation, version, self.timeout_s)
-        return invitation
+    @property
+    def address(self) -> str:
+        """The address of this node in the Ray cluster."""
+        return str(ray.util.get_node_ip_address())
 
-    def open_table(self, version: int, port: int) -> None:
-        call(self.coordinator.open_table, version, StoreAddress(ray.util.get_node_ip_address(), port))
+    def wait_group(self, version: int) -> BroadcastGroup | None:
+        """The group that the driver announced; None when it went on without this version. Raises PeerFailed."""
+        group: BroadcastGroup | None = call(self.coordinator.wait_broadcast, version, self.timeout_s)
+        return group
 
-    def ended(self, version: int, how: BroadcastStats | BroadcastFailed) -> None:
-        if isinstance(how, BroadcastFailed):
-            print(f"{how}; the engines take the model directory", file=sys.stderr, flush=True)
-            call(self.coordinator.post, {"event": "stream_failed", "version": version, "reason": str(how)})
+    def report(self, version: int, result: BroadcastStats | BroadcastFailed) -> None:
+        """Posts the event `streamed` or `stream_failed`."""
+        if isinstance(result, BroadcastFailed):
+            print(f"{result}; the engines take the model directory", file=sys.stderr, flush=True)
+            call(self.coordinator.post, {"event": "stream_failed", "version": version, "reason": str(result)})
         else:
-            call(self.coordinator.post, {"event": "streamed", "version": version, **asdict(how)})
+            call(self.coordinator.post, {"event": "streamed", "version": version, **asdict(result)})
 
 
 def build_transport(config: RunConfig, coordinator: Any, rank: int) -> Transport:
-    """The transport of a run. Nothing is offered where nobody takes it."""
-    if not needs_samplers(config):
+    """The weight transport of a run. A run without samplers only writes the model directory."""
+    if not config.needs_samplers:
         return SharedStorage()
 
     def broadcast() -> Transport:
         return Broadcast(
-            CoordinatorBroadcasts(coordinator, config.rounds.timeout_s),
+            CoordinatorControl(coordinator, config.rounds.timeout_s),
             rank,
             getattr(torch, config.model.dtype),
             config.weights.bucket_mib << 20,
@@ -74,14 +76,14 @@ def build_transport(config: RunConfig, coordinator: Any, rank: int) -> Transport
         "checkpoint": SharedStorage,
         "object_store": ObjectStore,
         "nccl": broadcast,
-        "lora": SharedStorage,  # what engines take is the adapter; see `WeightPublisher.write`
+        "lora": SharedStorage,  # `WeightPublisher.write` adds the adapter, which the engines load
     }
     return transports[config.weights.transport]()
 
 
 @dataclass(frozen=True)
 class WeightPublisher:
-    """What one rank needs to publish the weights that it trains a share of."""
+    """Publishes the versions of a run. Every rank has one, and calls its methods together with the other ranks."""
 
     config: RunConfig
     run_dir: RunDir
@@ -89,13 +91,17 @@ class WeightPublisher:
     rank: int
     transport: Transport
 
-    def deliver(self, engine: Any, round_number: int) -> None:
-        """Hands a published version to the engines, where that takes the trainer. All ranks call it together."""
-        self.transport.deliver(engine.module, round_number)
-
     def write(self, engine: Any, round_number: int, groups: Sequence[Group]) -> VersionManifest | None:
-        """Makes the round's model directory. All ranks call it together; rank 0 gets what it may offer on the board."""
-        probes = self._probes(engine, self._probe_texts(groups))
+        """Writes the model directory of the round's version.
+
+        Args:
+            engine: the DeepSpeed engine with the new weights.
+            groups: the groups of the round, from which probes are made.
+
+        Returns:
+            On rank 0 the manifest to publish; on the other ranks None.
+        """
+        probes = self._score_probes(engine, self._probe_groups(groups))
         if self.config.lora is not None:
             self._write_adapter(engine, round_number)
         model_dir = self.run_dir.model(round_number)
@@ -105,7 +111,7 @@ class WeightPublisher:
                 engine.module,
                 directory,
                 self.config.weights.shard_mib << 20,
-                self.transport.offer,
+                self.transport.put_shard,
                 self.rank,
                 getattr(torch, self.config.model.dtype),
             )
@@ -123,49 +129,53 @@ class WeightPublisher:
         )
         if self.config.weights.transport == "lora":
             adapter = self.run_dir.uri(self.run_dir.adapter(round_number))
-            return with_adapter(manifest, adapter, offered=needs_samplers(self.config))
-        return self.transport.describe(manifest, written.handles, engine.module)
+            return with_adapter(manifest, adapter, share_objects=self.config.needs_samplers)
+        return self.transport.add_to_manifest(manifest, written.handles, engine.module)
+
+    def transfer(self, engine: Any, round_number: int) -> None:
+        """Sends the weights of a published version to the engines, if the transport needs the trainer for that."""
+        self.transport.transfer(engine.module, round_number)
 
     def is_stored(self, round_number: int) -> bool:
-        """Whether the round was published already, and is trained again because its checkpoint was lost."""
+        """Whether the version was written before, so that its round is trained again for the checkpoint alone."""
         stored = [self.run_dir.is_complete(self.run_dir.model(round_number))]
         dist.broadcast_object_list(stored, src=0)
         return stored[0]
 
     def read(self, version: int) -> VersionManifest:
-        """The publication of a version that is on disk."""
+        """The manifest of a version in the run directory."""
         return stored_manifest(self.config, self.run_dir, version)
 
     def _write_adapter(self, engine: Any, round_number: int) -> None:
-        """Before the model directory, which is thus never there without it."""
+        """Writes the adapter's directory. It comes first, so that a complete model directory always has one."""
         with tempfile.TemporaryDirectory(prefix="aft-ray-adapter-", dir=self.run_dir.staging()) as scratch:
             directory = Path(scratch) / "adapter"
             write_adapter(engine.module, directory, self.rank)
             if self.rank == 0:
                 self.run_dir.store_directory(directory, self.run_dir.adapter(round_number))
 
-    def _probe_texts(self, groups: Sequence[Group]) -> list[Group]:
-        """Sequences of this round to prove its publication by, each as a group whose reference is the response."""
-        texts = [
+    def _probe_groups(self, groups: Sequence[Group]) -> list[Group]:
+        """The sequences of the round that become probes, each as a group whose reference is the probe's response."""
+        sequences = [
             replace(group, reference_token_ids=group.candidates[0].token_ids, candidates=[])
             if group.candidates
             else group
             for group in groups
         ]
-        # The engine that scores a probe must have room to answer with one more token.
-        room = self.config.model.max_length
-        fitting = [t for t in texts if len(t.prompt_token_ids) + len(t.reference_token_ids) < room]
+        # An engine scores a sequence by generating one more token, for which its context must have room.
+        limit = self.config.model.max_length
+        fitting = [one for one in sequences if len(one.prompt_token_ids) + len(one.reference_token_ids) < limit]
         return fitting[: self.config.weights.probes]
 
-    def _probes(self, engine: Any, texts: list[Group]) -> list[Probe]:
-        """The probes under the new weights. Every rank scores them, since ZeRO-3 gathers weights on all."""
-        batch = collate(texts, build_objective("vft"), self.tokenizer.pad_token_id or 0).to(engine.device)
+    def _score_probes(self, engine: Any, groups: list[Group]) -> list[Probe]:
+        """The probes with their scores under the new weights. ZeRO-3 gathers weights on all ranks, so all score."""
+        batch = collate(groups, build_objective("vft"), self.tokenizer.pad_token_id or 0).to(engine.device)
         engine.eval()
         with torch.no_grad():
             scores = step.score_groups(engine, batch).reference_scores
         engine.train()
         assert scores is not None
         return [
-            Probe(text.prompt_token_ids, text.reference_token_ids, score)
-            for text, score in zip(texts, scores.tolist(), strict=True)
+            Probe(group.prompt_token_ids, group.reference_token_ids, score)
+            for group, score in zip(groups, scores.tolist(), strict=True)
         ]

@@ -1,7 +1,8 @@
-"""The trainer's end of a publication: DeepSpeed's shards, gathered a layer at a time, written as Hugging Face files.
+"""The trainer's weights as Hugging Face files: DeepSpeed's shards are gathered layer by layer and written.
 
-Invariant: no rank ever holds more than one layer group and rank 0 one shard of the output; nothing gathered is freed
-before it is written. All ranks must call `write_model`, since gathering a ZeRO-3 layer is a collective.
+Invariants: no rank holds more than one gathered layer, and rank 0 one shard of the output in addition; a gathered layer
+is released only after its tensors were used. All ranks must call these functions together, since gathering a layer of
+ZeRO stage 3 is a collective operation.
 """
 
 from __future__ import annotations
@@ -16,19 +17,19 @@ from typing import Any
 
 import torch
 
-from aft_ray.weights.adapter import is_adapter, merged, published_name
-from aft_ray.weights.broadcast.layout import Layout
+from aft_ray.weights.adapter import ADAPTER_FILE, is_adapter, merged, published_name, stored_name
+from aft_ray.weights.broadcast.buckets import Layout
 
-# Offers a shard file that was just written; returns its handle, None for none.
-Offer = Callable[[Path], Any]
+# Gives a shard file that was just written to a transport; returns the transport's handle of it, None for none.
+PutShard = Callable[[Path], Any]
 
-# "model.layers.11.mlp.up_proj.weight" belongs to the group "model.layers.11."
+# "model.layers.11.mlp.up_proj.weight" belongs to the layer "model.layers.11."
 _LAYER = re.compile(r"^(.*?\.\d+\.)")
 
 
 @dataclass(slots=True)
 class WrittenModel:
-    """The shard files of a model directory in loading order, and the handles that the transport gave them."""
+    """The shard files of a model directory in loading order, the transport's handles of them, and the bytes of all."""
 
     shards: list[str] = field(default_factory=list)
     handles: list[Any] = field(default_factory=list)
@@ -36,7 +37,11 @@ class WrittenModel:
 
 
 def layer_groups(model: torch.nn.Module) -> list[list[tuple[str, torch.nn.Parameter]]]:
-    """The parameters by layer, in the model's order; tied parameters occur once. Raises on state outside parameters."""
+    """The named parameters of each layer, in the model's order; tied parameters occur once.
+
+    Raises:
+        ValueError: the model has weights that are not parameters.
+    """
     groups: dict[str, list[tuple[str, torch.nn.Parameter]]] = {}
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
@@ -51,7 +56,7 @@ def layer_groups(model: torch.nn.Module) -> list[list[tuple[str, torch.nn.Parame
 
 
 def gathered(parameters: list[torch.nn.Parameter]) -> AbstractContextManager[Any]:
-    """Makes ZeRO-3 parameters whole on every rank inside the context; nothing to do for parameters that are whole."""
+    """A context in which ZeRO-3 parameters are whole on every rank. Does nothing for parameters that are whole."""
     if not any(hasattr(parameter, "ds_id") for parameter in parameters):
         return nullcontext()
     import deepspeed
@@ -61,10 +66,12 @@ def gathered(parameters: list[torch.nn.Parameter]) -> AbstractContextManager[Any
 
 
 def live_parameters(model: torch.nn.Module, keep: bool) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every parameter once, whole, where and as it is, but with its adapter merged into a new one in float32.
+    """Every weight once, whole, on its device and in its dtype; one with an adapter is merged with it, in float32.
 
-    Yields only where `keep` (rank 0), gathers everywhere. A tensor is only good until the next is asked for: then its
-    layer may be given back.
+    A tensor must be used before the next one is asked for: its layer may be released then.
+
+    Args:
+        keep: whether this rank gets the tensors (rank 0); the other ranks only take part in gathering.
     """
     for group in layer_groups(model):
         with gathered([parameter for _, parameter in group]):
@@ -73,27 +80,30 @@ def live_parameters(model: torch.nn.Module, keep: bool) -> Iterator[tuple[str, t
 
 
 def named_tensors(model: torch.nn.Module, dtype: torch.dtype, keep: bool) -> Iterator[tuple[str, torch.Tensor]]:
-    """The same as copies on the CPU, in `dtype`."""
+    """The same weights as copies on the CPU, in `dtype`."""
     for name, tensor in live_parameters(model, keep):
         yield name, tensor.to("cpu", dtype, copy=True)
 
 
 def layout_of(model: torch.nn.Module, dtype: torch.dtype, bucket_bytes: int) -> Layout:
-    """What `live_parameters` would stream, without gathering anything."""
+    """The layout of a broadcast of `live_parameters`. It gathers nothing."""
     parameters = [pair for group in layer_groups(model) for pair in group if not is_adapter(pair[0])]
-    # ZeRO-3 keeps the whole shape beside the shard.
-    wholes: list[Any] = [p.ds_shape if hasattr(p, "ds_shape") else p.shape for _, p in parameters]
+    # A ZeRO-3 parameter has its whole shape in `ds_shape`.
+    shapes: list[Any] = [p.ds_shape if hasattr(p, "ds_shape") else p.shape for _, p in parameters]
     return Layout.of(
-        [published_name(name) for name, _ in parameters], wholes, str(dtype).removeprefix("torch."), bucket_bytes
+        [published_name(name) for name, _ in parameters], shapes, str(dtype).removeprefix("torch."), bucket_bytes
     )
 
 
 def write_model(
-    model: torch.nn.Module, directory: Path, shard_bytes: int, offer: Offer, rank: int, dtype: torch.dtype
+    model: torch.nn.Module, directory: Path, shard_bytes: int, put_shard: PutShard, rank: int, dtype: torch.dtype
 ) -> WrittenModel:
     """Writes config.json and the safetensors shards of a model on rank 0; the other ranks take part in gathering.
 
-    model: the module that DeepSpeed trains, with Hugging Face parameter names. shard_bytes: most bytes a shard.
+    Args:
+        model: the module that DeepSpeed trains, with Hugging Face parameter names.
+        shard_bytes: most bytes of a shard that has more than one tensor.
+        put_shard: called with the path of each shard once it is written.
     """
     written = WrittenModel()
     if rank != 0:
@@ -112,7 +122,7 @@ def write_model(
         save_file(shard, directory / name, metadata={"format": "pt"})
         index.update(dict.fromkeys(shard, name))
         written.shards.append(name)
-        if (handle := offer(directory / name)) is not None:
+        if (handle := put_shard(directory / name)) is not None:
             written.handles.append(handle)
         shard.clear()
 
@@ -133,3 +143,24 @@ def write_model(
         generation: Any = model.generation_config
         generation.save_pretrained(directory)
     return written
+
+
+def write_adapter(model: Any, directory: Path, rank: int) -> None:
+    """Writes a model's LoRA adapter as a peft directory on rank 0; the other ranks take part in gathering.
+
+    `peft.PeftModel.from_pretrained` loads it onto the model that training began from.
+    """
+    from safetensors.torch import save_file
+
+    tensors: dict[str, torch.Tensor] = {}
+    for group in layer_groups(model):
+        adapters = [(name, parameter) for name, parameter in group if is_adapter(name)]
+        if not adapters:
+            continue
+        with gathered([parameter for _, parameter in adapters]):
+            if rank == 0:
+                tensors |= {stored_name(name): one.detach().to("cpu", copy=True) for name, one in adapters}
+    if rank == 0:
+        directory.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, directory / ADAPTER_FILE, metadata={"format": "pt"})
+        model.peft_config["default"].save_pretrained(str(directory))

@@ -1,8 +1,8 @@
-"""The engine's end of a publication: which calls bring the weights into an engine, one after the other.
+"""The engine's end of a publication: which calls bring new weights into an engine, one class for each way.
 
-Every call goes to all processes of the engine at once; who makes it (vLLM's LLMEngine or AsyncLLM) is the caller's
-business. Invariants: between the first call and the last the model must not be run; the number of calls does not
-depend on the number of parameters; an engine that failed in a phase of `RECOVERABLE_PHASES` takes another delivery afterwards.
+Every call goes to all processes of the engine at once; the caller, vLLM's LLMEngine or AsyncLLM, makes one after the
+other. Invariants: the model must not run between the first call and the last; the number of calls does not depend on
+the number of parameters; after a failure in one of `RECOVERABLE_PHASES` the engine can take another update.
 """
 
 from __future__ import annotations
@@ -14,21 +14,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from aft_ray.coordination.broadcast_group import BroadcastMembership
 from aft_ray.storage.run_dir import local_model
+from aft_ray.weights.adapter import ADAPTER_FILES
+from aft_ray.weights.broadcast.buckets import Layout
 
-# rendezvous: the group of a meeting forms. fetch: the bytes come (at a meeting they are loaded as they come). load:
-# they are put into the engine's layers. prove: the probes are scored.
-Phase = Literal["rendezvous", "fetch", "load", "prove"]
-# Phases in which an engine depends on others. What they fail leaves its weights unknown, but the engine sound.
+# rendezvous: the process group of a broadcast forms. fetch: the bytes arrive; in a broadcast they are loaded as they
+# arrive. load: the weights are put into the engine's layers. verify: the probes are scored.
+Phase = Literal["rendezvous", "fetch", "load", "verify"]
+# The phases in which an engine depends on other processes. A failure there leaves its weights unknown and itself sound.
 RECOVERABLE_PHASES: tuple[Phase, ...] = ("rendezvous", "fetch")
-# The names under which vLLM knows the two receiving ends of a meeting: without GPUs, and with.
-GLOO, NCCL = "aft_ray_gloo", "aft_ray_nccl"
+# The names under which the two weight transfer engines of broadcasts are registered in vLLM: without GPUs, and with.
+GLOO_BACKEND, NCCL_BACKEND = "aft_ray_gloo", "aft_ray_nccl"
 
 
 @dataclass(frozen=True, slots=True)
 class EngineCall:
-    """A method of every worker process of an engine, its arguments, and the phase that it is part of."""
+    """A method of every worker process of an engine, its arguments, and the phase that it belongs to."""
 
     phase: Phase
     method: str
@@ -36,38 +37,40 @@ class EngineCall:
 
 
 class ReceivePlan(Protocol):
-    """How an engine gets the weights. Picklable: it travels with the publication."""
+    """How an engine receives the weights of a version. Picklable: it is part of the version manifest."""
 
     def calls(self, timeout_s: float) -> Iterator[EngineCall]:
-        """What comes before the first call, and between two, is the phase `fetch`, within `timeout_s`."""
+        """The calls in order. What the iterator does before a call belongs to phase `fetch`, within `timeout_s`."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class FromDirectory:
-    """From a model directory, local or shared, or its URI: always there, for engines that come late too."""
+    """Reads a model directory: local, shared, or a URI. It is always there, also for engines that start later."""
 
     model: str
     shards: tuple[str, ...]
 
     def calls(self, timeout_s: float) -> Iterator[EngineCall]:
+        """Loads one shard after the other."""
         del timeout_s
         directory = Path(local_model(self.model))
-        yield from _loading(str(directory / shard) for shard in self.shards)
+        yield from _load_files(str(directory / shard) for shard in self.shards)
 
 
 @dataclass(frozen=True, slots=True)
 class FromObjects:
-    """From Ray's object store: the shards as references, while their owner lives; then from the directory.
+    """Reads the shards from Ray's object store, as long as their owner lives, and from the directory afterwards.
 
-    An engine maps the objects and hands its processes one shard at a time as a file in memory.
+    The engine's main process maps the objects and passes one shard at a time to its worker processes, as a file in
+    memory.
     """
 
     objects: tuple[Any, ...]
     otherwise: FromDirectory
 
     def calls(self, timeout_s: float) -> Iterator[EngineCall]:
-        """Raises TimeoutError when the objects do not reach this node in time."""
+        """Loads one shard after the other. Raises TimeoutError when the objects do not reach this node in time."""
         import ray
         from ray.exceptions import GetTimeoutError, ObjectLostError
 
@@ -81,47 +84,110 @@ class FromObjects:
             yield from self.otherwise.calls(timeout_s)
             return
         with tempfile.TemporaryDirectory(prefix="aft-ray-", dir=_memory_dir()) as scratch:
-            yield from _loading(_written(Path(scratch) / "shard.safetensors", array) for array in arrays)
+            yield from _load_files(_write(Path(scratch) / "shard.safetensors", array) for array in arrays)
+
+
+@dataclass(frozen=True, slots=True)
+class BroadcastOffer:
+    """What the trainer offers with a version: weights of this layout, sent by a process group with this store."""
+
+    address: str
+    port: int
+    layout: Layout
 
 
 @dataclass(frozen=True, slots=True)
 class FromBroadcast:
-    """Streamed by train worker 0, through vLLM's own weight transfer; see `transfer_engines.py`."""
+    """Takes part in a weight broadcast, through vLLM's own weight transfer; see `transfer_engines.py`.
 
-    place: BroadcastMembership
+    Attributes:
+        first_rank: the rank of the engine's first process. The others follow in vLLM's order.
+    """
+
+    offer: BroadcastOffer
+    first_rank: int
+    world_size: int
 
     def calls(self, timeout_s: float) -> Iterator[EngineCall]:
-        place, layout = self.place, self.place.layout
-        group = {
-            "master_address": place.table.address,
-            "master_port": place.table.port,
-            "rank_offset": place.first_rank,
-            "world_size": place.world_size,
+        """Joins the process group, receives all buckets, and leaves the group; `timeout_s` is each phase's deadline."""
+        layout = self.offer.layout
+        init_info = {
+            "master_address": self.offer.address,
+            "master_port": self.offer.port,
+            "rank_offset": self.first_rank,
+            "world_size": self.world_size,
             "packed": True,
             "packed_buffer_size_bytes": layout.threshold,
             "timeout_s": timeout_s,
         }
-        described = {
+        update_info = {
             "names": list(layout.names),
             "dtype_names": [layout.dtype] * len(layout.names),
             "shapes": [list(shape) for shape in layout.shapes],
         }
-        yield EngineCall("rendezvous", "init_weight_transfer_engine", (group,))
+        yield EngineCall("rendezvous", "init_weight_transfer_engine", (init_info,))
         yield EngineCall("rendezvous", "start_weight_update")
-        yield EngineCall("fetch", "update_weights", (described,))
+        yield EngineCall("fetch", "update_weights", (update_info,))
         yield EngineCall("load", "finish_weight_update")
         yield EngineCall("load", "shutdown_weight_transfer_engine")
 
 
-def _loading(paths: Iterator[str]) -> Iterator[EngineCall]:
+@dataclass(frozen=True, slots=True)
+class FromAdapter:
+    """Loads a LoRA adapter for the model that the engine was started from, in place of the adapter before.
+
+    Attributes:
+        directory: peft's directory on shared storage, or its URI in a run directory on an object store.
+        number: the id of the adapter in vLLM; 0: the model alone, without an adapter.
+        objects: the files of the directory in Ray's object store, as long as their owner lives.
+    """
+
+    directory: str
+    number: int
+    objects: tuple[Any, ...] = ()
+
+    def calls(self, timeout_s: float) -> Iterator[EngineCall]:
+        """Loads the adapter with one call. Raises TimeoutError when the objects do not reach this node in time."""
+        if not self.number:
+            return
+        import ray
+        from ray.exceptions import GetTimeoutError, ObjectLostError
+
+        try:
+            arrays = ray.get(list(self.objects), timeout=timeout_s) if self.objects else []
+        except GetTimeoutError:
+            raise TimeoutError(f"an adapter did not arrive over the object store in {timeout_s:.0f} s") from None
+        except ObjectLostError:  # their owner, the trainer, has ended
+            arrays = []
+        if not arrays:
+            yield self._load(local_model(self.directory))
+            return
+        with tempfile.TemporaryDirectory(prefix="aft-ray-adapter-", dir=_memory_dir()) as scratch:
+            for name, array in zip(ADAPTER_FILES, arrays, strict=True):
+                array.tofile(Path(scratch, name))
+            yield self._load(scratch)
+
+    def _load(self, directory: str) -> EngineCall:
+        # Engines have room for one adapter: when this one is loaded, vLLM drops the one before.
+        return EngineCall("load", "add_lora", (lora_request(self.number, directory),))
+
+
+def lora_request(number: int, directory: str = "loaded already") -> Any:
+    """vLLM's LoRARequest for an adapter, with which it is loaded and which every request carries."""
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(f"adapter {number}", number, directory)
+
+
+def _load_files(paths: Iterator[str]) -> Iterator[EngineCall]:
     yield EngineCall("load", "begin_weights")
     for path in paths:
         yield EngineCall("load", "load_weights_file", (path,))
     yield EngineCall("load", "finish_weights")
 
 
-def _written(path: Path, array: Any) -> str:
-    # A new file each time: the old one may still be mapped by the engine.
+def _write(path: Path, array: Any) -> str:
+    # A new file each time: the engine may still have the old one mapped.
     path.unlink(missing_ok=True)
     array.tofile(path)
     return str(path)

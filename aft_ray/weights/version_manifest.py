@@ -1,25 +1,26 @@
-"""What is published after a round, as it crosses from the train workers to the samplers.
+"""The version manifest: what a published policy version consists of, as train workers hand it to the samplers.
 
-Invariant: a publication carries its own proof. The probes were scored by the trainer with the weights published;
-an engine that scores them differently has wrong weights and says so.
+Invariant: a manifest says how to verify its version. The trainer scored the probes with the weights that it published;
+an engine whose scores differ has wrong weights, and its update fails.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from aft_ray.storage.run_dir import local_model
-from aft_ray.weights.broadcast.layout import Layout
-from aft_ray.weights.receive_plan import EngineCall, FromDirectory, ReceivePlan
+from aft_ray.config.run import RunConfig
+from aft_ray.storage.run_dir import RunDir, local_model
+from aft_ray.weights.adapter import ADAPTER_FILES
+from aft_ray.weights.receive_plan import BroadcastOffer, EngineCall, FromAdapter, FromDirectory, ReceivePlan
 
 PROBES_FILE = "probes.json"
 
 
 class WeightUpdateFailed(RuntimeError):
-    """New weights did not reach an engine, or reached it wrong. Names the engine and the phase."""
+    """New weights did not reach an engine, or are wrong there. The message names the engine and the phase."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +34,16 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class VersionManifest:
-    """Policy version `version`: the model directory that holds it, and any faster way while the trainer lives.
+    """Policy version `version`: the model directory that holds it, and how engines may take it faster.
 
-    model: a local or shared directory, in Hugging Face form, or the URI of one in a run directory on an object store.
-    shards: file names in it, in loading order. delivery: how an engine gets the weights; None: from the directory.
-    meeting: what the trainer would stream to engines that meet it; None: it does not. bytes: of the weights; 0 when
-    they were read from disk. adapter: the number of the adapter that the delivery brings; 0: it brings whole weights.
+    Attributes:
+        model: a Hugging Face model directory, local or shared, or its URI in a run directory on an object store.
+        shards: the names of its weight files, in loading order.
+        probes: sequences that verify an engine's weights.
+        receive_plan: how an engine receives the weights; None: from the directory.
+        broadcast: the trainer's offer to send the weights to engines that run; None: it offers no broadcast.
+        bytes: size of the weights; 0 when the manifest was read from disk.
+        adapter: vLLM's number of the adapter that the receive plan loads; 0: it loads whole weights.
     """
 
     version: int
@@ -46,22 +51,23 @@ class VersionManifest:
     shards: tuple[str, ...]
     probes: tuple[Probe, ...]
     receive_plan: ReceivePlan | None = None
-    broadcast: Layout | None = None
+    broadcast: BroadcastOffer | None = None
     bytes: int = 0
     adapter: int = 0
 
     def calls(self, timeout_s: float) -> Iterator[EngineCall]:
-        """What brings the weights into an engine."""
+        """The calls that bring the weights into an engine."""
         return (self.receive_plan or FromDirectory(self.model, self.shards)).calls(timeout_s)
 
     def verify_probes(self, scores: Sequence[float], tolerance: float, engine: str) -> float:
         """The largest difference between an engine's scores of the probes and the trainer's, nats per token.
 
-        Raises WeightUpdateFailed, naming the engine, when it is above the tolerance, or not a number.
+        Raises:
+            WeightUpdateFailed: the difference is above the tolerance, or not a number.
         """
         differences = [abs(score - probe.score) for score, probe in zip(scores, self.probes, strict=True)]
         largest = max(differences, key=lambda difference: (difference != difference, difference), default=0.0)
-        # Written so that a NaN is a failure too.
+        # This form of the condition holds for NaN too.
         if not largest <= tolerance:
             raise WeightUpdateFailed(
                 f"{engine} scores the probes of version {self.version} up to {largest:.2g} nats per token away from "
@@ -71,11 +77,12 @@ class VersionManifest:
 
 
 def write_probes(directory: str | Path, probes: Sequence[Probe]) -> None:
+    """Writes the probes into a model directory."""
     (Path(directory) / PROBES_FILE).write_text(json.dumps([asdict(probe) for probe in probes]))
 
 
 def read_version_manifest(version: int, model: str | Path) -> VersionManifest:
-    """The publication of a model directory on disk, or of a run. One made elsewhere has no probes, and so no proof."""
+    """The manifest of a model directory. One that this program did not write has no probes to verify it by."""
     directory = Path(local_model(str(model)))
     probes = directory / PROBES_FILE
     return VersionManifest(
@@ -84,3 +91,34 @@ def read_version_manifest(version: int, model: str | Path) -> VersionManifest:
         shards=tuple(sorted(path.name for path in directory.glob("*.safetensors"))),
         probes=tuple(Probe(**probe) for probe in json.loads(probes.read_text())) if probes.exists() else (),
     )
+
+
+def with_adapter(manifest: VersionManifest, directory: str, share_objects: bool = False) -> VersionManifest:
+    """The manifest of a version whose engines load its adapter in place of whole weights.
+
+    Args:
+        directory: the adapter's directory or URI.
+        share_objects: also puts the adapter's files into Ray's object store.
+    """
+    import numpy as np
+    import ray
+
+    paths = [Path(local_model(directory), name) for name in ADAPTER_FILES] if share_objects else []
+    contents = [np.fromfile(path, dtype=np.uint8) for path in paths]
+    number = manifest.version + 1  # vLLM counts from 1, and version 0 may have an adapter too
+    receive_plan = FromAdapter(directory, number, tuple(map(ray.put, contents)))
+    return replace(manifest, receive_plan=receive_plan, adapter=number, bytes=sum(one.nbytes for one in contents))
+
+
+def given_manifest(config: RunConfig) -> VersionManifest:
+    """Version 0 of a run without round 0: the given model, from which the engines were started."""
+    manifest = read_version_manifest(0, config.model.name)
+    return replace(manifest, receive_plan=FromAdapter("", 0)) if config.weights.transport == "lora" else manifest
+
+
+def stored_manifest(config: RunConfig, run_dir: RunDir, version: int) -> VersionManifest:
+    """The manifest of a version in the run directory, with the receive plan of the run's transport."""
+    manifest = read_version_manifest(version, run_dir.uri(run_dir.model(version)))
+    if config.weights.transport != "lora":
+        return manifest
+    return with_adapter(manifest, run_dir.uri(run_dir.adapter(version)))

@@ -1,60 +1,67 @@
-"""vLLM's weight transfer engines at a meeting: the receiving end, in every worker process of an engine.
+"""The engine's end of a weight broadcast: vLLM's weight transfer engines, in every worker process of an engine.
 
-On GPUs it is vLLM's NCCL engine. Without them the same engine has a gloo group in the communicator's place, and empties
-buckets of the same format without CUDA streams. `receiver.py` registers both, since vLLM imports it in every process.
+On GPUs it is vLLM's NCCL engine. Without GPUs the same engine has a gloo group in place of the NCCL communicator, and
+receives buckets of the same format without CUDA streams. `weight_loader.py`, which vLLM imports in every worker
+process, registers both. Invariant: each broadcast has a process group of its own.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitInfo
-from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine, NCCLWeightTransferUpdateInfo
 
+from aft_ray.cluster.compat import nccl_weight_transfer
 from aft_ray.inference.vllm_worker.weight_loader import repack_tied_heads
-from aft_ray.weights.broadcast.buckets import receive
-from aft_ray.weights.broadcast.gloo_group import GlooGroup, reach_store
-from aft_ray.weights.broadcast.layout import Layout
+from aft_ray.weights.broadcast.buckets import Layout, receive
+from aft_ray.weights.broadcast.gloo_group import GlooGroup, connect_store
+
+_NcclEngine: Any
+_NcclInitInfo: Any
+_NcclEngine, _NcclInitInfo, _ = nccl_weight_transfer()
 
 
 @dataclass(kw_only=True)
-class BroadcastInitInfo(NCCLWeightTransferInitInfo):  # type: ignore[misc]
-    """timeout_s: deadline of the rendezvous, and of the stream."""
+class BroadcastInitInfo(_NcclInitInfo):  # type: ignore[misc]
+    """vLLM's message for joining a group. timeout_s: the deadline of the rendezvous, and that of receiving."""
 
     timeout_s: float
 
 
-class NcclBroadcastEngine(NCCLWeightTransferEngine):  # type: ignore[misc]
-    """vLLM's own, for one meeting after the other: each has a new group."""
+class NcclBroadcastEngine(_NcclEngine):  # type: ignore[misc]
+    """vLLM's NCCL engine, which joins a new group for each broadcast."""
 
     init_info_cls = BroadcastInitInfo
 
     def init_transfer_engine(self, init_info: BroadcastInitInfo) -> None:
+        """Leaves the group of the broadcast before, if it is still there, and joins the new one."""
         self.shutdown()
         super().init_transfer_engine(init_info)
 
 
-class GlooBroadcastEngine(NCCLWeightTransferEngine):  # type: ignore[misc]
+class GlooBroadcastEngine(_NcclEngine):  # type: ignore[misc]
     """The same over gloo, for engines without GPUs."""
 
     init_info_cls = BroadcastInitInfo
 
     def init_transfer_engine(self, init_info: BroadcastInitInfo) -> None:
+        """Leaves the group of the broadcast before, if it is still there, and joins the new one."""
         self.shutdown()
         assert init_info.master_address is not None
         assert init_info.master_port is not None
-        store = reach_store(init_info.master_address, init_info.master_port, init_info.timeout_s)
+        store = connect_store(init_info.master_address, init_info.master_port, init_info.timeout_s)
         rank = init_info.rank_offset + self.parallel_config.rank
         self.packed_buffer_size_bytes = init_info.packed_buffer_size_bytes
         self.timeout_s = init_info.timeout_s
         self.model_update_group = GlooGroup(store, rank, init_info.world_size, init_info.timeout_s)
 
     def update_weights(self, update_info: dict[str, object]) -> None:
-        # The base class synchronizes an accelerator afterwards, of which there is none.
+        """Receives and loads all tensors. The base class would synchronize an accelerator, of which there is none."""
         self.receive_weights(self.parse_update_info(update_info))
 
-    def receive_weights(self, update_info: NCCLWeightTransferUpdateInfo) -> None:
+    def receive_weights(self, update_info: Any) -> None:
+        """Receives the tensors that vLLM's `NCCLWeightTransferUpdateInfo` lists, and loads them into the model."""
         group: GlooGroup = self.model_update_group
         group.restart_clock(self.timeout_s)
         layout = Layout(
@@ -66,9 +73,10 @@ class GlooBroadcastEngine(NCCLWeightTransferEngine):  # type: ignore[misc]
         try:
             receive(layout, group, self.model.load_weights, torch.device("cpu"))
         except BaseException:
-            self.shutdown()  # so that the others need not wait for this end
+            self.shutdown()  # otherwise the other ranks would wait for this one until their deadline
             raise
 
     def finish_weight_update(self) -> None:
+        """Completes the layers."""
         super().finish_weight_update()
         repack_tied_heads(self.model)

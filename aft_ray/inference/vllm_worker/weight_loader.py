@@ -1,8 +1,8 @@
-"""What runs inside every vLLM worker process: loads shards in place, and registers the engines that a meeting needs.
+"""Loads new weights inside every worker process of a vLLM engine, and registers the engines that receive broadcasts.
 
-vLLM imports this module in each of them, as its `worker_extension_cls`. Invariant: between `begin_weights` and
-`finish_weights` the model must not be run. Names and shapes are those of the Hugging Face checkpoint; vLLM's own loader
-maps them onto fused and sharded parameters.
+vLLM imports this module in each of these processes, because its `worker_extension_cls` names it. Tensors have the names
+and shapes of the Hugging Face checkpoint; vLLM's own loader maps them onto fused and sharded parameters. Invariant:
+between `begin_weights` and `finish_weights` the model is not run.
 """
 
 from __future__ import annotations
@@ -12,23 +12,24 @@ from typing import Any
 import torch
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-from aft_ray.weights.receive_plan import GLOO, NCCL
+from aft_ray.weights.receive_plan import GLOO_BACKEND, NCCL_BACKEND
 
 WeightTransferEngineFactory.register_engine(
-    GLOO, "aft_ray.inference.vllm_worker.transfer_engines", "GlooBroadcastEngine"
+    GLOO_BACKEND, "aft_ray.inference.vllm_worker.transfer_engines", "GlooBroadcastEngine"
 )
 WeightTransferEngineFactory.register_engine(
-    NCCL, "aft_ray.inference.vllm_worker.transfer_engines", "NcclBroadcastEngine"
+    NCCL_BACKEND, "aft_ray.inference.vllm_worker.transfer_engines", "NcclBroadcastEngine"
 )
 
 
 class WeightLoader:
-    """Mixed into vLLM's worker through `worker_extension_cls`."""
+    """Methods that `worker_extension_cls` adds to vLLM's worker. A receive plan calls them in all workers at once."""
 
     model_runner: Any
     vllm_config: Any
 
     def begin_weights(self) -> None:
+        """Prepares the model for new weights; an update that was broken off before is dropped."""
         from vllm.config import set_current_vllm_config
         from vllm.model_executor.model_loader.reload.layerwise import (
             finalize_layerwise_reload,
@@ -39,20 +40,22 @@ class WeightLoader:
         model = self.model_runner.get_model()
         with set_current_vllm_config(self.vllm_config):
             if any(get_layerwise_info(layer).can_load() for layer in model.modules()):
-                # What an update that broke off has left is dropped: all of it is loaded anew.
+                # An earlier update was broken off. Finalizing clears its state; all weights are loaded again now.
                 finalize_layerwise_reload(model, self.vllm_config.model_config)
             initialize_layerwise_reload(model)
 
     def load_weights_file(self, path: str) -> None:
+        """Loads the tensors of one safetensors file."""
         from safetensors import safe_open
         from vllm.config import set_current_vllm_config
 
         device = str(self.model_runner.device)
         with set_current_vllm_config(self.vllm_config), safe_open(path, framework="pt", device=device) as file:
-            # The loader keeps tensors until a fused layer is whole, so they must not live in the mapped file.
+            # The loader keeps tensors until it has all parts of a fused layer, possibly after this file is closed.
             self.model_runner.get_model().load_weights((name, file.get_tensor(name).clone()) for name in file.keys())  # noqa: SIM118
 
     def finish_weights(self) -> None:
+        """Makes the model ready to run with the weights that were loaded."""
         from vllm.config import set_current_vllm_config
         from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_reload
 
@@ -64,13 +67,16 @@ class WeightLoader:
 
 
 def repack_tied_heads(model: torch.nn.Module) -> None:
-    """On the CPU a tied lm_head multiplies by a packed copy of the embedding, which no reload refreshes."""
+    """On the CPU, makes the packed copies of a tied output layer again.
+
+    A tied lm_head multiplies by a packed copy of the embedding there, which vLLM's reload does not refresh.
+    """
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
         return
-    # By exact type: an lm_head is itself a kind of VocabParallelEmbedding.
+    # The exact type is compared, because ParallelLMHead is a subclass of VocabParallelEmbedding.
     embeddings: list[Any] = [m for m in model.modules() if type(m) is VocabParallelEmbedding]
     packed = {embedding.weight.data_ptr() for embedding in embeddings}
     heads: list[Any] = [m for m in model.modules() if isinstance(m, ParallelLMHead)]

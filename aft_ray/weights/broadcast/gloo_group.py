@@ -1,7 +1,7 @@
-"""The group of a meeting without GPUs: gloo over TCP, apart from the process groups that training or vLLM have.
+"""The process group of a weight broadcast without GPUs: gloo over TCP.
 
-Invariant: nothing waits longer than the group's deadline; an end that is lost fails the others' operations at once or,
-at the latest, then.
+It is independent of the process groups of training and of vLLM. Invariant: no operation lasts longer than the deadline
+of its phase; when a rank is lost, the operations of the others fail at once or, at the latest, at that deadline.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from aft_ray.weights.broadcast.buckets import Wait
 
 
 def open_store(timeout_s: float) -> Any:
-    """Rank 0's store, on a free port of this machine (`.port`)."""
-    # libuv's server would not end with its object on some versions; vLLM leaves it out for the same reason.
+    """Opens rank 0's store on a free port (`.port`) of this machine."""
+    # With some versions of libuv the server does not end with its object. vLLM does not use it for the same reason.
     return TCPStore(
         "0.0.0.0", 0, is_master=True, timeout=timedelta(seconds=timeout_s), wait_for_workers=False, use_libuv=False
     )
 
 
-def reach_store(address: str, port: int, timeout_s: float) -> Any:
-    """The other ranks' way to the store."""
+def connect_store(address: str, port: int, timeout_s: float) -> Any:
+    """Connects another rank to rank 0's store. Raises torch's DistError, a RuntimeError, after `timeout_s`."""
     return TCPStore(
         address, port, is_master=False, timeout=timedelta(seconds=timeout_s), wait_for_workers=False, use_libuv=False
     )
@@ -42,48 +42,49 @@ class _Operation:
 
 
 class GlooGroup:
-    """`world_size` ranks that share a store. Buckets are CPU tensors."""
+    """A process group of `world_size` ranks that share a store. Buckets are CPU tensors."""
 
     def __init__(self, store: Any, rank: int, world_size: int, timeout_s: float) -> None:
-        """Blocks until every rank is here. Raises RuntimeError, or torch's DistError, which is one."""
-        self._store = store  # rank 0 serves it: it must live as long as the group forms anywhere
+        """Blocks until every rank has arrived. Raises RuntimeError (torch's DistError is one) when one does not."""
+        self._store = store  # rank 0 serves it: it must live until every rank has formed the group
         self._operations: list[_Operation] = []
         self._deadline = time.monotonic() + timeout_s
-        store.set(_arrival(rank), b"1")
-        store.wait([_arrival(other) for other in range(world_size)], timedelta(seconds=timeout_s))
+        store.set(_arrival_key(rank), b"1")
+        store.wait([_arrival_key(other) for other in range(world_size)], timedelta(seconds=timeout_s))
         prefixed = PrefixStore("gloo", store)
-        self._group: Any = ProcessGroupGloo(prefixed, rank, world_size, self._left())
+        self._group: Any = ProcessGroupGloo(prefixed, rank, world_size, self._time_left())
 
     def restart_clock(self, timeout_s: float) -> None:
-        """The next phase begins: its deadline is `timeout_s` from now."""
+        """Sets the deadline of the next phase: `timeout_s` from now."""
         self._deadline = time.monotonic() + timeout_s
 
     def broadcast(self, bucket: torch.Tensor) -> Wait:
+        """Starts to copy rank 0's bucket into this rank's; see `buckets.ProcessGroup`."""
         options = BroadcastOptions()
-        options.rootRank, options.rootTensor, options.timeout = 0, 0, self._left()
+        options.rootRank, options.rootTensor, options.timeout = 0, 0, self._time_left()
         operation = _Operation(self._group.broadcast([bucket], options))
         self._operations = [one for one in self._operations if one.work is not None] + [operation]
-        return lambda: operation.wait(self._left())
+        return lambda: operation.wait(self._time_left())
 
     def destroy(self) -> None:
-        """Ends the group at once; operations of others that wait for this end fail."""
-        # Whoever holds an operation, a traceback for instance, would keep its connections open.
+        """Leaves the group at once; operations of other ranks that wait for this one fail."""
+        # An operation that anything still holds, for instance a traceback, would keep the connections open.
         for operation in self._operations:
             operation.work = None
         self._operations = []
         self._group = self._store = None
 
-    def _left(self) -> timedelta:
-        left = self._deadline - time.monotonic()
-        if left <= 0:
+    def _time_left(self) -> timedelta:
+        left_s = self._deadline - time.monotonic()
+        if left_s <= 0:
             raise TimeoutError("the deadline has passed")
-        return timedelta(seconds=left)
+        return timedelta(seconds=left_s)
 
 
-def missing(store: Any, world_size: int) -> list[int]:
-    """The ranks that have not come to the store yet."""
-    return [rank for rank in range(world_size) if not store.check([_arrival(rank)])]
+def missing_ranks(store: Any, world_size: int) -> list[int]:
+    """The ranks that have not arrived at the store yet."""
+    return [rank for rank in range(world_size) if not store.check([_arrival_key(rank)])]
 
 
-def _arrival(rank: int) -> str:
+def _arrival_key(rank: int) -> str:
     return f"arrived/{rank}"

@@ -1,7 +1,7 @@
-"""Train worker 0's end of a meeting: opens the table, waits for the engines, streams the live weights to them.
+"""The trainer's end of a weight broadcast: rank 0 offers it, waits for the engines, and sends them its live weights.
 
-Invariants: whatever fails on the way (an engine that does not come, or dies) is a BroadcastFailed within the deadline of
-its phase; the weights are read, never changed.
+Invariants: a process group serves one version; an engine that does not arrive, or ends, is a `BroadcastFailed` within
+the deadline of its phase and fails neither training nor the run; the weights are read, never changed.
 """
 
 from __future__ import annotations
@@ -10,36 +10,157 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 
-from aft_ray.coordination.broadcast_group import BroadcastFailed, BroadcastGroup
-from aft_ray.weights.broadcast.buckets import ProcessGroup, Wait, send
-from aft_ray.weights.broadcast.gloo_group import GlooGroup, missing, open_store
-from aft_ray.weights.broadcast.layout import Layout
+from aft_ray.cluster.compat import nccl_process_group
+from aft_ray.coordination.broadcast_group import BroadcastGroup
+from aft_ray.weights.broadcast.buckets import Layout, ProcessGroup, Wait, send
+from aft_ray.weights.broadcast.gloo_group import GlooGroup, missing_ranks, open_store
+from aft_ray.weights.export import layout_of, live_parameters
+from aft_ray.weights.publish import SharedStorage
+from aft_ray.weights.receive_plan import BroadcastOffer
+from aft_ray.weights.version_manifest import VersionManifest
+
+
+class BroadcastFailed(RuntimeError):
+    """A broadcast did not start or did not end. The message names the version and the phase."""
+
+
+@dataclass(frozen=True, slots=True)
+class BroadcastStats:
+    """Seconds until every rank had arrived, seconds until the last bucket was sent, and the bytes of the weights."""
+
+    rendezvous_s: float
+    stream_s: float
+    bytes: int
+
+
+class BroadcastControl(Protocol):
+    """How the train workers learn who receives a broadcast, and report how it ended."""
+
+    @property
+    def address(self) -> str:
+        """The address of this node, at which the engines reach rank 0's store."""
+        ...
+
+    def wait_group(self, version: int) -> BroadcastGroup | None:
+        """Waits until the driver has announced the broadcast group of a version; every rank gets the same answer.
+
+        None when the driver went on to a newer version without announcing one.
+        """
+        ...
+
+    def report(self, version: int, result: BroadcastStats | BroadcastFailed) -> None:
+        """Reports how the broadcast of a version ended. Called on rank 0."""
+        ...
 
 
 class Sender(ProcessGroup, Protocol):
-    """Rank 0 of a group that forms around it."""
+    """Rank 0 of a process group, from the opening of its store to the end of the group."""
 
     port: int
     device: torch.device
 
     def form(self, names: list[str], timeout_s: float) -> None:
-        """Waits for the others; `names` says whose process each rank is."""
+        """Waits until the other ranks have arrived; `names` says to whom each rank belongs."""
         ...
 
     def begin(self, timeout_s: float) -> None:
-        """The stream begins; it is to be through within `timeout_s`."""
+        """Starts the clock of the next phase: everything must have been sent within `timeout_s`."""
         ...
 
-    def destroy(self) -> None: ...
+    def destroy(self) -> None:
+        """Ends the group and closes its store, so that nobody waits for this rank."""
+        ...
+
+
+class Broadcast(SharedStorage):
+    """The transport `nccl`: rank 0 sends its live weights to all engines at once, over NCCL or, without GPUs, gloo.
+
+    Rank 0 opens the store of the process group when it publishes a version. An engine that takes no part in the
+    broadcast, for instance because it starts later, reads the model directory.
+    """
+
+    def __init__(
+        self, control: BroadcastControl, rank: int, dtype: torch.dtype, bucket_bytes: int, timeout_s: float, gpu: bool
+    ) -> None:
+        self._control, self._rank, self._dtype = control, rank, dtype
+        self._bucket_bytes, self._timeout_s = bucket_bytes, timeout_s
+        self._open_sender: type[GlooSender] | type[NcclSender] = NcclSender if gpu else GlooSender
+        self._offered: tuple[Sender, Layout] | None = None  # for the version that was published last
+        self._finished: Sender | None = None  # everything is sent
+
+    def add_to_manifest(
+        self, manifest: VersionManifest, handles: list[Any], module: torch.nn.Module
+    ) -> VersionManifest:
+        """Opens the store of the version's process group and adds the offer to the manifest."""
+        del handles
+        if self._offered is not None:
+            self._offered[0].destroy()
+        sender, layout = self._open_sender(self._timeout_s), layout_of(module, self._dtype, self._bucket_bytes)
+        self._offered = sender, layout
+        return replace(manifest, broadcast=BroadcastOffer(self._control.address, sender.port, layout))
+
+    def transfer(self, module: torch.nn.Module, version: int) -> None:
+        """Sends the weights to the engines that the driver announces. A failed broadcast is reported, not raised."""
+        group = self._control.wait_group(version)
+        # The last buckets of the version before may have been on their way when `send` returned. The driver has
+        # waited for the engines since, so that its group can end now.
+        if self._finished is not None:
+            self._finished.destroy()
+        offered, self._offered, self._finished = self._offered, None, None
+        if group is None or not group.receivers:
+            if offered is not None:
+                offered[0].destroy()
+            return
+        tensors = live_parameters(module, keep=self._rank == 0)
+        try:
+            if offered is not None:
+                self._send(*offered, tensors, group)
+        finally:
+            # Gathering is a collective operation: every rank must gather every layer, also when sending has failed.
+            for _ in tensors:
+                pass
+
+    def _send(
+        self, sender: Sender, layout: Layout, tensors: Iterator[tuple[str, torch.Tensor]], group: BroadcastGroup
+    ) -> None:
+        try:
+            stats = stream(tensors, layout, sender, group, self._timeout_s)
+        except BroadcastFailed as error:
+            sender.destroy()  # otherwise the engines would wait for the rest until their deadline
+            self._control.report(group.version, error)
+        else:
+            self._finished = sender
+            self._control.report(group.version, stats)
+
+
+def stream(
+    tensors: Iterator[tuple[str, torch.Tensor]],
+    layout: Layout,
+    sender: Sender,
+    group: BroadcastGroup,
+    timeout_s: float,
+) -> BroadcastStats:
+    """Waits for the receivers and sends them the weights; each of the two phases may last `timeout_s`.
+
+    Raises:
+        BroadcastFailed: a phase failed.
+    """
+    started = time.monotonic()
+    guarded = _PhaseErrors(sender, group.version)
+    guarded.form(group.names, timeout_s)
+    formed = time.monotonic()
+    sender.begin(timeout_s)
+    send(tensors, layout, guarded, sender.device)
+    return BroadcastStats(formed - started, time.monotonic() - formed, layout.bytes)
 
 
 class GlooSender:
-    """Without GPUs."""
+    """The sender without GPUs."""
 
     device = torch.device("cpu")
 
@@ -49,55 +170,62 @@ class GlooSender:
         self.port: int = self._store.port
 
     def form(self, names: list[str], timeout_s: float) -> None:
+        """Waits until the other ranks have arrived. Raises TimeoutError with the names of those that have not."""
         try:
             self._group = GlooGroup(self._store, 0, len(names), timeout_s)
         except RuntimeError as error:
-            if late := sorted({names[rank] for rank in missing(self._store, len(names)) if rank}):
+            if late := sorted({names[rank] for rank in missing_ranks(self._store, len(names)) if rank}):
                 raise TimeoutError(f"{', '.join(late)} did not come within {timeout_s:.0f} s") from error
             raise
 
     def begin(self, timeout_s: float) -> None:
+        """Starts the clock of the next phase."""
         assert self._group is not None
         self._group.restart_clock(timeout_s)
 
     def broadcast(self, bucket: torch.Tensor) -> Wait:
+        """Starts to send a bucket."""
         assert self._group is not None
         return self._group.broadcast(bucket)
 
     def destroy(self) -> None:
+        """Ends the group and closes the store."""
         if self._group is not None:
             self._group.destroy()
         self._group = self._store = None
 
 
 class NcclSender:
-    """On GPUs: vLLM's communicator, as its own NCCL engines expect. Needs vLLM in the train workers."""
+    """The sender on GPUs: vLLM's communicator, which its engines expect. Needs vLLM in the train workers."""
 
     def __init__(self, timeout_s: float) -> None:
         del timeout_s
         self.device = torch.device("cuda", torch.cuda.current_device())
-        with socket.socket() as probe:  # vLLM opens the store itself, on a port that it is given
-            probe.bind(("", 0))
-            self.port = probe.getsockname()[1]
+        # vLLM opens the store, on a port that it is given, when the group forms. Until then this socket reserves the
+        # port: it is bound, so that no other program gets the port, and does not listen, so that vLLM can.
+        self._reservation = socket.socket()
+        self._reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._reservation.bind(("", 0))
+        self.port = self._reservation.getsockname()[1]
         self._stream: Any = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         self._communicator: Any = None
         self._deadline = 0.0
 
     def form(self, names: list[str], timeout_s: float) -> None:
-        from vllm.distributed.weight_transfer.nccl_common import stateless_init_process_group
-
+        """Waits until the other ranks have arrived. Raises TimeoutError."""
         results: list[Any] = []
 
         def join() -> None:
             try:
-                results.append(stateless_init_process_group("0.0.0.0", self.port, 0, len(names), self.device.index))
+                results.append(nccl_process_group("0.0.0.0", self.port, 0, len(names), self.device.index))
             except Exception as error:
                 results.append(error)
 
-        # NCCL waits for its peers without a deadline.
+        # NCCL waits for the other ranks without a deadline.
         thread = threading.Thread(target=join, daemon=True)
         thread.start()
         thread.join(timeout_s)
+        self._reservation.close()
         if not results:
             raise TimeoutError(f"of {', '.join(sorted(set(names[1:])))} not all came within {timeout_s:.0f} s")
         if isinstance(results[0], Exception):
@@ -105,17 +233,18 @@ class NcclSender:
         self._communicator = results[0]
 
     def begin(self, timeout_s: float) -> None:
+        """Starts the clock of the next phase."""
         self._deadline = time.monotonic() + timeout_s
 
     def broadcast(self, bucket: torch.Tensor) -> Wait:
-        # The bucket is filled on the current stream, and travels on one of its own.
+        """Starts to send a bucket, which the current CUDA stream has filled, on a CUDA stream of its own."""
         self._stream.wait_stream(torch.cuda.current_stream())
         self._communicator.broadcast(bucket, src=0, stream=self._stream)
-        through: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        through.record(self._stream)
+        sent: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        sent.record(self._stream)
 
         def wait() -> None:
-            while not through.query():
+            while not sent.query():
                 if time.monotonic() > self._deadline:
                     raise TimeoutError("the deadline has passed")
                 time.sleep(0.0005)
@@ -123,63 +252,39 @@ class NcclSender:
         return wait
 
     def destroy(self) -> None:
+        """Ends the group and gives the port back."""
+        self._reservation.close()
         if self._communicator is not None:
             self._communicator.destroy()
             self._communicator = None
 
 
-@dataclass(frozen=True, slots=True)
-class BroadcastStats:
-    """How a stream went: seconds until all were there, and until the last bucket was through."""
+class _PhaseErrors:
+    """A sender whose errors are raised as BroadcastFailed. Errors of the source of the weights stay as they are."""
 
-    rendezvous_s: float
-    stream_s: float
-    bytes: int
-
-
-def stream(
-    tensors: Iterator[tuple[str, torch.Tensor]],
-    layout: Layout,
-    hub: Sender,
-    invitation: BroadcastGroup,
-    timeout_s: float,
-) -> BroadcastStats:
-    """Waits for the guests at the hub and sends them the weights. Raises BroadcastFailed, naming version and phase."""
-    began = time.monotonic()
-    with_phase = _Guard(hub, invitation.version)
-    with_phase.form(invitation.names, timeout_s)
-    formed = time.monotonic()
-    hub.begin(timeout_s)
-    send(tensors, layout, with_phase, hub.device)
-    return BroadcastStats(formed - began, time.monotonic() - formed, layout.bytes)
-
-
-class _Guard:
-    """A hub whose failures are BroadcastFailed; those of the weights' own source stay what they are."""
-
-    def __init__(self, hub: Sender, version: int) -> None:
-        self._hub, self._version = hub, version
+    def __init__(self, sender: Sender, version: int) -> None:
+        self._sender, self._version = sender, version
 
     def form(self, names: list[str], timeout_s: float) -> None:
         try:
-            self._hub.form(names, timeout_s)
+            self._sender.form(names, timeout_s)
         except Exception as error:
-            raise self._failed("rendezvous", error) from error
+            raise self._failure("rendezvous", error) from error
 
     def broadcast(self, bucket: torch.Tensor) -> Wait:
         try:
-            wait = self._hub.broadcast(bucket)
+            wait = self._sender.broadcast(bucket)
         except Exception as error:
-            raise self._failed("fetch", error) from error
+            raise self._failure("fetch", error) from error
 
-        def guarded() -> None:
+        def guarded_wait() -> None:
             try:
                 wait()
             except Exception as error:
-                raise self._failed("fetch", error) from error
+                raise self._failure("fetch", error) from error
 
-        return guarded
+        return guarded_wait
 
-    def _failed(self, phase: str, error: Exception) -> BroadcastFailed:
+    def _failure(self, phase: str, error: Exception) -> BroadcastFailed:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         return BroadcastFailed(f"the stream of version {self._version} failed in phase {phase!r}: {reason}")
