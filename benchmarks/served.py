@@ -10,7 +10,8 @@ from pathlib import Path
 
 import typer
 
-from aft_ray.cluster.connect import connected, serving_placement
+from aft_ray.cluster.connect import connected
+from aft_ray.cluster.reservations import serving_reservations
 from aft_ray.config.run import RunConfig
 from aft_ray.config.serve import ServeConfig, load_serve_config
 from aft_ray.observe.logs import library_output_to
@@ -43,9 +44,9 @@ def service_of(model: str, port: int, overrides: Sequence[str]) -> Iterator[Serv
     with (
         library_output_to(Path(tempfile.gettempdir()) / "aft-ray-benchmark.log") as console,
         Reporter(None, console) as reporter,
-        connected(config.cluster, serving_placement(config)),
+        connected(config.cluster, serving_reservations(config)),
     ):
-        from aft_ray.serving.command import running
+        from aft_ray.serving.command import running_service
 
-        with running(config, resolved, HOST, port, reporter):
+        with running_service(config, resolved, HOST, port, reporter):
             yield Service(f"http://{HOST}:{port}", read_config(found[0]), config, resolved[0], reporter)

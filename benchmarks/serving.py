@@ -108,12 +108,12 @@ class Bench:
 
     async def of_engine(self, position: int) -> int:
         from aft_ray.serving.engine.server import SampleRequest
-        from aft_ray.serving.reasoning import UNWATCHED_S
+        from aft_ray.serving.reasoning import FLUSH_INTERVAL_S
 
         how = SamplingSpec(1, self.options.temperature, 1.0, self.max_tokens)
         prompt = self.prompts[position % len(self.prompts)]
         # Candidates travel together as they do for the reasoner.
-        draw = SampleRequest(prompt, how, tuple(range(self.options.n)), 1000 * position, UNWATCHED_S)
+        draw = SampleRequest(prompt, how, tuple(range(self.options.n)), 1000 * position, FLUSH_INTERVAL_S)
         tokens = 0
         async for part in self.engine.sample.remote(draw):
             tokens += sum(len(candidate.token_ids) for _, candidate in part.candidates)

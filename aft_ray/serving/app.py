@@ -1,6 +1,6 @@
-"""The Serve application: engines (LLMServer), the reasoner in front of them and, to follow a run, the rollout.
+"""The Serve application: the engines, the reasoner in front of them and, if a run is followed, the rollout.
 
-Invariant: everything that can be wrong with the config is found while the application is built, before anything starts.
+Invariant: mistakes in the config are found while the application is built, before any of its processes starts.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from ray.serve.llm import LLMConfig, build_llm_deployment
 
 from aft_ray.config.serve import ServeConfig, parse_serve_config
 from aft_ray.inference.engine_spec import EngineSpec, engine_arguments, engine_environment
-from aft_ray.serving.api.routes import build_http
+from aft_ray.serving.api.routes import build_http_app
 from aft_ray.serving.api.service import Service
 from aft_ray.serving.engine.rollout import Rollout
 from aft_ray.serving.engine.server import PolicyServer, PolicySpec
@@ -22,29 +22,36 @@ from aft_ray.storage.run_dir import RunDir, local_model
 from aft_ray.tasks.dataset import load_tokenizer
 from aft_ray.tasks.rendering import end_of_sequence
 
-# Beside the questions at work and waiting: health checks, pages, and refusals, which are quick.
-_SLACK = 64
+# Requests that a replica takes beside the questions: health checks, pages, and questions that are rejected at once.
+_OTHER_REQUESTS = 64
 
 
 @serve.ingress()
 class Reasoner:
-    """The deployment that clients talk to."""
+    """The deployment that answers the clients' HTTP requests."""
 
     def __init__(self, config: ServeConfig, served: ServedModel, engines: Any) -> None:
         self._service = Service(config, served, engines)
 
     async def __serve_build_asgi_app__(self) -> Any:
-        return build_http(self._service)
+        return build_http_app(self._service)
 
 
 def build(args: dict[str, Any]) -> Application:
-    """What a Serve config file names as `import_path`; `args` are the keys of ServeConfig. Raises ConfigError."""
+    """Returns the application of a Serve config file, which names this function as its `import_path`.
+
+    Args:
+        args: the keys of ServeConfig.
+
+    Raises:
+        ConfigError: a key is wrong.
+    """
     config = parse_serve_config(args)
     return application(config, resolve(config))
 
 
 def application(config: ServeConfig, resolved: Resolved) -> Application:
-    """The Serve application of a config and of what it names. Raises ConfigError, one sentence."""
+    """Returns the Serve application of a config and of the model that it names. Raises ConfigError, one sentence."""
     served, manifest = resolved
     tokenizer = load_tokenizer(served.run)
     policy = PolicySpec(
@@ -56,29 +63,31 @@ def application(config: ServeConfig, resolved: Resolved) -> Application:
         update_timeout_s=config.engine.start_timeout_s,
         follow_s=config.follow_s,
     )
-    bind: dict[str, Any] = {"spec": policy}
+    bind_arguments: dict[str, Any] = {"spec": policy}
     if config.follow:
-        turn_s = config.engine.drain_s + config.engine.start_timeout_s
+        update_timeout_s = config.engine.drain_s + config.engine.start_timeout_s
         options = {"num_replicas": 1, "ray_actor_options": {"num_cpus": 0}}
-        bind["rollout"] = serve.deployment(Rollout).options(**options).bind(RunDir(config.model).uri(), turn_s)  # type: ignore[attr-defined]
+        bind_arguments["rollout"] = (
+            serve.deployment(Rollout).options(**options).bind(RunDir(config.model).uri(), update_timeout_s)
+        )  # type: ignore[attr-defined]
     engines = build_llm_deployment(
         llm_config(config, served, policy.eos_token_id),
         deployment_cls=PolicyServer,
         name_prefix="Policy:",
-        bind_kwargs=bind,
+        bind_kwargs=bind_arguments,
     )
     reasoner = serve.deployment(Reasoner).options(  # type: ignore[attr-defined]
         num_replicas=config.reasoner.replicas,
         ray_actor_options={"num_cpus": config.reasoner.cpus},
-        # Its own bound on the queue comes first, so that a refusal is a 429 that says when to come again.
-        max_ongoing_requests=config.limits.admitted + _SLACK,
+        # Above the bound of the admission queue, so that a question too many gets that queue's 429 with Retry-After.
+        max_ongoing_requests=config.limits.admitted + _OTHER_REQUESTS,
         graceful_shutdown_timeout_s=config.limits.deadline_s + 5,
     )
     return reasoner.bind(config, served, engines)
 
 
 def llm_config(config: ServeConfig, served: ServedModel, eos_token_id: int) -> LLMConfig:
-    """The engines as ray.serve.llm takes them."""
+    """Returns the config of the engines for ray.serve.llm."""
     engine = config.engine
     gpu = engine.gpus > 0
     spec = EngineSpec(
@@ -92,18 +101,18 @@ def llm_config(config: ServeConfig, served: ServedModel, eos_token_id: int) -> L
         kv_cache_gib=engine.kv_cache_gib,
         gpu_memory_utilization=engine.gpu_memory_utilization,
     )
-    # Ray chooses the executor and names the model; LLMServer's OpenAI methods need the tokenizer.
-    ours = ("model", "distributed_executor_backend", "skip_tokenizer_init")
-    arguments = {key: value for key, value in engine_arguments(spec).items() if key not in ours}
+    # Ray sets the model and the executor itself, and LLMServer's OpenAI methods need the tokenizer.
+    excluded = ("model", "distributed_executor_backend", "skip_tokenizer_init")
+    arguments = {key: value for key, value in engine_arguments(spec).items() if key not in excluded}
     arguments |= {
         "tensor_parallel_size": engine.tensor_parallel_size,
         "pipeline_parallel_size": engine.pipeline_parallel_size,
     }
     processes = engine.tensor_parallel_size * engine.pipeline_parallel_size
-    # The replica itself runs in the first bundle and asks for nothing on top.
+    # The replica itself runs in the first bundle and needs no resources of its own.
     bundle = {"GPU": 1, "CPU": engine.cpus} if gpu else {"CPU": engine.cpus}
     deployment: dict[str, Any] = {
-        "max_ongoing_requests": config.reasoner.replicas * config.limits.concurrency + _SLACK,
+        "max_ongoing_requests": config.reasoner.replicas * config.limits.concurrency + _OTHER_REQUESTS,
         "graceful_shutdown_timeout_s": config.limits.deadline_s + 5,
         "ray_actor_options": {"num_cpus": 0},
     }

@@ -1,6 +1,6 @@
-"""`aft-ray serve`: the application started, watched while it starts, and taken down at the end.
+"""The command `aft-ray serve`: starts the Serve application, reports its progress, and deletes it at the end.
 
-Invariant: a service without keys is only ever bound to a loopback address, unless that was asked for.
+Invariant: a service without keys listens on a loopback address only, unless `access.open=true` is given.
 """
 
 from __future__ import annotations
@@ -18,44 +18,46 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from aft_ray.cluster.connect import connected, serving_placement
+from aft_ray.cluster.connect import connected
+from aft_ray.cluster.reservations import serving_reservations
 from aft_ray.config.run import ConfigError
 from aft_ray.config.serve import ServeConfig
 from aft_ray.observe.logs import library_output_to
 from aft_ray.observe.reporter import Reporter
-from aft_ray.serving.api.proxy import CALLBACK
+from aft_ray.serving.api.proxy import CALLBACK_IMPORT_PATH
 from aft_ray.serving.model import Resolved, resolve
 
 APPLICATION = "aft_ray"
-_SAY_S = 15.0
+# Seconds between two lines about a service that has not started yet.
+_STATUS_INTERVAL_S = 15.0
 
 
 class ServingFailed(RuntimeError):
-    """The service did not start, or ended by itself."""
+    """The service did not start, or it was deleted by another program."""
 
 
 def serve(config: ServeConfig, host: str, port: int, log: Path) -> None:
     """Serves until SIGINT or SIGTERM. Raises ConfigError, or ServingFailed with the reason."""
     config = _open_on_loopback(config, host)
-    _check_free(host, port)
+    _check_port_free(host, port)
     resolved = resolve(config)
-    # Read by the proxies, when Ray or Serve is started from here.
-    os.environ.setdefault("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", CALLBACK)
+    # Serve's proxies read this variable if this process starts Ray or Serve.
+    os.environ.setdefault("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", CALLBACK_IMPORT_PATH)
     ended = threading.Event()
     with (
-        _on_signals(ended),
+        _set_on_signals(ended),
         library_output_to(log) as console,
         Reporter(None, console) as reporter,
-        connected(config.cluster, serving_placement(config)),
+        connected(config.cluster, serving_reservations(config)),
     ):
         started = time.monotonic()
-        with running(config, resolved, host, port, reporter, ended):
+        with running_service(config, resolved, host, port, reporter, ended):
             if ended.is_set():
                 return
             reporter.say(f"ready after {time.monotonic() - started:.0f} s")
-            for line in _welcome(config, host, port):
+            for line in _usage_lines(config, host, port):
                 reporter.say(line)
-            _watch(ended)
+            _wait_until_ended(ended)
             reporter.say("stopping; questions that are being answered are finished first")
 
 
@@ -78,7 +80,7 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _check_free(host: str, port: int) -> None:
+def _check_port_free(host: str, port: int) -> None:
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -90,7 +92,7 @@ def _check_free(host: str, port: int) -> None:
 
 
 @contextlib.contextmanager
-def _on_signals(ended: threading.Event) -> Iterator[None]:
+def _set_on_signals(ended: threading.Event) -> Iterator[None]:
     previous = {number: signal.signal(number, lambda *_: ended.set()) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
@@ -100,7 +102,7 @@ def _on_signals(ended: threading.Event) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def running(
+def running_service(
     config: ServeConfig,
     resolved: Resolved,
     host: str,
@@ -108,7 +110,13 @@ def running(
     reporter: Reporter,
     ended: threading.Event | None = None,
 ) -> Iterator[None]:
-    """The service on the Ray that is connected, ready to answer or `ended` set; taken down at the end."""
+    """Runs the service on the connected Ray cluster while the context is open.
+
+    The context begins when the service is ready, or when `ended` is set.
+
+    Raises:
+        ServingFailed: the service did not start in time.
+    """
     ended = ended or threading.Event()
     from aft_ray.serving.app import application
 
@@ -121,38 +129,38 @@ def running(
         http_options={
             "host": host,
             "port": port,
-            # Serve's own deadline only helps where ours failed.
+            # Far above the service's own deadline: Serve's deadline is only for requests that escaped that one.
             "request_timeout_s": 2 * config.limits.deadline_s + 60,
         }
     )
     try:
         serve._run(bound, name=APPLICATION, route_prefix="/", _blocking=False)
         deadline = time.monotonic() + config.engine.start_timeout_s
-        said = time.monotonic()
+        reported = time.monotonic()
         while not ended.wait(0.5):
             status = serve.status().applications[APPLICATION]
             if status.status == ApplicationStatus.RUNNING:
                 break
             if status.status == ApplicationStatus.DEPLOY_FAILED:
-                raise ServingFailed(f"the service did not start: {_reason(status)}")
+                raise ServingFailed(f"the service did not start: {_failure_reason(status)}")
             if time.monotonic() > deadline:
                 raise ServingFailed(
                     f"the service was not running after engine.start_timeout_s ({config.engine.start_timeout_s:.0f} s)"
                 )
-            if time.monotonic() - said > _SAY_S:
-                said = time.monotonic()
+            if time.monotonic() - reported > _STATUS_INTERVAL_S:
+                reported = time.monotonic()
                 waiting = [name for name, one in status.deployments.items() if one.status != "HEALTHY"]
                 reporter.say(f"waiting for {', '.join(waiting)}")
         if not ended.is_set():
             _wait_ready(host, port, config.engine.start_timeout_s)
         yield
     finally:
-        # Waits for what is being answered, within each deployment's graceful_shutdown_timeout_s.
+        # Waits for the questions that are being answered, within each deployment's graceful_shutdown_timeout_s.
         serve.delete(APPLICATION)
 
 
-def _reason(status: object) -> str:
-    """The sentence in what Serve says of a deployment that does not start."""
+def _failure_reason(status: object) -> str:
+    """Returns the sentence that tells why a deployment did not start, from Serve's message with its stack frames."""
     from aft_ray.sampling.sampler_health import last_line
 
     messages = [one.message for one in status.deployments.values() if one.message]  # type: ignore[attr-defined]
@@ -160,7 +168,11 @@ def _reason(status: object) -> str:
 
 
 def _wait_ready(host: str, port: int, timeout_s: float) -> None:
-    """Serve may have been started before, at another address; and the proxy takes a moment to know the routes."""
+    """Waits until the service answers at its address. Raises ServingFailed if it does not.
+
+    The proxy learns the routes a moment after the application runs. If Serve ran on the cluster before, it may listen
+    at another address.
+    """
     deadline = time.monotonic() + min(60.0, timeout_s)
     reason = ""
     while time.monotonic() < deadline:
@@ -171,19 +183,20 @@ def _wait_ready(host: str, port: int, timeout_s: float) -> None:
             reason = str(error)
             time.sleep(0.2)
     raise ServingFailed(
-        f"{_url(host, port)}/ready does not answer ({reason}); if Serve runs on this cluster already, it listens where "
-        f"it was started: give the same --host and --port"
+        f"{_url(host, port)}/ready does not answer ({reason}); if Serve ran on this cluster before, it listens at the "
+        f"address of its start: give the same --host and --port"
     )
 
 
-def _watch(ended: threading.Event) -> None:
+def _wait_until_ended(ended: threading.Event) -> None:
+    """Returns when `ended` is set. Raises ServingFailed if another program deletes the service before."""
     from ray import serve
     from ray.serve.schema import ApplicationStatus
 
     while not ended.wait(2.0):
         status = serve.status().applications.get(APPLICATION)
         if status is None or status.status in (ApplicationStatus.DELETING, ApplicationStatus.NOT_STARTED):
-            raise ServingFailed("the service was taken down by someone else")
+            raise ServingFailed("the service was deleted by another program")
 
 
 def _url(host: str, port: int) -> str:
@@ -192,15 +205,15 @@ def _url(host: str, port: int) -> str:
 
 
 def _metrics_url() -> str:
-    """Where Prometheus finds the metrics of this node; the others of a cluster have their own."""
+    """Returns the address of this node's metrics for Prometheus; every other node has an address of its own."""
     import ray
 
-    here = ray.util.get_node_ip_address()
-    node = next((node for node in ray.nodes() if node["NodeManagerAddress"] == here), ray.nodes()[0])
+    address = ray.util.get_node_ip_address()
+    node = next((node for node in ray.nodes() if node["NodeManagerAddress"] == address), ray.nodes()[0])
     return f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
 
 
-def _welcome(config: ServeConfig, host: str, port: int) -> list[str]:
+def _usage_lines(config: ServeConfig, host: str, port: int) -> list[str]:
     url = _url(host, port)
     key = "" if config.access.open else ' -H "Authorization: Bearer $KEY"'
     question = '{"question": "Tom has 3 apples and buys 4 more. How many apples does Tom have?"}'

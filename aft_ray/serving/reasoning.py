@@ -1,8 +1,8 @@
-"""From a question to its answer: sample in waves, score, rank, stop when more cannot matter.
+"""Samples the candidates of a question in waves, ranks them, and stops when more candidates cannot change the answer.
 
-Invariant: all candidates of an answer come from one policy version; a candidate's score is the engine's log-prob of the
-very tokens it sampled, as in training and evaluation. An engine that fails costs time, not the question: the missing
-candidates are asked of another, with the same seeds.
+Invariant: all candidates of a result come from one policy version, and a candidate's score is the engine's
+log-probability of the very tokens that it sampled, as in training and evaluation. If an engine fails, the candidates
+that are missing are sampled by another engine with the same seeds.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
 from aft_ray.config.serve import Strategy
-from aft_ray.inference.engine import SamplingSpec
-from aft_ray.serving.engine.server import BadRequest, EngineStatus, SampleChunk, SampleRequest, WrongVersion
-from aft_ray.serving.strategies import Ranking, Vote, certainty, next_wave, rank
+from aft_ray.inference.request_parameters import SamplingSpec
+from aft_ray.inference.versioned_engine import WrongVersion
+from aft_ray.serving.engine.client import BadRequest
+from aft_ray.serving.engine.server import EngineStatus, SampleChunk, SampleRequest
+from aft_ray.serving.strategies import Ranking, Vote, leader_probability, next_wave_size, rank
 from aft_ray.storage.records import Candidate
 from aft_ray.tasks import Task
 from aft_ray.verify.answers.canonical import normalise
@@ -28,15 +30,15 @@ from aft_ray.verify.answers.canonical import normalise
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Times a question is asked again after an engine failed or changed its version, and seconds before each.
+# How often sampling is attempted if engines fail or change their version, and the seconds before each new attempt.
 _ATTEMPTS = 4
-_RETRY_S = 0.5
-# Seconds that finished candidates wait for others, so that they travel together, when a client watches them come and
-# when none does; each journey costs a millisecond of two processes.
-_WATCHED_S = 0.03
-UNWATCHED_S = 0.3
-# Seconds within which an engine that is there says what version it has.
-_ANSWERS_S = 3.0
+_RETRY_DELAY_S = 0.5
+# Seconds for which an engine collects finished candidates before it sends them, since each transfer costs two processes
+# about a millisecond: short when a client watches the candidates arrive, longer when none does.
+_STREAM_FLUSH_INTERVAL_S = 0.03
+FLUSH_INTERVAL_S = 0.3
+# Deadline for an engine to report its status.
+_STATUS_TIMEOUT_S = 3.0
 
 
 class EngineUnavailable(RuntimeError):
@@ -46,30 +48,36 @@ class EngineUnavailable(RuntimeError):
         super().__init__("no engine answers; the service is starting or restarting one")
 
 
-class TooLate(RuntimeError):
-    """The deadline came before the first candidate."""
+class DeadlineExceeded(RuntimeError):
+    """The deadline passed before the first candidate was finished."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReasoningRequest:
-    """A question as the engines see it, and how to answer it. how: its k is not read.
+    """A tokenized question and how to answer it.
 
-    at_least: candidates that are wanted however sure the winner is.
+    n: most candidates to sample. sampling: its k is not used. seed: of the candidate with index 0; the candidate with
+    index i has seed + i. stop_confidence: sampling stops when the leading answer wins with this probability.
+    min_candidates: candidates that are sampled however certain the winner is.
     """
 
     prompt_token_ids: list[int]
     task: Task
     strategy: Strategy
     n: int
-    how: SamplingSpec
+    sampling: SamplingSpec
     seed: int
     stop_confidence: float
-    at_least: int = 1
+    min_candidates: int = 1
 
 
 @dataclass(frozen=True, slots=True)
-class Scored:
-    """A candidate read and scored. score: mean log-prob of its tokens, end-of-sequence included, nats per token."""
+class ScoredCandidate:
+    """A candidate with its text and extracted answer.
+
+    key: canonical form of the answer, equal for equal answers. score: mean log-probability of its tokens,
+    end-of-sequence included, in nats per token. tokens: length of the response.
+    """
 
     index: int
     text: str
@@ -84,25 +92,26 @@ class Scored:
         return Vote(self.index, self.score, self.key)
 
 
-Stopped = Literal["complete", "certain", "confident", "deadline"]
+StopReason = Literal["complete", "certain", "confident", "deadline"]
 
 
 @dataclass(frozen=True, slots=True)
-class Reasoned:
-    """The answer to a question.
+class ReasoningResult:
+    """The ranked candidates of a question.
 
-    candidates: best first. tokens_saved: of the candidates that were never begun, by the mean length of the others.
+    candidates: best first. version: policy version that sampled all of them; None for a model that is not from a run.
+    tokens_saved: tokens of the candidates that were not sampled, estimated by the mean length of the others.
     """
 
     ranking: Ranking
-    candidates: tuple[Scored, ...]
+    candidates: tuple[ScoredCandidate, ...]
     version: int | None
-    stopped: Stopped
+    stopped: StopReason
     tokens_saved: int
     sampling_s: float
 
     @property
-    def winner(self) -> Scored:
+    def winner(self) -> ScoredCandidate:
         return self.candidates[0]
 
     @property
@@ -111,82 +120,102 @@ class Reasoned:
 
 
 @dataclass(slots=True)
-class _Progress:
-    """What is there of an answer while it is worked out. goal: candidates after the present wave."""
+class _SamplingState:
+    """The finished candidates of a question by index, and how many have been requested by the present wave."""
 
-    candidates: dict[int, Scored] = field(default_factory=dict)
+    candidates: dict[int, ScoredCandidate] = field(default_factory=dict)
     version: int | None = None
-    goal: int = 0
+    requested: int = 0
 
     def votes(self) -> list[Vote]:
         return [candidate.vote for candidate in self.candidates.values()]
 
     def missing(self) -> tuple[int, ...]:
-        return tuple(index for index in range(self.goal) if index not in self.candidates)
+        return tuple(index for index in range(self.requested) if index not in self.candidates)
 
-    def forget(self) -> None:
+    def discard_candidates(self) -> None:
         self.candidates.clear()
         self.version = None
 
 
-class Reasoning:
-    """Asks the engines behind a deployment handle. `tokenizer` is the policy's."""
+class ReasoningPipeline:
+    """Answers questions by means of the engines.
+
+    Args:
+        engines: Serve handle of the deployment of policy servers.
+        tokenizer: the policy's tokenizer.
+    """
 
     def __init__(self, engines: Any, tokenizer: PreTrainedTokenizerBase) -> None:
         self._engines = engines
-        # Made once: every handle keeps a connection to Serve's controller.
-        self._streaming = engines.options(stream=True)
+        # Made once, since every handle keeps a connection to Serve's controller.
+        self._streaming_engines = engines.options(stream=True)
         self._tokenizer = tokenizer
 
     async def reason(
-        self, ask: ReasoningRequest, deadline_s: float, on_candidate: Callable[[Scored], None] | None = None
-    ) -> Reasoned:
-        """Answers within `deadline_s`, with the candidates finished by then. `on_candidate` sees each as it comes; one
-        with an index seen before replaces that.
+        self,
+        request: ReasoningRequest,
+        deadline_s: float,
+        on_candidate: Callable[[ScoredCandidate], None] | None = None,
+    ) -> ReasoningResult:
+        """Returns the ranking of the candidates that are finished within `deadline_s` seconds.
 
-        Raises BadRequest, EngineUnavailable, or TooLate.
+        Args:
+            request: the question.
+            deadline_s: seconds for all of the sampling.
+            on_candidate: called with each candidate as it is finished. A candidate whose index was passed before
+                replaces the earlier one.
+
+        Raises:
+            BadRequest: the engine rejects the request.
+            EngineUnavailable: no engine answers.
+            DeadlineExceeded: no candidate was finished in time.
         """
         started = time.monotonic()
-        progress = _Progress()
-        stopped: Stopped
+        state = _SamplingState()
+        stopped: StopReason
         try:
             async with asyncio.timeout(deadline_s):
-                stopped = await self._sample(ask, progress, on_candidate)
+                stopped = await self._sample(request, state, on_candidate)
         except TimeoutError:
-            if not progress.candidates:
-                raise await self._late(started, f"no candidate was finished within {deadline_s:.0f} s") from None
+            if not state.candidates:
+                message = f"no candidate was finished within {deadline_s:.0f} s"
+                raise await self._timeout_error(started, message) from None
             stopped = "deadline"
-        ranking = rank(ask.strategy, progress.votes())
-        ordered = tuple(progress.candidates[vote.index] for vote in ranking.order)
-        typical = sum(candidate.tokens for candidate in ordered) / len(ordered)
-        return Reasoned(
+        ranking = rank(request.strategy, state.votes())
+        ordered = tuple(state.candidates[vote.index] for vote in ranking.order)
+        mean_tokens = sum(candidate.tokens for candidate in ordered) / len(ordered)
+        return ReasoningResult(
             ranking=ranking,
             candidates=ordered,
-            version=progress.version,
+            version=state.version,
             stopped=stopped,
-            tokens_saved=round(typical * (ask.n - progress.goal)),
+            tokens_saved=round(mean_tokens * (request.n - state.requested)),
             sampling_s=time.monotonic() - started,
         )
 
-    async def stream(self, ask: ReasoningRequest, deadline_s: float) -> AsyncGenerator[str | Reasoned, None]:
-        """The text of a single response as it is generated, then the whole. Nothing is asked again once text is out."""
+    async def stream(self, request: ReasoningRequest, deadline_s: float) -> AsyncGenerator[str | ReasoningResult, None]:
+        """Yields the text of a single response as it is generated, then the result.
+
+        Nothing is retried, since text that has been sent cannot be taken back. Raises the same errors as `reason`.
+        """
         started = time.monotonic()
-        spoken = _Spoken(self._tokenizer)
-        draw = SampleRequest(ask.prompt_token_ids, ask.how, (0,), ask.seed)
+        detokenizer = _IncrementalDetokenizer(self._tokenizer)
+        sample = SampleRequest(request.prompt_token_ids, request.sampling, (0,), request.seed)
         try:
             async with asyncio.timeout(deadline_s):
-                async with contextlib.aclosing(self._call("sample_tokens", draw)) as parts:
+                async with contextlib.aclosing(self._call("sample_tokens", sample)) as parts:
                     async for part in parts:
                         if isinstance(part, list):
-                            if text := spoken.add(part):
+                            if text := detokenizer.add(part):
                                 yield text
                             continue
                         ((index, candidate),) = part.candidates
-                        scored = self._scored(ask, index, candidate)
-                        if rest := spoken.rest(scored.text):
+                        scored = self._scored(request, index, candidate)
+                        if rest := detokenizer.advance_to(scored.text):
                             yield rest
-                        yield Reasoned(
-                            rank(ask.strategy, [scored.vote]),
+                        yield ReasoningResult(
+                            rank(request.strategy, [scored.vote]),
                             (scored,),
                             part.version,
                             "complete",
@@ -194,82 +223,92 @@ class Reasoning:
                             time.monotonic() - started,
                         )
         except TimeoutError:
-            raise await self._late(started, f"the response was not finished within {deadline_s:.0f} s") from None
+            message = f"the response was not finished within {deadline_s:.0f} s"
+            raise await self._timeout_error(started, message) from None
         except (RayError, RayServeException) as error:
-            raise _meant(error) from error
+            raise _engine_error(error) from error
 
     async def version(self) -> int | None:
-        """Policy version of an engine. Raises EngineUnavailable when none answers at once."""
-        return (await self._standing()).version
+        """Returns the policy version of an engine. Raises EngineUnavailable if none answers within a few seconds."""
+        return (await self._engine_status()).version
 
-    async def _standing(self) -> EngineStatus:
+    async def _engine_status(self) -> EngineStatus:
         try:
-            return await asyncio.wait_for(self._engines.standing.remote(), _ANSWERS_S)  # type: ignore[no-any-return]
+            return await asyncio.wait_for(self._engines.engine_status.remote(), _STATUS_TIMEOUT_S)  # type: ignore[no-any-return]
         except (RayError, RayServeException, TimeoutError) as error:
             raise EngineUnavailable from error
 
-    async def _late(self, started: float, why: str) -> Exception:
-        """What a passed deadline means: with no engine there all the time, it was not the question."""
+    async def _timeout_error(self, started: float, message: str) -> Exception:
+        """Returns DeadlineExceeded if an engine was available since `started`, otherwise EngineUnavailable."""
         try:
-            standing = await self._standing()
+            status = await self._engine_status()
         except EngineUnavailable as error:
             return error
-        return TooLate(why) if standing.seconds > time.monotonic() - started else EngineUnavailable()
+        return DeadlineExceeded(message) if status.seconds > time.monotonic() - started else EngineUnavailable()
 
     async def _sample(
-        self, ask: ReasoningRequest, progress: _Progress, on_candidate: Callable[[Scored], None] | None
-    ) -> Stopped:
+        self,
+        request: ReasoningRequest,
+        state: _SamplingState,
+        on_candidate: Callable[[ScoredCandidate], None] | None,
+    ) -> StopReason:
+        """Samples waves into `state` until all n candidates are there or the winner is certain or probable enough."""
         failures = 0
         while True:
-            if not progress.missing():
-                remaining = ask.n - len(progress.candidates)
+            if not state.missing():
+                remaining = request.n - len(state.candidates)
                 if remaining == 0:
                     return "complete"
-                sure = certainty(ask.strategy, progress.votes(), remaining)
-                if len(progress.candidates) >= ask.at_least and sure >= ask.stop_confidence:
-                    return "certain" if sure == 1 else "confident"
-                wave = next_wave(ask.strategy, progress.votes(), ask.n, ask.stop_confidence)
-                progress.goal = max(progress.goal + wave, ask.at_least)
-            together_s = _WATCHED_S if on_candidate else UNWATCHED_S
-            draw = SampleRequest(
-                ask.prompt_token_ids, ask.how, progress.missing(), ask.seed, together_s, progress.version
+                probability = leader_probability(request.strategy, state.votes(), remaining)
+                if len(state.candidates) >= request.min_candidates and probability >= request.stop_confidence:
+                    return "certain" if probability == 1 else "confident"
+                wave = next_wave_size(request.strategy, state.votes(), request.n, request.stop_confidence)
+                state.requested = max(state.requested + wave, request.min_candidates)
+            flush_interval_s = _STREAM_FLUSH_INTERVAL_S if on_candidate else FLUSH_INTERVAL_S
+            sample = SampleRequest(
+                request.prompt_token_ids,
+                request.sampling,
+                state.missing(),
+                request.seed,
+                flush_interval_s,
+                state.version,
             )
             try:
-                async with contextlib.aclosing(self._call("sample", draw)) as drawn:
-                    async for some in drawn:
-                        self._take(ask, progress, some, on_candidate)
-                        remaining = ask.n - len(progress.candidates)
-                        enough = len(progress.candidates) >= ask.at_least
-                        if remaining and enough and certainty(ask.strategy, progress.votes(), remaining) == 1:
+                async with contextlib.aclosing(self._call("sample", sample)) as chunks:
+                    async for chunk in chunks:
+                        self._add_chunk(request, state, chunk, on_candidate)
+                        remaining = request.n - len(state.candidates)
+                        enough = len(state.candidates) >= request.min_candidates
+                        if remaining and enough and leader_probability(request.strategy, state.votes(), remaining) == 1:
                             return "certain"
             except (RayError, RayServeException) as error:
-                meant = _meant(error)
+                cause = _engine_error(error)
                 failures += 1
-                if isinstance(meant, BadRequest) or failures == _ATTEMPTS:
-                    raise meant from error
-                if isinstance(meant, WrongVersion):
-                    progress.forget()
+                if isinstance(cause, BadRequest) or failures == _ATTEMPTS:
+                    raise cause from error
+                if isinstance(cause, WrongVersion):
+                    state.discard_candidates()
                 else:
-                    await asyncio.sleep(_RETRY_S)
+                    await asyncio.sleep(_RETRY_DELAY_S)
 
-    def _take(
+    def _add_chunk(
         self,
-        ask: ReasoningRequest,
-        progress: _Progress,
-        drawn: SampleChunk,
-        on_candidate: Callable[[Scored], None] | None,
+        request: ReasoningRequest,
+        state: _SamplingState,
+        chunk: SampleChunk,
+        on_candidate: Callable[[ScoredCandidate], None] | None,
     ) -> None:
-        progress.version = drawn.version
-        for index, candidate in drawn.candidates:
-            scored = self._scored(ask, index, candidate)
-            progress.candidates[index] = scored
+        state.version = chunk.version
+        for index, candidate in chunk.candidates:
+            scored = self._scored(request, index, candidate)
+            state.candidates[index] = scored
             if on_candidate:
                 on_candidate(scored)
 
-    def _scored(self, ask: ReasoningRequest, index: int, candidate: Candidate) -> Scored:
+    def _scored(self, request: ReasoningRequest, index: int, candidate: Candidate) -> ScoredCandidate:
         text = self._tokenizer.decode(candidate.token_ids, skip_special_tokens=True)
-        answer = ask.task.extract(text)
-        return Scored(
+        answer = request.task.extract(text)
+        return ScoredCandidate(
             index=index,
             text=text,
             answer=answer,
@@ -279,9 +318,9 @@ class Reasoning:
             finish_reason=candidate.finish_reason,
         )
 
-    async def _call(self, method: str, draw: SampleRequest) -> AsyncGenerator[Any, None]:
-        """The parts of a streamed call. Closing it before its end cancels the call, and so what the engine runs."""
-        responses = getattr(self._streaming, method).remote(draw)
+    async def _call(self, method: str, sample: SampleRequest) -> AsyncGenerator[Any, None]:
+        """Yields the parts of a streamed call. Closing the generator before its end also stops the engine's work."""
+        responses = getattr(self._streaming_engines, method).remote(sample)
         finished = False
         try:
             async for part in responses:
@@ -292,31 +331,33 @@ class Reasoning:
                 responses.cancel()
 
 
-def _meant(error: Exception) -> Exception:
-    """Our own error inside Ray's, or that no engine answered."""
+def _engine_error(error: Exception) -> Exception:
+    """Returns the BadRequest or WrongVersion that Ray has wrapped, otherwise EngineUnavailable."""
     if isinstance(error, BadRequest | WrongVersion):
         cause = getattr(error, "cause", error)
         return type(cause)(*cause.args) if isinstance(cause, BadRequest | WrongVersion) else error
     return EngineUnavailable()
 
 
-class _Spoken:
-    """Text from tokens, piece by piece, no character before it is whole."""
+class _IncrementalDetokenizer:
+    """Decodes tokens as they arrive. Invariant: a character is returned only when all of its tokens are there."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._tokens: list[int] = []
-        self._said = ""
+        self._text = ""
 
     def add(self, tokens: Sequence[int]) -> str:
+        """Returns the text that the tokens add; empty if it cannot be told before more tokens arrive."""
         self._tokens += tokens
         text = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
-        # An unfinished character is decoded to U+FFFD, and a change of what was said means more is to come.
-        if text.endswith("\ufffd") or not text.startswith(self._said):
+        # An incomplete character decodes to U+FFFD, and an incomplete word may change the text before it.
+        if text.endswith("\ufffd") or not text.startswith(self._text):
             return ""
-        return self.rest(text)
+        return self.advance_to(text)
 
-    def rest(self, text: str) -> str:
-        new = text[len(self._said) :]
-        self._said = text
-        return new
+    def advance_to(self, text: str) -> str:
+        """Returns what the whole text `text` adds to the text returned so far."""
+        added = text[len(self._text) :]
+        self._text = text
+        return added

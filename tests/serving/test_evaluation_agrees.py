@@ -9,7 +9,7 @@ import pytest
 import yaml
 from served import LENGTH, ROOT, SMALL, Reasoner
 
-from aft_ray.sampling.stream import question_seed
+from aft_ray.sampling.sample_stage import question_seed
 
 pytestmark = pytest.mark.timeout(900)
 QUESTIONS, K, TEMPERATURE, MAX_TOKENS = 24, 5, 0.8, 40

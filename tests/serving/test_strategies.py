@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from aft_ray.evaluation.answers import Response
 from aft_ray.evaluation.statistics.voting import best_of_n, majority_vote, sample_arrays, weighted_vote
-from aft_ray.serving.strategies import Vote, certainty, next_wave, rank
+from aft_ray.serving.strategies import Vote, leader_probability, next_wave_size, rank
 from aft_ray.storage.records import Verdict
 
 OFFLINE = {"vote": majority_vote, "weighted_vote": weighted_vote, "score": best_of_n}
@@ -45,7 +45,7 @@ def test_every_candidate_is_ranked_once_and_shares_are_shares(cast, strategy):
 
 @given(votes, votes, st.sampled_from(RANKED))
 def test_what_is_certain_no_further_candidate_changes(cast, more, strategy):
-    if certainty(strategy, cast, len(more)) < 1:
+    if leader_probability(strategy, cast, len(more)) < 1:
         return
     later = [Vote(len(cast) + vote.index, vote.score, vote.key) for vote in more]
     assert rank(strategy, [*cast, *later]).winner.key == rank(strategy, cast).winner.key
@@ -53,14 +53,14 @@ def test_what_is_certain_no_further_candidate_changes(cast, more, strategy):
 
 @given(votes, st.sampled_from(RANKED), st.integers(0, 40))
 def test_certainty_is_a_probability_that_ends_in_1(cast, strategy, remaining):
-    assert 0 <= certainty(strategy, cast, remaining) <= 1
-    assert certainty(strategy, cast, 0) == 1
+    assert 0 <= leader_probability(strategy, cast, remaining) <= 1
+    assert leader_probability(strategy, cast, 0) == 1
 
 
 @given(votes, st.sampled_from(RANKED), st.integers(1, 20), st.floats(0.5, 1))
 def test_a_wave_asks_for_something_and_never_for_too_much(cast, strategy, more, stop_confidence):
     n = len(cast) + more
-    wave = next_wave(strategy, cast, n, stop_confidence)
+    wave = next_wave_size(strategy, cast, n, stop_confidence)
     assert 1 <= wave <= more
     if stop_confidence == 1:
         assert wave == more
@@ -71,7 +71,7 @@ def test_a_wave_asks_for_something_and_never_for_too_much(cast, strategy, more, 
     [("vote", [1, 2, 3, 3, 4]), ("weighted_vote", [1, 2, 3, 3, 4]), ("score", [1, 2, 3, 6, 8])],
 )
 def test_the_first_wave_is_the_smallest_that_could_settle_it(strategy, unanimous):
-    assert [next_wave(strategy, [], n, 0.95) for n in (1, 2, 4, 8, 16)] == unanimous
+    assert [next_wave_size(strategy, [], n, 0.95) for n in (1, 2, 4, 8, 16)] == unanimous
 
 
 @settings(deadline=None, max_examples=20)
@@ -85,8 +85,8 @@ def test_stopping_at_a_confidence_keeps_the_vote_that_often(share, seed):
     for _ in range(questions):
         drawn = [Vote(i, -1.0, "a" if random.random() < share else "b") for i in range(16)]
         asked = 0
-        while certainty("vote", drawn[:asked], 16 - asked) < 0.9:
-            asked += next_wave("vote", drawn[:asked], 16, 0.9)
+        while leader_probability("vote", drawn[:asked], 16 - asked) < 0.9:
+            asked += next_wave_size("vote", drawn[:asked], 16, 0.9)
         kept += rank("vote", drawn[:asked]).winner.key == rank("vote", drawn).winner.key
     # 0.9 less five standard deviations of a share of 150: the prior is uniform, a share near a half is the hardest.
     assert kept / questions > 0.78

@@ -1,7 +1,7 @@
-"""What Serve's HTTP proxy adds when `RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH` names `middlewares`.
+"""Middleware of Serve's HTTP proxy, which loads it if `RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH` names `middlewares`.
 
-Invariant: a request whose reasoner died under it ends with a 503 that says to try again. Left to itself, the proxy
-would end it with an empty 500, as if the request were at fault.
+Invariant: a request whose reasoner process dies gets a 503 that says to try again. Without this middleware, the proxy
+would answer it with an empty 500.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from typing import Any
 from starlette.middleware import Middleware
 from starlette.responses import JSONResponse
 
-from aft_ray.serving.api.requests import Refusal
+from aft_ray.serving.api.errors import ApiError
 
-CALLBACK = "aft_ray.serving.api.proxy:middlewares"
+CALLBACK_IMPORT_PATH = "aft_ray.serving.api.proxy:middlewares"
 
 
 def middlewares() -> list[Middleware]:
-    """What the proxy asks for."""
-    return [Middleware(_CleanEnd)]
+    """Returns the middleware that the proxy puts around every request."""
+    return [Middleware(_LostReasonerMiddleware)]
 
 
-class _CleanEnd:
-    """ASGI middleware."""
+class _LostReasonerMiddleware:
+    """ASGI middleware that answers with a 503 when the application returned without a response."""
 
     def __init__(self, app: Any) -> None:
         self._app = app
@@ -30,14 +30,19 @@ class _CleanEnd:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         started = scope["type"] != "http"
 
-        async def sending(message: Any) -> None:
+        async def send_and_note_start(message: Any) -> None:
             nonlocal started
             started = True
             await send(message)
 
-        await self._app(scope, receive, sending)
+        await self._app(scope, receive, send_and_note_start)
         if not started:
-            refusal = Refusal(
-                503, "the process that answered ended; try again", "server_error", None, "reasoner_lost", 1.0
+            error = ApiError(
+                503,
+                "the process that was answering this request ended; try again",
+                "server_error",
+                None,
+                "reasoner_lost",
+                1.0,
             )
-            await JSONResponse(refusal.body, refusal.status, refusal.headers)(scope, receive, send)
+            await JSONResponse(error.body, error.status, error.headers)(scope, receive, send)

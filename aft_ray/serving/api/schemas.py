@@ -1,7 +1,7 @@
-"""What answers look like, for the OpenAPI document.
+"""The bodies of responses, as the OpenAPI document describes them.
 
-Invariant: every answer has exactly the fields listed here. Nothing is checked against these while serving; the tests do
-it with what the running service sends.
+Invariant: every response has exactly the fields listed here. The service does not validate its responses against these
+models; the tests do.
 """
 
 from __future__ import annotations
@@ -11,43 +11,47 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from aft_ray.config.serve import AnsweringConfig, Strategy
-from aft_ray.serving.api.requests import ErrorType
-from aft_ray.serving.reasoning import Stopped
+from aft_ray.serving.api.errors import ErrorType
+from aft_ray.serving.reasoning import StopReason
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(ge=0)]
 Version = Annotated[
-    int | None, Field(description="policy version that made all candidates; null: the model is of no run")
+    int | None, Field(description="policy version that made all candidates; null: the model is not from a run")
 ]
 FinishReason = Literal["stop", "length"]
 
 
-class _Part(BaseModel):
+class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class ErrorDetail(_Part):
+class ErrorDetail(_Body):
     message: str = Field(description="one sentence")
     type: ErrorType
     param: str | None = Field(description="the field that is wrong")
     code: str | None
 
 
-class Error(_Part):
-    """Every answer that is not the wanted one."""
+class Error(_Body):
+    """The body of every response that is not the requested one."""
 
     error: ErrorDetail
 
 
-class Candidate(_Part):
+class Candidate(_Body):
     """A sampled response."""
 
     rank: int = Field(ge=1, description="1: the winner")
-    votes: Count = Field(description="candidates that give its answer; 0 without an answer")
-    index: Count = Field(description="its place among those asked for; sampled with seed + index")
-    answer: str | None = Field(description="null: it gives none")
-    key: str | None = Field(description="equal for equal answers, however they are spelled")
+    votes: Count = Field(description="candidates that give the same answer; 0 without an answer")
+    index: Count = Field(
+        description="its number among the requested candidates, from 0; it is sampled with seed + index"
+    )
+    answer: str | None = Field(description="the extracted answer; null: the response gives none")
+    key: str | None = Field(
+        description="canonical form of the answer: equal for equal answers, however they are spelled"
+    )
     response: str
     score: float = Field(description="mean log-probability of its tokens, nats per token")
     weight: Share = Field(description="exp(score)")
@@ -55,37 +59,39 @@ class Candidate(_Part):
     finish_reason: FinishReason
 
 
-class Sampling(_Part):
+class Sampling(_Body):
     asked: int = Field(ge=1, description="candidates asked for")
     sampled: int = Field(ge=1, description="candidates finished")
-    stopped: Stopped = Field(
-        description="complete: all were sampled; certain: nothing could change the winner; confident: "
-        "stop_confidence was reached; deadline: the time was up"
+    stopped: StopReason = Field(
+        description="complete: all candidates were sampled; certain: no further candidate could change the winner; "
+        "confident: stop_confidence was reached; deadline: the time was up"
     )
-    tokens_saved: Count = Field(description="of candidates never begun, by the mean length of the others")
+    tokens_saved: Count = Field(
+        description="tokens of the candidates that were not sampled, estimated by the mean length of the others"
+    )
 
 
-class Timings(_Part):
+class Timings(_Body):
     queued_s: Seconds
     sampling_s: Seconds
     total_s: Seconds
 
 
-class Usage(_Part):
-    """Tokens, those of candidates that did not win included."""
+class Usage(_Body):
+    """Numbers of tokens, including those of candidates that did not win."""
 
     prompt_tokens: Count
     completion_tokens: Count
     total_tokens: Count
 
 
-class _Verdict(_Part):
-    """How an answer came about."""
+class _AnswerDetails(_Body):
+    """The details of an answer that both APIs give."""
 
     version: Version
     strategy: Strategy
-    answer: str | None = Field(description="the winner's extracted answer; null: it gives none")
-    confidence: Share = Field(description="share of the votes, or of the weights, that the answer holds")
+    answer: str | None = Field(description="the winner's extracted answer; null: its response gives none")
+    confidence: Share = Field(description="the answer's share of the votes, or of their weights")
     agreement: Share = Field(description="votes of the answer / candidates sampled")
     explanation: str
     seed: Count
@@ -93,7 +99,7 @@ class _Verdict(_Part):
     timings: Timings
 
 
-class ReasonAnswer(_Verdict):
+class ReasonAnswer(_AnswerDetails):
     """The answer to a question."""
 
     id: str
@@ -105,34 +111,34 @@ class ReasonAnswer(_Verdict):
     usage: Usage
 
 
-class Verdict(_Verdict):
-    candidates: list[Candidate] = Field([], description="with include_candidates")
-    ignored: list[str] = Field([], description="fields of the request that do nothing here")
+class Verdict(_AnswerDetails):
+    candidates: list[Candidate] = Field([], description="present with include_candidates")
+    ignored: list[str] = Field([], description="fields of the request that have no effect")
 
 
-class Verdicts(_Part):
-    """Of several prompts."""
+class Verdicts(_Body):
+    """The details of the answers to several prompts."""
 
     prompts: list[Verdict]
     ignored: list[str] = []
 
 
-class _Completed(_Part):
+class _OpenAiAnswer(_Body):
     id: str
     created: int
     model: str
-    system_fingerprint: str = Field("", description="names the policy version of a model that is of a run")
+    system_fingerprint: str = Field("", description="names the policy version, if the model is from a run")
     usage: Usage
     aft_ray: Verdict | Verdicts
 
 
-class _Choice(_Part):
+class _Choice(_Body):
     index: Count
     logprobs: None
     finish_reason: FinishReason
 
 
-class AssistantMessage(_Part):
+class AssistantMessage(_Body):
     role: Literal["assistant"]
     content: str
     refusal: None
@@ -146,22 +152,22 @@ class TextChoice(_Choice):
     text: str
 
 
-class ChatCompletion(_Completed):
+class ChatCompletion(_OpenAiAnswer):
     object: Literal["chat.completion"]
     choices: list[ChatChoice]
 
 
-class TextCompletion(_Completed):
+class TextCompletion(_OpenAiAnswer):
     object: Literal["text_completion"]
     choices: list[TextChoice]
 
 
-class TaskCard(_Part):
-    examples: list[str] = Field(description="questions to try; may be empty")
+class TaskCard(_Body):
+    examples: list[str] = Field(description="example questions; may be empty")
 
 
-class Limits(_Part):
-    """What a request may ask for."""
+class Limits(_Body):
+    """The largest values that a request may ask for."""
 
     n: int
     max_tokens: int
@@ -169,7 +175,7 @@ class Limits(_Part):
     deadline_s: float
 
 
-class ModelCard(_Part):
+class ModelCard(_Body):
     id: str
     object: Literal["model"]
     created: int
@@ -181,23 +187,23 @@ class ModelCard(_Part):
     limits: Limits
 
 
-class ModelList(_Part):
+class ModelList(_Body):
     object: Literal["list"]
     data: list[ModelCard]
 
 
-class Health(_Part):
+class Health(_Body):
     status: Literal["ok"]
 
 
-class Ready(_Part):
+class Ready(_Body):
     status: Literal["ready"]
     version: Version
 
 
 _RETRY_AFTER = {"Retry-After": {"description": "seconds", "schema": {"type": "integer", "minimum": 1}}}
-_MISTAKES: dict[int, dict[str, Any]] = {
-    400: {"description": "the request asks for something that cannot be done"},
+_ERROR_RESPONSES: dict[int, dict[str, Any]] = {
+    400: {"description": "the request is not valid"},
     401: {
         "description": "no API key, or a wrong one",
         "headers": {"WWW-Authenticate": {"schema": {"type": "string"}}},
@@ -205,42 +211,44 @@ _MISTAKES: dict[int, dict[str, Any]] = {
     404: {"description": "no such model"},
     413: {"description": "the body is too long"},
     429: {"description": "too many questions are waiting", "headers": _RETRY_AFTER},
-    500: {"description": "a fault of the service; its log has it under the id in the message"},
+    500: {"description": "the service failed; its log gives the cause under the id in the message"},
     503: {"description": "no engine answers", "headers": _RETRY_AFTER},
     504: {"description": "the deadline passed"},
 }
 
 
-def _event(names: list[str], data: str) -> dict[str, Any]:
+def _event_schema(names: list[str], description: str) -> dict[str, Any]:
     return {
         "type": "object",
         "properties": {
             "event": {"type": "string", "enum": names},
-            "data": {"type": "string", "contentMediaType": "application/json", "description": data},
+            "data": {"type": "string", "contentMediaType": "application/json", "description": description},
         },
         "required": ["data"],
     }
 
 
-# An event of a stream, which without a name of its own is a message.
-EVENTS = _event(
+# An event without a name is of the type "message".
+EVENT_SCHEMA = _event_schema(
     ["start", "candidate", "result", "error"],
-    "of start: what is asked; of each candidate: the same as in the answer, without rank and votes; of result: the "
-    "whole answer; of error, instead of it: the body of the error",
+    "start: the question's settings; candidate: one candidate as in the answer, without rank and votes; result: the "
+    "whole answer; error: the error body, sent instead of the result",
 )
-CHUNKS = _event(
+CHUNK_SCHEMA = _event_schema(
     ["message"],
-    "OpenAI's chunk, or [DONE]; the last chunk of the first choice says in `aft_ray` how the answer came about",
+    "OpenAI's chunk, or [DONE]; the last chunk of the first choice has the details of the ranking in `aft_ray`",
 )
 
 
-def documented(
-    model: type[BaseModel], *mistakes: int, stream: dict[str, Any] | None = None
+def openapi_responses(
+    model: type[BaseModel], *error_statuses: int, stream: dict[str, Any] | None = None
 ) -> dict[int | str, dict[str, Any]]:
-    """The responses of an operation: what is wanted, its events where it can stream, and what may come instead."""
-    wanted: dict[str, Any] = {"model": model}
+    """Returns an operation's `responses`: the body, the events if it can stream, and the errors."""
+    success: dict[str, Any] = {"model": model}
     if stream is not None:
-        wanted["content"] = {"text/event-stream": {"itemSchema": stream}}
-    # Without a 4XX FastAPI would document its own 422, which never comes.
+        success["content"] = {"text/event-stream": {"itemSchema": stream}}
+    # Without a 4XX, FastAPI would document a 422, which this service never sends.
     other = {"model": Error, "description": "any other mistake in the request"}
-    return {200: wanted, **{status: {"model": Error, **_MISTAKES[status]} for status in mistakes}, "4XX": other}
+    responses: dict[int | str, dict[str, Any]] = {200: success}
+    responses |= {status: {"model": Error, **_ERROR_RESPONSES[status]} for status in error_statuses}
+    return responses | {"4XX": other}

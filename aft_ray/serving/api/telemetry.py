@@ -1,6 +1,6 @@
-"""What is counted and written down of every request: Prometheus metrics through Ray's, and one JSON line each.
+"""Telemetry: Prometheus metrics, exported by Ray, and an access log with one JSON line for each request.
 
-Invariant: no text of a question or an answer is written unless `access.log_questions` says so.
+Invariant: the text of questions and answers is logged only if `access.log_questions` is set, and keys never are.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from typing import Any
 
 from ray.serve import metrics
 
-from aft_ray.serving.api.requests import Refusal
+from aft_ray.serving.api.errors import ApiError
 from aft_ray.serving.api.responses import Answer
 
-_SECONDS = [0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60]
-_SHARES = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
+_LATENCY_BUCKETS_S = [0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60]
+_SHARE_BUCKETS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
 
 
 class Telemetry:
-    """Of one reasoner. Ray puts `ray_` before a metric's name."""
+    """The metrics and the access log of one reasoner. Ray prefixes the metrics' names with `ray_`."""
 
     def __init__(self, log_questions: bool) -> None:
         self._log_questions = log_questions
@@ -34,46 +34,48 @@ class Telemetry:
             self._log.propagate = False
         self._requests = metrics.Counter("aft_ray_requests", "requests answered", ("route", "status"))
         self._latency = metrics.Histogram(
-            "aft_ray_request_latency_s", "seconds from arrival to the end of the answer", _SECONDS, ("route",)
+            "aft_ray_request_latency_s", "seconds from arrival to the end of the answer", _LATENCY_BUCKETS_S, ("route",)
         )
-        self._rejections = metrics.Counter("aft_ray_rejections", "requests not answered, by why", ("reason",))
+        self._rejections = metrics.Counter("aft_ray_rejections", "requests that failed, by reason", ("reason",))
         self._candidates = metrics.Counter("aft_ray_candidates", "candidates sampled", ("strategy",))
         self._tokens = metrics.Counter("aft_ray_tokens", "tokens read and generated", ("kind",))
-        self._saved = metrics.Counter("aft_ray_tokens_saved", "tokens of candidates never begun", ("strategy",))
-        self._stops = metrics.Counter("aft_ray_stops", "how sampling ended", ("stopped",))
-        self._agreement = metrics.Histogram(
-            "aft_ray_agreement", "share of candidates that give the winner's answer", _SHARES, ("strategy",)
+        self._saved = metrics.Counter(
+            "aft_ray_tokens_saved", "estimated tokens of candidates that were not sampled", ("strategy",)
         )
-        self._inside = metrics.Gauge("aft_ray_in_progress", "questions at work or waiting")
+        self._stops = metrics.Counter("aft_ray_stops", "questions by the reason that sampling stopped", ("stopped",))
+        self._agreement = metrics.Histogram(
+            "aft_ray_agreement", "share of candidates that give the winner's answer", _SHARE_BUCKETS, ("strategy",)
+        )
+        self._in_progress = metrics.Gauge("aft_ray_in_progress", "questions being answered or waiting")
         self._version = metrics.Gauge("aft_ray_policy_version", "policy version of the last answer")
 
-    def inside(self, count: int) -> None:
-        self._inside.set(count)
+    def set_in_progress(self, count: int) -> None:
+        self._in_progress.set(count)
 
-    def answered(self, answer: Answer) -> None:
-        """Counts a question, whichever route it came by."""
-        reasoned, strategy = answer.reasoned, {"strategy": answer.ask.strategy}
-        self._candidates.inc(len(reasoned.candidates), strategy)
+    def count_answer(self, answer: Answer) -> None:
+        """Counts an answered question of any route."""
+        result, strategy = answer.result, {"strategy": answer.request.strategy}
+        self._candidates.inc(len(result.candidates), strategy)
         self._tokens.inc(answer.prompt_tokens, {"kind": "prompt"})
-        self._tokens.inc(reasoned.tokens, {"kind": "completion"})
-        if reasoned.tokens_saved:
-            self._saved.inc(reasoned.tokens_saved, strategy)
-        self._stops.inc(1, {"stopped": reasoned.stopped})
-        self._agreement.observe(reasoned.ranking.agreement, strategy)
-        if reasoned.version is not None:
-            self._version.set(reasoned.version)
+        self._tokens.inc(result.tokens, {"kind": "completion"})
+        if result.tokens_saved:
+            self._saved.inc(result.tokens_saved, strategy)
+        self._stops.inc(1, {"stopped": result.stopped})
+        self._agreement.observe(result.ranking.agreement, strategy)
+        if result.version is not None:
+            self._version.set(result.version)
 
-    def finished(self, record: Record) -> None:
-        """Counts a request and writes its line."""
+    def finish_request(self, record: RequestRecord) -> None:
+        """Counts a request that has ended and writes its line to the access log."""
         tags = {"route": record.route, "status": str(record.status)}
         self._requests.inc(1, tags)
         self._latency.observe(time.monotonic() - record.started, {"route": record.route})
         if record.error:
             self._rejections.inc(1, {"reason": record.error})
-        self._log.info(json.dumps(record.line(self._log_questions), ensure_ascii=False))
+        self._log.info(json.dumps(record.to_json(self._log_questions), ensure_ascii=False))
 
 
-# Paths that are counted and logged, and how the ids of their requests begin.
+# Paths that have a metric of their own, each with the prefix of its requests' ids.
 _ROUTES = {
     "/v1/reason": "reason-",
     "/v1/chat/completions": "chatcmpl-",
@@ -82,13 +84,13 @@ _ROUTES = {
 }
 
 
-class Record:
-    """What is known of a request so far."""
+class RequestRecord:
+    """What is known of one HTTP request, collected while it is answered."""
 
     def __init__(self, path: str, authorization: str | None) -> None:
-        # Not the path itself: there are as many of these as anyone cares to ask for.
+        # A client may request any path, so that labels by path would be without bound.
         self.route = path if path in _ROUTES else "other"
-        self.counted = path.startswith("/v1/")
+        self.logged = path.startswith("/v1/")
         self.id = f"{_ROUTES.get(path, 'request-')}{uuid.uuid4().hex}"
         self.authorization = authorization
         self.started = time.monotonic()
@@ -97,28 +99,29 @@ class Record:
         self._questions: list[str] = []
         self._answers: list[Answer] = []
 
-    def asked(self, question: str) -> None:
+    def add_question(self, question: str) -> None:
         self._questions.append(question)
 
-    def answered(self, answer: Answer) -> None:
+    def add_answer(self, answer: Answer) -> None:
         self._answers.append(answer)
 
-    def failed(self, refusal: Refusal) -> None:
-        error = refusal.body["error"]
-        self.status, self.error = refusal.status, error["code"] or error["type"]
+    def set_error(self, error: ApiError) -> None:
+        body = error.body["error"]
+        self.status, self.error = error.status, body["code"] or body["type"]
 
-    def gone(self) -> None:
-        """The client went away."""
+    def set_client_gone(self) -> None:
+        """Records that the client closed the connection before the end of the answer."""
         self.status, self.error = 499, "client_gone"
 
-    def line(self, with_text: bool) -> dict[str, Any]:
+    def to_json(self, with_text: bool) -> dict[str, Any]:
+        """Returns the request's line in the access log, with questions and answers if `with_text`."""
         line: dict[str, Any] = {
             "time": round(time.time(), 3),
             "id": self.id,
             "route": self.route,
             "status": self.status,
             "seconds": round(time.monotonic() - self.started, 4),
-            # Tells keys apart without telling them.
+            # A hash tells keys apart without revealing them.
             "key": hashlib.sha256(self.authorization.encode()).hexdigest()[:8] if self.authorization else None,
         }
         if self.error:
@@ -126,15 +129,15 @@ class Record:
         if self._answers:
             first = self._answers[0]
             line |= {
-                "strategy": first.ask.strategy,
-                "version": first.reasoned.version,
-                "asked": sum(answer.ask.n for answer in self._answers),
-                "sampled": sum(len(answer.reasoned.candidates) for answer in self._answers),
-                "stopped": first.reasoned.stopped,
+                "strategy": first.request.strategy,
+                "version": first.result.version,
+                "asked": sum(answer.request.n for answer in self._answers),
+                "sampled": sum(len(answer.result.candidates) for answer in self._answers),
+                "stopped": first.result.stopped,
                 "prompt_tokens": sum(answer.prompt_tokens for answer in self._answers),
-                "completion_tokens": sum(answer.reasoned.tokens for answer in self._answers),
+                "completion_tokens": sum(answer.result.tokens for answer in self._answers),
                 "queued_s": round(first.queued_s, 4),
             }
         if with_text:
-            line |= {"questions": self._questions, "answers": [a.reasoned.winner.text for a in self._answers]}
+            line |= {"questions": self._questions, "answers": [a.result.winner.text for a in self._answers]}
         return line

@@ -1,12 +1,11 @@
 """What is written down of a request."""
 
-from aft_ray.serving.telemetry import Record
-
 from aft_ray.config.run import DataConfig
 from aft_ray.inference.request_parameters import SamplingSpec
-from aft_ray.serving.api.requests import Refusal
+from aft_ray.serving.api.errors import ApiError
 from aft_ray.serving.api.responses import Answer, explanation
-from aft_ray.serving.reasoning import Reasoned, ReasoningRequest, Scored
+from aft_ray.serving.api.telemetry import RequestRecord
+from aft_ray.serving.reasoning import ReasoningRequest, ReasoningResult, ScoredCandidate
 from aft_ray.serving.strategies import rank
 from aft_ray.storage.records import Candidate
 from aft_ray.tasks import build_task
@@ -19,40 +18,42 @@ def answer(strategy="vote", answers=("4711", "4711", "12", None)) -> Answer:
     candidates = []
     for index, said in enumerate(answers):
         one = Candidate([5, 6, 7], -0.3 * (index + 1), "stop", SAID)
-        candidates.append(Scored(index, one.text, said, said, one.score, len(one.token_ids), one.finish_reason))
+        candidates.append(
+            ScoredCandidate(index, one.text, said, said, one.score, len(one.token_ids), one.finish_reason)
+        )
     ranking = rank(strategy, [one.vote for one in candidates])
     ordered = tuple(candidates[vote.index] for vote in ranking.order)
     ask = ReasoningRequest([1, 2], task, strategy, 8, SamplingSpec(1, 0.7, 1.0, 40), 3, 0.95)
-    return Answer("reason-1", 0, "m", ask, Reasoned(ranking, ordered, 2, "confident", 12, 0.5), 0.1, 0.6)
+    return Answer("reason-1", 0, "m", ask, ReasoningResult(ranking, ordered, 2, "confident", 12, 0.5), 0.1, 0.6)
 
 
 def test_a_line_tells_of_the_work_and_neither_the_words_nor_the_key():
-    record = Record("/v1/reason", "Bearer hidden-key")
-    record.asked(QUESTION)
-    record.answered(answer())
+    record = RequestRecord("/v1/reason", "Bearer hidden-key")
+    record.add_question(QUESTION)
+    record.add_answer(answer())
     record.status = 200
-    line = record.line(with_text=False)
+    line = record.to_json(with_text=False)
     assert (line["route"], line["status"], line["strategy"], line["version"]) == ("/v1/reason", 200, "vote", 2)
     assert (line["asked"], line["sampled"], line["stopped"]) == (8, 4, "confident")
     assert (line["prompt_tokens"], line["completion_tokens"]) == (2, 12)
     assert "4711" not in str(line)
     assert "safe" not in str(line)
     assert "hidden" not in str(line)
-    assert line["key"] != Record("/v1/reason", "Bearer other").line(False)["key"]
+    assert line["key"] != RequestRecord("/v1/reason", "Bearer other").to_json(False)["key"]
 
 
 def test_the_words_are_written_when_asked_for():
-    record = Record("/v1/reason", None)
-    record.asked(QUESTION)
-    record.answered(answer())
-    line = record.line(with_text=True)
+    record = RequestRecord("/v1/reason", None)
+    record.add_question(QUESTION)
+    record.add_answer(answer())
+    line = record.to_json(with_text=True)
     assert (line["questions"], line["answers"], line["key"]) == ([QUESTION], [SAID], None)
 
 
 def test_a_refusal_is_written_with_its_code_and_unknown_paths_are_one_route():
-    record = Record("/v1/whatever/someone/asks", None)
-    record.failed(Refusal(429, "later", "rate_limit_error", None, "queue_full", 3.2))
-    line = record.line(with_text=False)
+    record = RequestRecord("/v1/whatever/someone/asks", None)
+    record.set_error(ApiError(429, "later", "rate_limit_error", None, "queue_full", 3.2))
+    line = record.to_json(with_text=False)
     assert (line["route"], line["status"], line["error"]) == ("other", 429, "queue_full")
 
 
