@@ -1,4 +1,4 @@
-"""The real engine against transformers and the trainer: same scores, same greedy answers, and new weights that are."""
+"""A real engine has the scores and greedy responses of transformers and the trainer, also after a weight update."""
 
 import shutil
 import threading
@@ -30,7 +30,7 @@ def start(directory) -> Engine:
 
 
 def sharpened(directory, source):
-    """A copy of a model whose scores vary from token to token, and that ends its responses now and then."""
+    """A copy of a model whose scores vary from token to token, and some of whose responses end by themselves."""
     model = AutoModelForCausalLM.from_pretrained(source)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -46,7 +46,7 @@ def loaded(directory):
 
 
 def score(model, prompt, response) -> float:
-    """Mean token log-probability of a response by transformers alone."""
+    """Mean token log-probability of a response, computed with transformers."""
     with torch.no_grad():
         logprobs = model(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
     return sum(logprobs[len(prompt) + i - 1, token].item() for i, token in enumerate(response)) / len(response)
@@ -61,21 +61,21 @@ def greedy(model, prompt, most) -> list[int]:
 
 
 def load(engine, directory) -> None:
-    """New weights from a model directory."""
+    """Loads new weights from a model directory into an engine."""
     files = tuple(path.name for path in sorted(directory.glob("*.safetensors")))
     engine.update_weights(FromDirectory(str(directory), files).calls(DEADLINE), lambda phase: None).result(DEADLINE)
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory, tiny_model, untied_model):
-    """Of both kinds, a model and what it might be after training."""
-    place = tmp_path_factory.mktemp("sharp")
+    """For each kind: a model directory, and one with other weights."""
+    scratch = tmp_path_factory.mktemp("sharp")
     later = {
-        "tied": build_tiny_model(place / "tied-raw", 11, 64, 2, 2, True, LENGTH),
-        "untied": build_tiny_model(place / "untied-raw", 12, 64, 2, 2, False, LENGTH),
+        "tied": build_tiny_model(scratch / "tied-raw", 11, 64, 2, 2, True, LENGTH),
+        "untied": build_tiny_model(scratch / "untied-raw", 12, 64, 2, 2, False, LENGTH),
     }
     return {
-        kind: (sharpened(place / f"{kind}-1", before), sharpened(place / f"{kind}-2", later[kind]))
+        kind: (sharpened(scratch / f"{kind}-1", before), sharpened(scratch / f"{kind}-2", later[kind]))
         for kind, before in (("tied", tiny_model), ("untied", untied_model))
     }
 
@@ -94,7 +94,7 @@ def engine(models):
 
 @pytest.fixture(scope="module")
 def candidates(engine) -> list[Candidate]:
-    """Many responses to one prompt, so that some of them end."""
+    """So many responses to one prompt that some of them end by themselves."""
     how = SamplingSpec(k=48, temperature=1.0, top_p=1.0, max_tokens=60)
     return engine.sample(Prompt(PROMPT, 5), how).result(DEADLINE)
 
@@ -147,7 +147,7 @@ def test_a_seed_gives_the_same_candidates_whatever_else_is_in_flight(engine):
     assert all(len(other.result(DEADLINE)) == 4 for other in others)
 
 
-def test_greedy_is_that_of_transformers(engine, reference):
+def test_greedy_responses_are_those_of_transformers(engine, reference):
     for first in (7, 20, 33):
         prompt = [first, *PROMPT]
         (candidate,) = engine.sample(Prompt(prompt, 1), GREEDY).result(DEADLINE)
@@ -169,7 +169,7 @@ def test_a_prompt_without_room_for_a_response_is_refused_and_the_engine_lives_on
     assert len(engine.sample(Prompt(PROMPT, 1), FREE).result(DEADLINE)) == 4
 
 
-def test_a_request_whose_caller_gave_up_does_not_harm_the_engine(engine):
+def test_a_cancelled_request_does_not_harm_the_engine(engine):
     futures = [engine.sample(Prompt(PROMPT, i), FREE) for i in range(8)]
     for future in futures[::2]:
         future.cancel()
@@ -186,7 +186,7 @@ def untied_engine(models):
 
 
 @pytest.mark.parametrize("kind", ["untied", "tied"])
-def test_new_weights_are_the_new_model_and_nothing_of_the_old(kind, models, request):
+def test_after_an_update_the_engine_is_the_new_model_and_nothing_of_the_old(kind, models, request):
     engine = request.getfixturevalue("engine" if kind == "tied" else "untied_engine")
     for directory in (models[kind][1], models[kind][0], models[kind][1]):
         model = loaded(directory)
@@ -195,7 +195,7 @@ def test_new_weights_are_the_new_model_and_nothing_of_the_old(kind, models, requ
         assert answer.token_ids == greedy(model, PROMPT, 12)
         for candidate in engine.sample(Prompt(PROMPT, 5), FREE).result(DEADLINE):
             assert candidate.score == pytest.approx(score(model, PROMPT, candidate.token_ids), abs=1e-5)
-        # A long prompt that the prefix cache holds from the model before.
+        # The prefix cache holds this long prompt as the previous model computed it.
         long = PROMPT * 10
         assert engine.score(long, [9, 10, 1]).result(DEADLINE) == pytest.approx(
             score(model, long, [9, 10, 1]), abs=1e-5
@@ -203,25 +203,25 @@ def test_new_weights_are_the_new_model_and_nothing_of_the_old(kind, models, requ
 
 
 def test_every_request_is_answered_wholly_by_one_set_of_weights(untied_engine, models):
-    """Requests come in all the while two models take turns; each answer must be one model's, from its first token."""
+    """Requests arrive while the weights change between two models; each answer must be of a single model."""
     before, after = map(loaded, models["untied"])
     futures, done = [], threading.Event()
 
-    def ask() -> None:
+    def send_requests() -> None:
         seed = 0
         while not done.is_set() and seed < 60:
             futures.append(untied_engine.sample(Prompt(PROMPT, seed), FREE))
             seed += 1
             done.wait(0.02)
 
-    asking = threading.Thread(target=ask)
-    asking.start()
+    sending = threading.Thread(target=send_requests)
+    sending.start()
     try:
         for directory in (models["untied"][0], models["untied"][1], models["untied"][0]):
             load(untied_engine, directory)
     finally:
         done.set()
-        asking.join()
+        sending.join()
     assert len(futures) > 3
     for future in futures:
         answers = future.result(DEADLINE)
@@ -233,7 +233,7 @@ def test_every_request_is_answered_wholly_by_one_set_of_weights(untied_engine, m
     assert answer.token_ids == greedy(before, PROMPT, 12)
 
 
-def test_what_is_asked_of_a_closed_engine_fails_at_once(models):
+def test_requests_to_a_closed_engine_fail_at_once(models):
     engine = start(models["untied"][0])
     answer = engine.sample(Prompt(PROMPT, 1), FREE)
     engine.close()
@@ -242,13 +242,13 @@ def test_what_is_asked_of_a_closed_engine_fails_at_once(models):
         engine.sample(Prompt(PROMPT, 1), FREE)
 
 
-def test_a_model_that_is_not_there_cannot_start(tmp_path):
+def test_a_missing_model_cannot_start(tmp_path):
     with pytest.raises(EngineDead, match="could not start"):
         start(tmp_path / "nothing")
 
 
-# Last: vLLM keeps what it knows of an unfinished reload in the process, which a dead engine's owner must leave.
-def test_a_file_that_is_no_safetensors_kills_the_engine_and_leaves_nobody_waiting(models, tmp_path):
+# This test is the last: vLLM keeps the state of the unfinished reload in this process.
+def test_a_file_that_is_no_safetensors_kills_the_engine_and_fails_every_waiting_request(models, tmp_path):
     engine = start(models["untied"][0])
     shutil.copy(next(models["untied"][1].glob("*.safetensors")), tmp_path / "1.safetensors")
     (tmp_path / "2.safetensors").write_bytes(b"no tensors " * 100)
@@ -273,7 +273,7 @@ def test_a_file_that_is_no_safetensors_kills_the_engine_and_leaves_nobody_waitin
     assert len(failure) == 1
     assert not engine.alive()
     assert all(len(future.result(DEADLINE)) == 4 for future in running)
-    for future in waiting:  # answered before the update, or told
+    for future in waiting:  # each was answered before the update, or fails
         try:
             assert len(future.result(10)) == 4
         except EngineDead:

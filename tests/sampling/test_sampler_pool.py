@@ -1,4 +1,4 @@
-"""What vLLM is told of an engine's processes."""
+"""The engine of a run's samplers: which executor vLLM uses, and how many threads its processes have."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from aft_ray.sampling.sampler_pool import sampler_engine_spec
         ({"tensor_parallel_size": 4, "pipeline_parallel_size": 2, "gpus_per_sampler": 8}, "ray", True),
     ],
 )
-def test_sizes_say_how_vllm_runs_its_processes(keys, executor, in_this_process):
+def test_the_parallel_sizes_choose_vllms_executor(keys, executor, in_this_process):
     config = tiny_config(Path("/run"), Path("m"), sampling=keys)
     spec = sampler_engine_spec(config, "m", 1)
     arguments = engine_arguments(spec)
@@ -28,6 +28,6 @@ def test_sizes_say_how_vllm_runs_its_processes(keys, executor, in_this_process):
     assert arguments["tensor_parallel_size"] == config.sampling.tensor_parallel_size
     assert arguments["pipeline_parallel_size"] == config.sampling.pipeline_parallel_size
     assert (not spec.gpu or spec.executor == "ray") is in_this_process
-    if not spec.gpu:  # its processes share its CPUs
+    if not spec.gpu:  # the processes share the CPUs of the sampler
         threads = int(engine_environment(spec)["OMP_NUM_THREADS"])
         assert threads == max(1, int(config.sampling.cpus_per_sampler) // config.sampling.processes_per_sampler)
