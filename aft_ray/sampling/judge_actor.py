@@ -1,4 +1,8 @@
-"""The run's judge: one actor, so that the bound on requests in flight and the cache file hold for the whole cluster."""
+"""The judge of a run: one actor on the driver's node.
+
+Invariant: there is one judge in the cluster, so the limit of requests in flight and the cache file hold for all
+processes that label.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +22,15 @@ if TYPE_CHECKING:
 
 
 class JudgeActor:
-    """Rates for every task that labels, one batch after the other."""
+    """The judge in a Ray actor. It rates the batches of all labelling tasks one after another."""
 
     def __init__(self, config: JudgeConfig, cache: Path) -> None:
         from aft_ray.verify.judge.judge import Judge
 
         self._judge = Judge(config, cache)
 
-    def rate(self, items: Sequence[RatingRequest]) -> list[Rating]:
-        return self._judge.rate(items)
+    def rate(self, requests: Sequence[RatingRequest]) -> list[Rating]:
+        return self._judge.rate(requests)
 
     def counts(self) -> JudgeCounts:
         return self._judge.counts
@@ -34,22 +38,22 @@ class JudgeActor:
 
 @dataclass(frozen=True, slots=True)
 class RemoteJudge:
-    """Rates through the actor, from whichever process it is sent to."""
+    """A handle of the judge's actor, which any process of the cluster can use."""
 
     actor: Any
 
-    def rate(self, items: Sequence[RatingRequest]) -> list[Rating]:
-        ratings: list[Rating] = ray.get(self.actor.rate.remote(list(items)))
+    def rate(self, requests: Sequence[RatingRequest]) -> list[Rating]:
+        ratings: list[Rating] = ray.get(self.actor.rate.remote(list(requests)))
         return ratings
 
     def counts(self) -> JudgeCounts:
-        """What rating took since the actor was started."""
+        """The counts of requests and replies since the actor started."""
         counts: JudgeCounts = ray.get(self.actor.counts.remote())
         return counts
 
 
 def start_judge(feedback: FeedbackConfig, run_dir: RunDir) -> RemoteJudge | None:
-    """The judge of a run, on this node, where its cache file lies; None when the feedback needs none."""
+    """Starts the judge of a run on this node, which has its cache file; None when the feedback needs no judge."""
     if feedback.kind != "judge":
         return None
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -58,7 +62,7 @@ def start_judge(feedback: FeedbackConfig, run_dir: RunDir) -> RemoteJudge | None
 
 
 def check_judge(feedback: FeedbackConfig, run_dir: RunDir) -> None:
-    """Raises ConfigError or JudgeFailed when the judge cannot be asked, before anything is sampled for it."""
+    """Raises ConfigError or JudgeFailed when the judge cannot be used. A run calls this before it samples anything."""
     if feedback.kind == "judge":
         from aft_ray.verify.judge.judge import Judge
 
@@ -66,12 +70,12 @@ def check_judge(feedback: FeedbackConfig, run_dir: RunDir) -> None:
 
 
 def judge_cache_path(judge: JudgeConfig, run_dir: RunDir) -> Path:
-    """Where the replies are kept: as configured, else in the run directory. Raises ConfigError when that is remote."""
+    """The file `feedback.judge.cache`, or one in the run directory. Raises ConfigError when that directory is remote."""
     if judge.cache is not None:
         return Path(judge.cache).expanduser()
     if not run_dir.is_local:
         raise ConfigError(
-            f"the judge's replies cannot be kept in {run_dir.uri()}, which is no mounted filesystem; set "
+            f"the judge's replies cannot be kept in {run_dir.uri()}, which is not a mounted filesystem; set "
             f"feedback.judge.cache to a file on the machine that drives the run"
         )
     return run_dir.local_path("judge.sqlite")

@@ -16,7 +16,7 @@ from fractions import Fraction
 from typing import Any
 
 from aft_ray.config.run import ConfigError, RunConfig
-from aft_ray.config.tasks import in_place
+from aft_ray.config.tasks import rename_data_keys
 from aft_ray.storage.records import Group, Question, unique_ids
 from aft_ray.storage.run_dir import local_model
 from aft_ray.tasks import Split, Task, build_tasks, load_split
@@ -82,7 +82,7 @@ def _load_split(config: RunConfig, name: str, task: Task, split: Split) -> list[
     try:
         return load_split(task, split, limit, config.seed)
     except ConfigError as error:
-        raise ConfigError(in_place(str(error), config.task_key(name))) from error
+        raise ConfigError(rename_data_keys(str(error), config.task_key(name))) from error
 
 
 def count_by_task(groups: Sequence[Group]) -> dict[str, int]:

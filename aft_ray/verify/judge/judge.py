@@ -1,8 +1,8 @@
-"""Ratings of candidates by a judge model behind any OpenAI-compatible endpoint.
+"""Rates candidates with a judge model behind any OpenAI-compatible endpoint.
 
-Invariants: a reply is in the cache before it counts, so nothing is paid for twice, whatever is killed. A failure stops
-new requests and lets those in flight come home into the cache. A rating that cannot be read is no rating; it is
-counted, and too many of them are a failure.
+Invariants: a reply is in the cache before it is used, so no reply is paid for twice, whatever process is killed. After
+a failure no new requests are sent, and the replies to those in flight are still stored. A reply that cannot be parsed
+is counted as one without a rating, and too many of these are a failure.
 """
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ from statistics import fmean
 from typing import Any
 
 from aft_ray.config.run import ConfigError, JudgeConfig
-from aft_ray.verify.judge.cache import CacheBroken, JudgeCache, Reply, request_key
+from aft_ray.verify.judge.cache import JudgeCache, JudgeCacheFailed, Reply, request_key
 from aft_ray.verify.judge.endpoint import JudgeEndpoint, JudgeFailed, RequestRefused
 from aft_ray.verify.judge.prompt import judge_prompt, read_reply, reply_pattern
 
 __all__ = ["Judge", "JudgeCounts", "JudgeFailed", "Rating", "RatingRequest"]
 
-# A batch of fewer replies is allowed as many without a rating as one of this size: an odd candidate is no broken judge.
-_FEW = 30
+# A smaller batch may have as many replies without a rating as a batch of this size. So one unusual candidate does not
+# stop a run.
+_MIN_BATCH_SIZE = 30
 
 
 @dataclass(frozen=True, slots=True)
 class RatingRequest:
-    """One candidate to rate. `key` names it in messages."""
+    """One candidate to rate. `key` is its name in messages."""
 
     key: str
     question: str
@@ -39,11 +40,12 @@ class RatingRequest:
 
 @dataclass(frozen=True, slots=True)
 class Rating:
-    """What the judge said of one item.
+    """The judge's rating of one candidate.
 
-    reward: mean of the ratings that could be read, 1 to 10; None when none could.
-    evidence: what the judge found, one text for each rating that could be read.
-    unparsable: replies without a rating, requests that the endpoint refused included.
+    Attributes:
+        reward: The mean of the ratings in the replies, 1 to 10; None when no reply has a rating.
+        evidence: The evidence in each reply that has a rating.
+        unparsable: The number of replies without a rating, including requests that the endpoint refused.
     """
 
     reward: float | None
@@ -53,10 +55,16 @@ class Rating:
 
 @dataclass(frozen=True, slots=True)
 class JudgeCounts:
-    """What rating took. calls: requests sent, repeated ones included; retries: those that repeat a failed one.
+    """Counts of requests and replies.
 
-    hits: ratings that were in the cache. unparsable: replies without a rating, from the cache or new. refused: requests
-    that the endpoint will not answer, such as one longer than its context. Tokens are those of new replies.
+    Attributes:
+        calls: The requests that were sent, including repeated ones.
+        hits: The replies that were in the cache.
+        retries: The requests that repeated a failed one.
+        unparsable: The replies without a rating, from the cache or new.
+        refused: The requests that the endpoint refused, such as one that is longer than its context.
+        prompt_tokens: The prompt tokens of new replies.
+        completion_tokens: The completion tokens of new replies.
     """
 
     calls: int = 0
@@ -68,43 +76,53 @@ class JudgeCounts:
     completion_tokens: int = 0
 
     def line(self) -> str:
-        """What is worth telling a person."""
-        odd = {"retried": self.retries, "unparsable": self.unparsable, "refused": self.refused}
-        told = "".join(f", {count} {name}" for name, count in odd.items() if count)
+        """The counts as one line for the user."""
+        problems = {"retried": self.retries, "unparsable": self.unparsable, "refused": self.refused}
+        counts = "".join(f", {count} {name}" for name, count in problems.items() if count)
         tokens = self.prompt_tokens + self.completion_tokens
-        return f"the judge was asked {self.calls} times ({tokens:,} tokens), {self.hits} ratings were known{told}"
+        return (
+            f"the judge was asked {self.calls} times ({tokens:,} tokens), {self.hits} ratings were in the cache{counts}"
+        )
 
     def __add__(self, other: JudgeCounts) -> JudgeCounts:
         return JudgeCounts(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
 
 
 class Judge:
-    """Rates candidates as `config` says, keeping every reply in the SQLite file `cache`.
+    """Rates candidates with the model that `config` names. Every reply is stored in the SQLite file `cache`.
 
-    `counts` adds up over the calls of this object. Threads may share it: one rates at a time, so that no more than
-    `config.concurrency` requests are in flight and no request is sent twice at once.
+    Threads may share a judge. One thread rates at a time, so at most `config.concurrency` requests are in flight and no
+    request is sent twice.
+
+    Attributes:
+        counts: The sums over all calls of this object.
     """
 
     def __init__(self, config: JudgeConfig, cache: Path) -> None:
         self._config = config
         self._cache = cache
         self._model = config.model
-        self._rating = threading.Lock()
+        self._lock = threading.Lock()
         self.counts = JudgeCounts()
 
     def check(self) -> str:
-        """The model that will be asked. Raises JudgeFailed, at once, when the endpoint does not answer, and ConfigError
-        when it has no such model or the config names no endpoint or no key."""
+        """The name of the model that will rate.
+
+        Raises:
+            JudgeFailed: The endpoint does not answer the first request.
+            ConfigError: The endpoint does not have the configured model, or the config names no endpoint or no key.
+        """
         return asyncio.run(self._check())
 
-    def rate(self, items: Sequence[RatingRequest]) -> list[Rating]:
-        """One rating for each item, in order; equal items are asked about once. Not from within an event loop.
+    def rate(self, requests: Sequence[RatingRequest]) -> list[Rating]:
+        """One rating for each request, in order. Equal candidates are rated once. No event loop may run in the thread.
 
-        Raises JudgeFailed when the endpoint cannot be used or does not answer in `attempts`, and when more than
-        `max_unparsable` of the replies have no rating.
+        Raises:
+            JudgeFailed: The endpoint cannot be used or does not answer in `attempts` attempts, or more than the share
+                `max_unparsable` of the replies have no rating.
         """
-        with self._rating:
-            return asyncio.run(self._rate(items)) if items else []
+        with self._lock:
+            return asyncio.run(self._rate(requests)) if requests else []
 
     async def _check(self) -> str:
         async with JudgeEndpoint(self._config) as endpoint:
@@ -118,12 +136,15 @@ class Judge:
             f"it has: {', '.join(models[:20])}"
         )
 
-    async def _rate(self, items: Sequence[RatingRequest]) -> list[Rating]:
+    async def _rate(self, requests: Sequence[RatingRequest]) -> list[Rating]:
         async with JudgeEndpoint(self._config) as endpoint:
             if self._model is None:
                 self._model = (await endpoint.models(self._config.attempts))[0]
-            asks = [[_ask(self._config, self._model, item, i) for i in range(self._config.ratings)] for item in items]
-            distinct = {ask.key: ask for row in asks for ask in row}
+            chats = [
+                [_chat_request(self._config, self._model, request, index) for index in range(self._config.ratings)]
+                for request in requests
+            ]
+            distinct = {chat.key: chat for of_request in chats for chat in of_request}
             try:
                 with JudgeCache(self._cache) as cache:
                     batch = _Batch(self._config, endpoint, cache, list(distinct.values()))
@@ -131,97 +152,106 @@ class Judge:
                         replies = await batch.run()
                     finally:
                         self.counts += batch.counts + JudgeCounts(calls=endpoint.calls, retries=endpoint.retries)
-            except CacheBroken as error:
+            except JudgeCacheFailed as error:
                 raise JudgeFailed(str(error)) from error
-        return [_rating([replies[ask.key] for ask in row]) for row in asks]
+        return [_mean_rating([replies[chat.key] for chat in of_request]) for of_request in chats]
 
 
 @dataclass(frozen=True, slots=True)
 class _ChatRequest:
-    """One rating to get. key: of its reply in the cache; item: the candidate's name in messages."""
+    """One chat completion request for a rating.
+
+    Attributes:
+        key: The key of its reply in the cache.
+        body: The arguments of the chat completion.
+        candidate: The name of the candidate in messages.
+    """
 
     key: str
-    request: dict[str, Any]
-    item: str
+    body: dict[str, Any]
+    candidate: str
 
 
-def _ask(config: JudgeConfig, model: str, item: RatingRequest, index: int) -> _ChatRequest:
-    request: dict[str, Any] = {
+def _chat_request(config: JudgeConfig, model: str, request: RatingRequest, index: int) -> _ChatRequest:
+    """The chat completion request for the rating number `index`, from 0, of a candidate."""
+    body: dict[str, Any] = {
         "model": model,
-        "messages": [{"role": "user", "content": judge_prompt(item.question, item.reference, item.response)}],
+        "messages": [{"role": "user", "content": judge_prompt(request.question, request.reference, request.response)}],
         "temperature": config.temperature,
         "max_tokens": config.max_tokens,
     }
     if config.seed is not None:
-        request["seed"] = config.seed + index
+        body["seed"] = config.seed + index
     if config.guided:
-        request["extra_body"] = {"structured_outputs": {"regex": reply_pattern(config.max_tokens)}}
-    return _ChatRequest(request_key(request, index), request, item.key)
+        body["extra_body"] = {"structured_outputs": {"regex": reply_pattern(config.max_tokens)}}
+    return _ChatRequest(request_key(body, index), body, request.key)
 
 
 class _Batch:
-    """Distinct requests, worked off by as many workers as may be in flight, until none is left or one has failed."""
+    """Sends distinct requests, at most `config.concurrency` at a time, until none is left or one has failed."""
 
     def __init__(
-        self, config: JudgeConfig, endpoint: JudgeEndpoint, cache: JudgeCache, asks: Sequence[_ChatRequest]
+        self, config: JudgeConfig, endpoint: JudgeEndpoint, cache: JudgeCache, requests: Sequence[_ChatRequest]
     ) -> None:
         self._config = config
         self._endpoint = endpoint
         self._cache = cache
-        self._waiting = deque(asks)
-        self._tolerated = config.max_unparsable * max(_FEW, len(asks))
+        self._waiting = deque(requests)
+        self._max_without_rating = config.max_unparsable * max(_MIN_BATCH_SIZE, len(requests))
         self._replies: dict[str, Reply] = {}
         self._failure: JudgeFailed | None = None
         self.counts = JudgeCounts()
 
     async def run(self) -> dict[str, Reply]:
-        """The reply to each request, by its key; an empty one where the endpoint refused. Raises JudgeFailed."""
-        await asyncio.gather(*(self._work() for _ in range(min(self._config.concurrency, len(self._waiting)))))
+        """The replies by the keys of their requests; empty replies to refused requests. Raises JudgeFailed."""
+        await asyncio.gather(*(self._send_waiting() for _ in range(min(self._config.concurrency, len(self._waiting)))))
         if self._failure:
             raise self._failure
         return self._replies
 
-    async def _work(self) -> None:
+    async def _send_waiting(self) -> None:
         while self._waiting and self._failure is None:
-            ask = self._waiting.popleft()
+            request = self._waiting.popleft()
             try:
-                self._replies[ask.key] = await self._reply(ask)
+                self._replies[request.key] = await self._reply(request)
             except JudgeFailed as error:
                 self._failure = self._failure or error
-                self._endpoint.halt()
+                self._endpoint.stop_retries()
 
-    async def _reply(self, ask: _ChatRequest) -> Reply:
-        if reply := self._cache.get(ask.key):
+    async def _reply(self, request: _ChatRequest) -> Reply:
+        if reply := self._cache.get(request.key):
             self.counts += JudgeCounts(hits=1)
         else:
             try:
-                reply = self._cache.put(ask.key, await self._endpoint.reply(ask.request))
+                reply = self._cache.put(request.key, await self._endpoint.reply(request.body))
             except RequestRefused as error:
                 self.counts += JudgeCounts(refused=1)
-                self._tolerate(f"the request for {ask.item} was refused: {error}")
+                self._check_without_rating(f"the request for {request.candidate} was refused: {error}")
                 return Reply("", True, 0, 0)
             self.counts += JudgeCounts(prompt_tokens=reply.prompt_tokens, completion_tokens=reply.completion_tokens)
         if read_reply(reply.text, reply.complete) is None:
             self.counts += JudgeCounts(unparsable=1)
-            self._tolerate(f"the last one, for {ask.item}, ends in {reply.text[-100:]!r}")
+            self._check_without_rating(f"the last reply, for {request.candidate}, ends in {reply.text[-100:]!r}")
         return reply
 
-    def _tolerate(self, example: str) -> None:
-        """One more reply is without a rating. Raises JudgeFailed when these are too many."""
-        without = self.counts.unparsable + self.counts.refused
-        if without > self._tolerated:
+    def _check_without_rating(self, example: str) -> None:
+        """Raises JudgeFailed, with the last reply as an example, when too many replies have no rating."""
+        without_rating = self.counts.unparsable + self.counts.refused
+        if without_rating > self._max_without_rating:
             raise JudgeFailed(
-                f"{without} of the first {len(self._replies) + 1} replies of the judge at {self._config.url} have no "
-                f"rating, more than feedback.judge.max_unparsable={self._config.max_unparsable} allows ({example}); "
-                "take another judge, raise feedback.judge.max_tokens, or set feedback.judge.guided=true where the "
-                "endpoint can hold a model to a form; what it rated before is kept"
+                f"{without_rating} of the first {len(self._replies) + 1} replies of the judge at {self._config.url} "
+                f"have no rating, more than feedback.judge.max_unparsable={self._config.max_unparsable} allows "
+                f"({example}); "
+                "take another judge, raise feedback.judge.max_tokens, or set feedback.judge.guided=true if the "
+                "endpoint supports guided decoding; earlier ratings are kept"
             )
 
 
-def _rating(replies: Sequence[Reply]) -> Rating:
-    read = [parsed for reply in replies if (parsed := read_reply(reply.text, reply.complete))]
+def _mean_rating(replies: Sequence[Reply]) -> Rating:
+    """The rating of a candidate from the replies about it."""
+    parsed_replies = [parsed for reply in replies if (parsed := read_reply(reply.text, reply.complete))]
     return Rating(
-        reward=fmean(parsed.rating for parsed in read) if read else None,
-        evidence=tuple(parsed.evidence for parsed in read),
-        unparsable=len(replies) - len(read),
+        reward=fmean(parsed.rating for parsed in parsed_replies) if parsed_replies else None,
+        evidence=tuple(parsed.evidence for parsed in parsed_replies),
+        unparsable=len(replies) - len(parsed_replies),
     )

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from aft_ray.verify.judge.cache import CacheBroken, JudgeCache, Reply, request_key
+from aft_ray.verify.judge.cache import JudgeCacheFailed, JudgeCache, Reply, request_key
 
 REPLY = Reply("Evaluation Evidence: über\nRating: 3", True, 100, 20)
 
@@ -90,6 +90,6 @@ def test_a_cache_that_cannot_be_used_is_one_sentence(tmp_path):
     spoiled = tmp_path / "judge.sqlite"
     spoiled.write_bytes(b"no database at all, and long enough to look at" * 100)
     for path in (spoiled, spoiled / "below" / "judge.sqlite"):
-        with pytest.raises(CacheBroken, match=r"judge.sqlite cannot be used .*move the file away") as error:
+        with pytest.raises(JudgeCacheFailed, match=r"judge.sqlite cannot be used .*move the file away") as error:
             JudgeCache(path)
         assert "\n" not in str(error.value)
