@@ -130,6 +130,7 @@ class Laboratory:
         if path.exists():
             record: dict[str, Any] = json.loads(path.read_text())
             return record
+        from aft_ray.tasks import build_tasks
         from aft_ray.verify.feedback import reward_groups
 
         started = time.monotonic()
@@ -140,7 +141,8 @@ class Laboratory:
             if experiment.objective is not None:
                 model = Path(scratch) / "model"
                 feedback = FeedbackConfig.model_validate({"kind": experiment.feedback})
-                groups = reward_groups(self._read_groups(experiment.seed), feedback, None)
+                tasks = build_tasks(self._config(experiment.seed, start))
+                groups = reward_groups(self._read_groups(experiment.seed), tasks, feedback, None)
                 trained = self._train(
                     start, groups, experiment.objective, dict(experiment.options), experiment.seed, model
                 )
@@ -193,7 +195,7 @@ class Laboratory:
         import torch
 
         from aft_ray.objectives import build_objective
-        from aft_ray.training import batching, deepspeed, step
+        from aft_ray.training import batching, deepspeed, schedule, step
         from aft_ray.training.collate import collate
         from aft_ray.weights.export import write_model
 
@@ -216,7 +218,7 @@ class Laboratory:
         history = []
         for number, planned in enumerate(steps):
             batches = [collate([groups[index] for index in micro], objective, pad) for micro in planned.shares[0]]
-            rate = step.learning_rate(number, len(steps), peak, training.warmup)
+            rate = schedule.learning_rate(number, len(steps), peak, training.warmup)
             history.append(step.train_step(engine, batches, objective, settings.weight, planned.totals, rate))
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=output.parent) as scratch:

@@ -32,15 +32,15 @@ def check_adapters(config: RunConfig, lora: LoraConfig, model_config: Any) -> No
     import torch
     from transformers import AutoModelForCausalLM
 
-    from aft_ray.training.lora import check_targets, head_of
+    from aft_ray.training.lora import check_targets, output_layer_name
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.model.trust_remote_code)
     check_targets(model, lora)
-    if config.weights.transport == "lora" and head_of(model) in lora.targets:
+    if config.weights.transport == "lora" and output_layer_name(model) in lora.targets:
         raise ConfigError(
-            f"lora.targets names the output layer {head_of(model)}, and vLLM cannot score sequences with an adapter "
-            f"there; leave it out, or publish merged weights with another weights.transport"
+            f"lora.targets names the output layer {output_layer_name(model)}, and vLLM cannot score sequences with "
+            f"an adapter there; leave it out, or publish merged weights with another weights.transport"
         )
 
 

@@ -1,8 +1,9 @@
 """The plan of a training pass: which groups each rank runs in each forward pass of each optimiser step.
 
-A pure function of the groups' sizes and ids, the seed, the round and the settings, so every rank computes the same plan
-without talking. Invariants: groups stay whole; each is trained exactly once per epoch; in a step every rank runs the
-same number of micro-batches (empty ones fill up), because sharded weights are gathered by all ranks in every pass.
+The plan is a pure function of the groups' sizes and ids, the seed, the round and the settings, so every rank computes
+the same plan without communication. Invariants: a group is never split; each group is trained exactly once in an epoch;
+within a step every rank runs the same number of micro-batches, some of them empty if necessary, because with ZeRO-3 all
+ranks gather the sharded weights together in every forward pass.
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from aft_ray.objectives import Objective
 from aft_ray.storage.records import Group, Verdict
 
-MicroBatch = tuple[int, ...]  # indexes into the sequence of sizes that was planned; empty: a dummy pass
+if TYPE_CHECKING:  # the objectives import torch, and planning uses this module without it
+    from aft_ray.objectives import Objective
+
+MicroBatch = tuple[int, ...]  # indexes into the planned sequence of sizes; empty for a pass without groups
 
 
 class BatchingError(ValueError):
@@ -23,9 +27,14 @@ class BatchingError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class GroupSize:
-    """What a group costs. rows: its reference and trained candidates; lengths in tokens, the longest of its rows.
+    """The size of a group as it is trained on: its reference response and its trained candidates, one row each.
 
-    reference_tokens: of its reference response. supervised_tokens: of all its rows, what `rft` divides by.
+    Attributes:
+        rows: number of rows.
+        prompt: tokens of the prompt.
+        response: tokens of the longest response among the rows.
+        reference_tokens: tokens of the reference response.
+        supervised_tokens: tokens of the responses of all rows. `rft` divides by it.
     """
 
     question_id: str
@@ -43,7 +52,7 @@ class GroupSize:
 
 @dataclass(frozen=True, slots=True)
 class StepTotals:
-    """What the losses of one optimiser step are divided by, over all ranks and micro-batches."""
+    """What the losses of one optimiser step are divided by: counts over all its ranks and micro-batches."""
 
     groups: int
     reference_tokens: int
@@ -52,16 +61,17 @@ class StepTotals:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One optimiser step: `shares[rank]` is the micro-batches of that rank, equally many for every rank."""
+    """One optimiser step. `shares[rank]` are the micro-batches of a rank; every rank has the same number of them."""
 
     shares: tuple[tuple[MicroBatch, ...], ...]
     totals: StepTotals
 
 
 def training_mask(group: Group) -> list[bool]:
-    """Which candidates may be trained on: labelled, not empty, and the first of those with the same tokens.
+    """Which candidates may be trained on, one entry a candidate.
 
-    A response that was sampled twice must not weigh double, neither as right nor as wrong.
+    Left out are candidates with an undecided verdict, without tokens, or with the tokens of an earlier candidate: a
+    response that was sampled twice must not count double.
     """
     seen: set[tuple[int, ...]] = set()
     mask = []
@@ -74,25 +84,24 @@ def training_mask(group: Group) -> list[bool]:
 
 
 def trained_candidates(group: Group, objective: Objective) -> list[int]:
-    """Indexes of the candidates that the objective's loss depends on; the others are not run through the model.
+    """Indexes of the candidates that the objective's loss depends on. The others are not run through the model.
 
-    A ranking objective has no use for a group whose candidates are all of one reward. `rft` takes the right ones that
-    do not repeat the reference.
+    An objective that ranks needs no candidate of a group in which all rewards are equal. One that reads right
+    candidates only takes those that do not repeat the reference response.
     """
     if not objective.uses_candidates:
         return []
     kept = [index for index, keep in enumerate(training_mask(group)) if keep]
     if objective.right_candidates_only:
-        reference = group.reference_token_ids
-        chosen = [group.candidates[index] for index in kept]
-        return [i for i, c in zip(kept, chosen, strict=True) if c.verdict is Verdict.RIGHT and c.token_ids != reference]
+        candidates, reference = group.candidates, group.reference_token_ids
+        kept = [i for i in kept if candidates[i].verdict is Verdict.RIGHT and candidates[i].token_ids != reference]
     if objective.ranks_candidates and len({group.candidates[index].reward for index in kept}) < 2:
         return []
     return kept
 
 
 def group_size(group: Group, objective: Objective) -> GroupSize:
-    """The size of a group under an objective. Raises BatchingError for an empty prompt or reference response."""
+    """The size of a group under an objective. Raises BatchingError if the prompt or the reference response is empty."""
     if not group.prompt_token_ids or not group.reference_token_ids:
         part = "reference response" if group.prompt_token_ids else "prompt"
         raise BatchingError(f"question {group.question.id!r} has an empty {part}, so it cannot be trained on")
@@ -118,36 +127,46 @@ def plan_pass(
     seed: int,
     round: int,
 ) -> list[list[StepPlan]]:
-    """The steps of each epoch. The order of groups depends on (seed, round, epoch) and the ids, not on input order.
+    """The optimiser steps of each epoch.
 
-    The last step of an epoch may be smaller. A micro-batch holds at most `tokens_per_microbatch` padded tokens, or a
-    single group. Raises BatchingError when an id occurs twice.
+    The order of the groups depends on (seed, round, epoch) and on their ids, and not on the order of `sizes`. The last
+    step of an epoch may have fewer groups. A micro-batch has at most `tokens_per_microbatch` padded tokens, or a single
+    group.
+
+    Raises:
+        BatchingError: a question id occurs twice.
     """
     ids = {size.question_id for size in sizes}
     if len(ids) < len(sizes):
         raise BatchingError(f"{len(sizes) - len(ids)} groups of round {round} repeat a question")
 
-    def place(index: int, epoch: int) -> bytes:
+    def sort_key(index: int, epoch: int) -> bytes:
         return hashlib.sha256(f"{seed}\0{round}\0{epoch}\0{sizes[index].question_id}".encode()).digest()
 
-    epochs_planned = []
+    planned_epochs = []
     for epoch in range(epochs):
-        order = sorted(range(len(sizes)), key=lambda index: place(index, epoch))
+        order = sorted(range(len(sizes)), key=lambda index: sort_key(index, epoch))
         steps = [order[start : start + groups_per_step] for start in range(0, len(order), groups_per_step)]
-        epochs_planned.append([_plan_step(sizes, step, ranks, tokens_per_microbatch) for step in steps])
-    return epochs_planned
+        planned_epochs.append([_plan_step(sizes, step, ranks, tokens_per_microbatch) for step in steps])
+    return planned_epochs
 
 
-def steps_of(questions: int, groups_per_step: int, epochs: int) -> int:
-    """Optimiser steps of a pass over so many questions."""
+def count_steps(questions: int, groups_per_step: int, epochs: int) -> int:
+    """Optimiser steps of `epochs` passes over so many questions."""
     return -(-questions // groups_per_step) * epochs
 
 
 def _plan_step(sizes: Sequence[GroupSize], step: list[int], ranks: int, budget: int) -> StepPlan:
-    longest_first = sorted(step, key=lambda index: (-sizes[index].padded, sizes[index].question_id))
+    """Distributes the groups of a step over the ranks: the largest first, each to the rank with the least tokens.
+
+    Args:
+        step: indexes into `sizes`.
+        budget: padded tokens of a micro-batch at most.
+    """
+    largest_first = sorted(step, key=lambda index: (-sizes[index].padded, sizes[index].question_id))
     shares: list[list[int]] = [[] for _ in range(ranks)]
     loads = [0] * ranks
-    for index in longest_first:
+    for index in largest_first:
         rank = loads.index(min(loads))
         shares[rank].append(index)
         loads[rank] += sizes[index].padded
@@ -164,7 +183,7 @@ def _plan_step(sizes: Sequence[GroupSize], step: list[int], ranks: int, budget: 
 
 
 def _pack(sizes: Sequence[GroupSize], share: list[int], budget: int) -> list[MicroBatch]:
-    """Neighbours in length go together, so that little is padding."""
+    """Packs the groups of one rank into micro-batches. Groups of similar length share one, so little is padding."""
     batches: list[MicroBatch] = []
     current: list[int] = []
     rows = prompt = response = 0

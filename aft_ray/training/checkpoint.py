@@ -1,8 +1,8 @@
-"""The training state of a round: what a worker group needs to go on after it, wherever it starts again.
+"""Checkpoints: the training state from which workers continue after a round, on whatever number of ranks.
 
-Each rank writes its shards to a local disk and goes on training while they are copied to the run directory.
-Invariants: a checkpoint counts only with its manifest, which rank 0 writes when every rank's files are there; one save
-is under way at most; a save that fails ends the run.
+Each rank writes its shards to a local disk, and they are copied to the run directory while training goes on.
+Invariants: a checkpoint counts only with its manifest, which rank 0 writes when the files of every rank are there; at
+most one checkpoint is being saved; a save that fails ends the run.
 """
 
 from __future__ import annotations
@@ -28,26 +28,35 @@ from aft_ray.training.loading import LoadingError
 
 
 class CheckpointFailed(RuntimeError):
-    """A training state that did not reach the run directory. Names the round."""
+    """A training state could not be saved in the run directory. The message names the round."""
 
 
-class Saver:
-    """Saves the rounds of one rank, one after the other. All ranks make theirs, and call it, together."""
+class CheckpointWriter:
+    """Saves the training state of one rank after each round, one round at a time.
+
+    All ranks create their writers together and call the methods together: `start` after each round, `wait` at the end.
+    """
 
     def __init__(self, run_dir: RunDir, rank: int, timeout_s: float, coordinator: Any) -> None:
         self._run_dir, self._rank, self._timeout_s, self._coordinator = run_dir, rank, timeout_s, coordinator
-        # A group of its own, since training talks over the default one meanwhile.
-        self._peers = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
-        # A killed worker leaves its files behind; whoever has its rank next removes them.
+        # A process group of its own, because training uses the default one in the meantime.
+        self._process_group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        # The name is the same after a restart, so the files that a killed worker left are removed by its successor.
         run = hashlib.sha256(run_dir.uri().encode()).hexdigest()[:16]
         self._scratch = Path(tempfile.gettempdir(), f"aft-ray-checkpoint-{run}-{rank}")
         self._round = 0
-        self._under_way: Future[None] | None = None
+        self._saving: Future[None] | None = None
 
-    def begin(self, engine: Any, round_number: int, durable: Callable[[], None]) -> None:
-        """Returns when this rank's shards are in local files, which `engine` may then outrun.
+    def start(self, engine: Any, round_number: int, on_durable: Callable[[], None]) -> None:
+        """Starts to save a round. Waits for the round before it, then writes this rank's shards to the local disk.
 
-        durable: called on rank 0, in another thread, when the checkpoint has its manifest.
+        When it returns, `engine` may train on; the shards are copied to the run directory in another thread.
+
+        Args:
+            on_durable: called on rank 0, in that thread, when the checkpoint is complete and has its manifest.
+
+        Raises:
+            CheckpointFailed: the round before could not be saved.
         """
         self.wait()
         path = self._run_dir.checkpoint(round_number)
@@ -55,26 +64,26 @@ class Saver:
             self._run_dir.delete(path)
         dist.barrier()
         shutil.rmtree(self._scratch, ignore_errors=True)
-        deepspeed.save(engine, self._scratch, {"round": round_number})
-        under_way: Future[None] = Future()
-        self._round, self._under_way = round_number, under_way
+        deepspeed.save_checkpoint(engine, self._scratch, {"round": round_number})
+        saving: Future[None] = Future()
+        self._round, self._saving = round_number, saving
         storage = ray.train.get_context().get_storage()
 
         def upload(checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
             try:
                 self._run_dir.add_files(checkpoint.path, path)
-                dist.monitored_barrier(self._peers)
+                dist.monitored_barrier(self._process_group)
                 if self._rank == 0:
                     self._run_dir.write_manifest(path)
-                    durable()
+                    on_durable()
                 shutil.rmtree(self._scratch)
             except BaseException as error:
                 reason = (str(error).splitlines() or [repr(error)])[0]
                 failure = CheckpointFailed(f"the checkpoint of round {round_number} could not be saved: {reason}")
-                under_way.set_exception(failure)
+                saving.set_exception(failure)
                 call(self._coordinator.fail, str(failure))
                 raise failure from error
-            under_way.set_result(None)
+            saving.set_result(None)
             return ray.train.Checkpoint(f"{storage.experiment_fs_path}/{name}", storage.storage_filesystem)
 
         ray.train.report(
@@ -83,57 +92,60 @@ class Saver:
             checkpoint_dir_name=path.removeprefix("rounds/"),
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
             checkpoint_upload_fn=upload,
-            delete_local_checkpoint_after_upload=False,  # `upload` does: the next save begins in the same place
+            delete_local_checkpoint_after_upload=False,  # `upload` deletes it: the next save uses the same directory
         )
 
     def wait(self) -> None:
-        """Until no save is under way. Raises CheckpointFailed when it failed, or did not end in time."""
-        if self._under_way is None:
+        """Waits until nothing is being saved. Raises CheckpointFailed if the save failed or missed its deadline."""
+        if self._saving is None:
             return
         try:
-            self._under_way.result(self._timeout_s)
+            self._saving.result(self._timeout_s)
         except TimeoutError:
             raise CheckpointFailed(
                 f"the checkpoint of round {self._round} did not reach {self._run_dir.uri()} in "
                 f"training.timeout_s={self._timeout_s:.0f} s"
             ) from None
-        self._under_way = None
+        self._saving = None
 
 
 @contextlib.contextmanager
-def for_any_number(directory: Path, run_dir: RunDir, timeout_s: float) -> Iterator[Path]:
-    """A checkpoint as a directory that any number of ranks can load, for as long as the context lasts.
+def universal_checkpoint(directory: Path, run_dir: RunDir, timeout_s: float) -> Iterator[Path]:
+    """Converts a checkpoint for another number of ranks; yields a directory that exists as long as the context lasts.
 
-    Made once where the run directory is mounted everywhere, else once on each node. All ranks call it together. Raises
-    LoadingError on all of them.
+    If the run directory is on storage that every node mounts, rank 0 converts it there; else one rank on each node
+    converts it on the local disk. All ranks call this together.
+
+    Raises:
+        LoadingError: on every rank, if the conversion failed on any.
     """
-    staging = run_dir.staging()
-    makes = dist.get_rank() == 0 if staging else int(os.environ["LOCAL_RANK"]) == 0
+    shared = run_dir.staging()
+    converts = dist.get_rank() == 0 if shared else int(os.environ["LOCAL_RANK"]) == 0
     name = f"aft-ray-universal-{hashlib.sha256(str(directory).encode()).hexdigest()[:16]}"
-    output = Path(staging or tempfile.gettempdir(), name)
+    output = Path(shared or tempfile.gettempdir(), name)
     try:
-        _together(lambda: _convert(directory, output, timeout_s) if makes else None)
+        _raise_on_every_rank(lambda: _convert(directory, output, timeout_s) if converts else None)
         yield output
         dist.barrier()
     finally:
-        if makes:
+        if converts:
             shutil.rmtree(output, ignore_errors=True)
 
 
 def _convert(directory: Path, output: Path, timeout_s: float) -> None:
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True)
-    deepspeed.to_universal(directory, output, timeout_s)
+    deepspeed.convert_to_universal(directory, output, timeout_s)
 
 
-def _together(work: Callable[[], None]) -> None:
-    """Works on every rank, and raises on every rank the first LoadingError of any, so that none waits for another."""
-    failure = None
+def _raise_on_every_rank(work: Callable[[], None]) -> None:
+    """Calls `work` on every rank. A LoadingError of one rank is raised on all, so that no rank waits for another."""
+    message = None
     try:
         work()
     except LoadingError as error:
-        failure = str(error)
-    failures: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(failures, failure)
-    for sentence in filter(None, failures):
-        raise LoadingError(sentence)
+        message = str(error)
+    messages: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, message)
+    for failure in filter(None, messages):
+        raise LoadingError(failure)

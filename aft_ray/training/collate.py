@@ -1,6 +1,7 @@
-"""Groups as tensors: prompts padded on the left and responses on the right, so every response starts in one column.
+"""Turns groups into tensors.
 
-Invariant: a row's score does not depend on what else is in the batch; padding is neither attended to nor counted.
+Prompts are padded on the left and responses on the right, so the responses of all rows begin in the same column.
+Invariant: the score of a row does not depend on the other rows; padding is neither attended to nor counted.
 """
 
 from __future__ import annotations
@@ -16,16 +17,22 @@ from aft_ray.objectives import Objective
 from aft_ray.storage.records import Group, Verdict
 from aft_ray.training.batching import trained_candidates
 
-REFERENCE, DUMMY = -1, -2  # slots of rows that are no candidate
+REFERENCE, DUMMY = -1, -2  # values of `Batch.slot_of_row` for rows that are not a candidate
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch. Rows are, group by group, the reference response and the trained candidates.
+    """One micro-batch. For each group it has a row for the reference response and one for each trained candidate.
 
-    input_ids, attention_mask, position_ids: [rows, prompt + response columns]. response_mask: [rows, response columns].
-    group_of_row: [rows] index into question_ids. slot_of_row: [rows] candidate index, or REFERENCE, or DUMMY.
-    rewards, correct, sampler_scores, mask: [groups, k], k >= 1; mask is True where the candidate has a row.
+    Attributes:
+        question_ids: one of each group.
+        input_ids, attention_mask, position_ids: [rows, prompt columns + response columns] int64.
+        response_mask: [rows, response columns] bool, True for response tokens.
+        group_of_row: [rows], index into `question_ids`.
+        slot_of_row: [rows], index of the candidate in its group, or REFERENCE, or DUMMY.
+        rewards, sampler_scores: [groups, k] float32, zero for candidates without a row. k is at least 1.
+        correct: [groups, k] bool, True where the candidate has a row and a right answer.
+        mask: [groups, k] bool, True where the candidate has a row.
     """
 
     question_ids: tuple[str, ...]
@@ -51,7 +58,10 @@ class Batch:
 
 
 def collate(groups: Sequence[Group], objective: Objective, pad_token_id: int) -> Batch:
-    """The batch of some groups. Without groups: one row of two tokens in no group, which adds exactly nothing."""
+    """The batch of some groups with the candidates that the objective trains on.
+
+    Without groups it has a single DUMMY row of two tokens that belongs to no group and adds exactly zero to the loss.
+    """
     rows: list[tuple[list[int], list[int], int, int]] = []  # prompt, response, group, slot
     k = max([1, *(len(group.candidates) for group in groups)])
     rewards, sampler_scores = torch.zeros(len(groups), k), torch.zeros(len(groups), k)
@@ -66,12 +76,12 @@ def collate(groups: Sequence[Group], objective: Objective, pad_token_id: int) ->
     if not rows:
         rows.append(([pad_token_id], [pad_token_id], 0, DUMMY))
 
-    before = max(len(prompt) for prompt, *_ in rows)
-    after = max(len(response) for _, response, *_ in rows)
-    input_ids = torch.full((len(rows), before + after), pad_token_id)
+    prompt_columns = max(len(prompt) for prompt, *_ in rows)
+    response_columns = max(len(response) for _, response, *_ in rows)
+    input_ids = torch.full((len(rows), prompt_columns + response_columns), pad_token_id)
     attention_mask = torch.zeros_like(input_ids)
     for row, (prompt, response, _, _) in enumerate(rows):
-        columns = slice(before - len(prompt), before + len(response))
+        columns = slice(prompt_columns - len(prompt), prompt_columns + len(response))
         input_ids[row, columns] = torch.tensor(prompt + response)
         attention_mask[row, columns] = 1
     return Batch(
@@ -79,7 +89,7 @@ def collate(groups: Sequence[Group], objective: Objective, pad_token_id: int) ->
         input_ids=input_ids,
         attention_mask=attention_mask,
         position_ids=(attention_mask.cumsum(dim=1) - 1).clamp(min=0),
-        response_mask=attention_mask[:, before:].bool(),
+        response_mask=attention_mask[:, prompt_columns:].bool(),
         group_of_row=torch.tensor([group for *_, group, _ in rows]),
         slot_of_row=torch.tensor([slot for *_, slot in rows]),
         rewards=rewards,

@@ -1,7 +1,7 @@
 """The DeepSpeed engine: its configuration, its optimizer, and its checkpoints.
 
-Invariants: one config field picks the ZeRO stage and nothing else changes; DeepSpeed writes nothing to stdout. The
-default process group exists already when an engine is built.
+The default process group must exist before an engine is built. Invariants: `training.zero_stage` changes what is
+sharded and not what is computed; DeepSpeed writes nothing to stdout.
 """
 
 from __future__ import annotations
@@ -20,17 +20,21 @@ from aft_ray.config.run import LoraConfig, ModelConfig, TrainingConfig
 from aft_ray.training.loading import LoadingError, load_model
 from aft_ray.training.lora import add_adapters, load_adapter
 
-_TAG = "state"
-_BUCKET = 50_000_000  # elements; DeepSpeed's default of 5e8 takes gigabytes of buffers on any rank
+_TAG = "state"  # the subdirectory of a checkpoint that DeepSpeed writes
+_BUCKET = 50_000_000  # elements; DeepSpeed's default of 5e8 takes gigabytes of buffers on every rank
 
 
 def ds_config(training: TrainingConfig, dtype: str) -> dict[str, Any]:
-    """DeepSpeed's configuration. dtype: "float32" or "bfloat16".
+    """DeepSpeed's configuration.
 
-    One accumulation step: the trainer marks the last micro-batch of each optimiser step itself, as their number varies.
+    It has one gradient accumulation step, because the number of micro-batches differs between optimiser steps:
+    `step.train_step` marks the last micro-batch of each step itself.
+
+    Args:
+        dtype: "float32" or "bfloat16".
     """
     bfloat16 = dtype == "bfloat16"
-    # Without ZeRO, DeepSpeed accumulates bfloat16 gradients in bfloat16; stage 1 is the same step in float32.
+    # Without ZeRO, DeepSpeed accumulates bfloat16 gradients in bfloat16. Stage 1 takes the same step in float32.
     stage = max(training.zero_stage, 1) if bfloat16 else training.zero_stage
     zero: dict[str, Any] = {
         "stage": stage,
@@ -69,10 +73,17 @@ def build_engine(
 ) -> Any:
     """A DeepSpeed engine with AdamW on the model at `path`. All ranks call it together.
 
-    lora: train adapters instead of the weights. adapter: the directory that they begin from; None: from nothing.
-    universal: `load` will be given a checkpoint that `to_universal` has written.
+    Args:
+        path: a Hugging Face model directory, or a name on the hub.
+        lora: trains adapters instead of the weights.
+        adapter: the directory from which the adapters are loaded; None for new ones, which change nothing yet.
+        universal: `load_checkpoint` will be given a checkpoint that `convert_to_universal` has written.
+
+    Raises:
+        LoadingError: the files do not fit the model.
+        ConfigError: `lora` names a layer that the model does not have.
     """
-    deepspeed = _import_deepspeed()
+    deepspeed = import_deepspeed()
     config = ds_config(training, model.dtype) | {"checkpoint": {"load_universal": universal}}
     module = load_model(path, model.dtype, trust_remote_code=model.trust_remote_code, config=config)
     if lora is not None:
@@ -81,14 +92,14 @@ def build_engine(
         load_adapter(module, adapter)
     if training.activation_checkpointing:
         module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    with contextlib.redirect_stdout(sys.stderr):  # it prints that its operations are built
+    with contextlib.redirect_stdout(sys.stderr):  # it prints when it compiles its operations
         optimizer = _optimizer([p for p in module.parameters() if p.requires_grad], training)
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
     return engine
 
 
 def _optimizer(parameters: list[torch.nn.Parameter], training: TrainingConfig) -> Any:
-    """AdamW: torch's own, or DeepSpeed's for states in CPU memory, built in C++ when it is first used."""
+    """AdamW: torch's, or with states in CPU memory DeepSpeed's, which is compiled from C++ on its first use."""
     if not training.offload_optimizer:
         return torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
     from deepspeed.ops.adam import DeepSpeedCPUAdam
@@ -96,28 +107,38 @@ def _optimizer(parameters: list[torch.nn.Parameter], training: TrainingConfig) -
     return DeepSpeedCPUAdam(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
 
 
-def save(engine: Any, directory: str | Path, client_state: dict[str, Any]) -> None:
-    """Writes this rank's shards of what is trained and of the optimizer. All ranks call it together."""
+def save_checkpoint(engine: Any, directory: str | Path, client_state: dict[str, Any]) -> None:
+    """Writes this rank's shards of the trained parameters and of the optimizer. All ranks call it together.
+
+    Args:
+        client_state: values that `load_checkpoint` returns.
+    """
     engine.save_checkpoint(
         str(directory), tag=_TAG, client_state=client_state, save_latest=False, exclude_frozen_parameters=True
     )
 
 
-def load(engine: Any, directory: str | Path) -> dict[str, Any]:
-    """Restores weights and optimizer; the client state that was saved. Raises FileNotFoundError without a checkpoint.
+def load_checkpoint(engine: Any, directory: str | Path) -> dict[str, Any]:
+    """Restores the trained parameters and the optimizer. All ranks call it together.
 
-    DeepSpeed unpickles what it reads: only ever give it a checkpoint that this run wrote itself.
+    DeepSpeed unpickles what it reads, so `directory` must be a checkpoint that this run wrote itself.
+
+    Returns:
+        The client state that was given to `save_checkpoint`.
+
+    Raises:
+        FileNotFoundError: the directory holds no checkpoint.
     """
     optimizer = engine.basic_optimizer
     settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    # What is frozen was not saved: it is as it was built.
-    whole = all(parameter.requires_grad for parameter in engine.module.parameters())
+    # Frozen parameters are not saved: they stay as `build_engine` loaded them.
+    all_trained = all(parameter.requires_grad for parameter in engine.module.parameters())
     path, client_state = engine.load_checkpoint(
-        str(directory), tag=_TAG, load_module_strict=whole, load_lr_scheduler_states=False
+        str(directory), tag=_TAG, load_module_strict=all_trained, load_lr_scheduler_states=False
     )
     if path is None:
         raise FileNotFoundError(f"no DeepSpeed checkpoint in {directory}")
-    # The two AdamWs know other settings, and count steps in other types: what was saved may be the other one's.
+    # The checkpoint may come from the other of the two AdamWs, which has other settings and another type of step count.
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group |= own
     for state in optimizer.state.values():
@@ -127,15 +148,18 @@ def load(engine: Any, directory: str | Path) -> dict[str, Any]:
     return dict(client_state)
 
 
-def saved_by(directory: str | Path) -> int | None:
-    """How many ranks saved a checkpoint together; None without ZeRO, whose state any number of ranks can load."""
+def checkpoint_world_size(directory: str | Path) -> int | None:
+    """The number of ranks that saved a checkpoint; None without ZeRO, whose state any number of ranks can load."""
     return len(list((Path(directory) / _TAG).glob("*_optim_states.pt"))) or None
 
 
-def to_universal(directory: str | Path, output: str | Path, timeout_s: float) -> None:
-    """Writes a checkpoint again, by parameters instead of by ranks, so that any number of ranks can load it.
+def convert_to_universal(directory: str | Path, output: str | Path, timeout_s: float) -> None:
+    """Writes a checkpoint in DeepSpeed's universal format, one file a parameter, which any number of ranks can load.
 
-    In a process of its own, which gives its memory back. Raises LoadingError.
+    The conversion runs in a child process, so that its memory is freed.
+
+    Raises:
+        LoadingError: the conversion failed, or took longer than `timeout_s`.
     """
     arguments = ["--input_folder", str(Path(directory) / _TAG), "--output_folder", str(Path(output) / _TAG)]
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *arguments, "--inject_missing_state"]
@@ -150,12 +174,13 @@ def to_universal(directory: str | Path, output: str | Path, timeout_s: float) ->
         raise LoadingError(f"{directory} cannot be converted for another number of workers: {reason}")
 
 
-def _import_deepspeed() -> Any:
+def import_deepspeed() -> Any:
+    """The deepspeed module, set up for the CPU where there is no GPU, and with its logger away from stdout."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
 
-    # Its logger writes to stdout; passed on to the root logger it goes where this process logs.
+    # Its logger writes to stdout. Without handlers its records go to the root logger, like those of this process.
     logger = logging.getLogger("DeepSpeed")
     logger.handlers.clear()
     logger.propagate = True

@@ -1,6 +1,6 @@
-"""Low-rank adapters in the model that is trained: what `lora` in the config asks for, in place.
+"""Puts the low-rank adapters of the config's `lora` section into the model that is trained.
 
-Invariant: only adapters take gradients; the weights beside them stay as they were loaded, bit for bit.
+Invariant: only the adapters are trained; all other weights stay bit for bit as they were loaded.
 """
 
 from __future__ import annotations
@@ -15,14 +15,18 @@ from aft_ray.weights.adapter import ADAPTER_FILE, is_adapter, stored_name
 
 
 def check_targets(model: Any, lora: LoraConfig) -> None:
-    """Raises ConfigError, naming the linear layers there are, when a target of `lora.targets` is none of them."""
+    """Checks `lora.targets` against the model.
+
+    Raises:
+        ConfigError: a target is not a linear layer of the model, or its weight is tied to the embeddings.
+    """
     layers = {name.rpartition(".")[2]: name for name, one in model.named_modules() if isinstance(one, torch.nn.Linear)}
     if unknown := [target for target in lora.targets if target not in layers]:
         raise ConfigError(
             f"lora.targets names {unknown[0]!r}, and no linear layer of {type(model).__name__} is called that; "
             f"they are called {', '.join(layers)}"
         )
-    head = head_of(model)
+    head = output_layer_name(model)
     if model.config.tie_word_embeddings and head in lora.targets:
         raise ConfigError(
             f"lora.targets names {head}, whose weight is also the embedding of {type(model).__name__}: an adapter "
@@ -30,23 +34,29 @@ def check_targets(model: Any, lora: LoraConfig) -> None:
         )
 
 
-def head_of(model: Any) -> str:
-    """What the output layer is called."""
+def output_layer_name(model: Any) -> str:
+    """The last part of the output layer's name, `lm_head` in most models."""
     head = model.get_output_embeddings()
     name: str = next(name for name, one in model.named_modules() if one is head)
     return name.rpartition(".")[2]
 
 
 def add_adapters(model: Any, lora: LoraConfig, base: str) -> None:
-    """Puts an adapter beside each targeted layer, all but the adapters frozen. base: what the model was loaded from.
+    """Puts an adapter into each layer of `lora.targets` and freezes all other weights.
 
-    The adapters are random as torch's seed says, and add nothing yet. Raises ConfigError.
+    New adapters draw their first matrix from torch's global random state and change no output yet.
+
+    Args:
+        base: the directory or name that the model was loaded from.
+
+    Raises:
+        ConfigError: a target does not fit the model.
     """
     from peft import LoraConfig as PeftConfig
     from peft import inject_adapter_in_model
 
     check_targets(model, lora)
-    alpha: Any = lora.alpha  # peft says int, and only ever divides by the rank
+    alpha: Any = lora.alpha  # peft declares an int, but only divides it by the rank
     config = PeftConfig(
         r=lora.rank,
         lora_alpha=alpha,
@@ -59,7 +69,10 @@ def add_adapters(model: Any, lora: LoraConfig, base: str) -> None:
 
 
 def load_adapter(model: Any, directory: Path) -> None:
-    """Gives the model's adapters the values of an adapter directory. Before DeepSpeed has partitioned them."""
+    """Copies the values of an adapter directory into the model's adapters.
+
+    Must be called before DeepSpeed partitions the model.
+    """
     from safetensors.torch import load_file
 
     stored = load_file(directory / ADAPTER_FILE)

@@ -1,7 +1,10 @@
-"""One optimiser step on a DeepSpeed engine, spread over micro-batches and ranks; knows nothing of Ray.
+"""One optimiser step on a DeepSpeed engine, split into micro-batches and over ranks. It does not use Ray.
 
-Invariants: the micro-batch losses of all ranks add up to the loss of the step computed in one batch, because each is
-divided by the whole step's totals; a loss that is not finite stops every rank before the weights change.
+The order of calls is: `train_step` for each optimiser step; in it `micro_loss` for each micro-batch of the rank, which
+calls `score_groups` and `response_logprobs`; then the gradients of all ranks are added up and the weights change.
+
+Invariants: the losses of all micro-batches and ranks add up to the loss of the whole step, because each is divided by
+the totals of the whole step; a loss that is not finite stops every rank before the weights change.
 """
 
 from __future__ import annotations
@@ -22,7 +25,11 @@ from aft_ray.training.collate import REFERENCE, Batch
 
 
 class NonFiniteLoss(RuntimeError):
-    """A loss or gradient was not finite. `question_ids` are the groups at fault; the engine must not be used again."""
+    """A loss or a gradient was not finite. The engine must not be used again.
+
+    Attributes:
+        question_ids: the questions with such a loss; for a gradient, all questions of the step.
+    """
 
     def __init__(self, question_ids: list[str], what: str = "loss") -> None:
         shown = ", ".join(question_ids[:5]) + (f" and {len(question_ids) - 5} more" if len(question_ids) > 5 else "")
@@ -32,12 +39,16 @@ class NonFiniteLoss(RuntimeError):
 
 @dataclass(frozen=True)
 class StepStats:
-    """What a step measured, the same on every rank except for seconds.
+    """What was measured in a step. It is the same on every rank, except for `seconds`.
 
-    loss: L_VFT + w * L_A, or the loss of `rft`. vft_loss: token-mean cross-entropy on the references. alignment_loss:
-    L_A, unweighted; 0 for `vft` and `rft`. right_score, wrong_score: mean score of the trained candidates with a right
-    answer and of the others, NaN without any. tokens: prompts and responses, without padding. grad_norm: before
-    clipping.
+    Attributes:
+        loss: L_VFT + w * L_A, or the loss of an objective that covers the references itself (`rft`).
+        vft_loss: L_VFT, the cross-entropy on the reference responses, nats per token.
+        alignment_loss: L_A without its weight; 0 for `vft` and `rft`.
+        grad_norm: norm of the gradient before clipping.
+        right_score, wrong_score: mean score of the trained candidates with a right answer and of the others, nats per
+            token; NaN if there are none.
+        tokens: tokens of prompts and responses, without padding.
     """
 
     loss: float
@@ -53,16 +64,25 @@ class StepStats:
 
 @dataclass(frozen=True)
 class MicroStats:
-    """Sums of one micro-batch, detached, float64, in the order in which `train_step` unpacks them."""
+    """What was measured in one micro-batch.
+
+    Attributes:
+        sums: [9] float64, detached, in the order in which `train_step` unpacks them.
+        at_fault: ids of the questions whose loss is not finite.
+    """
 
     sums: Tensor
     at_fault: list[str]
 
 
 def response_logprobs(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Log-probability sum of each row's response, and its number of tokens; both [rows], float32.
+    """The log-probability of each row's response, in nats, and its number of tokens.
 
-    Only logits of response columns are materialised: the column before a token predicts it, hence one more.
+    Only the logits of the response columns and of the column before them are computed, since the logits of a column
+    predict the token of the next.
+
+    Returns:
+        Two tensors of shape [rows], float32. The first is differentiable.
     """
     columns = batch.response_columns
     logits = model(
@@ -80,20 +100,24 @@ def response_logprobs(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def score_groups(model: Any, batch: Batch) -> ScoredGroups:
-    """The batch's groups with their scores under the model, differentiable. Candidates without a row score 0."""
+    """The groups of a batch with their scores under the model, differentiable.
+
+    A score is the mean token log-probability of the response, nats per token. A candidate without a row has score 0 and
+    is masked out.
+    """
     sums, tokens = response_logprobs(model, batch)
     scores = sums / tokens
     reference = batch.slot_of_row == REFERENCE
     candidate = batch.slot_of_row >= 0
-    place = (batch.group_of_row[candidate], batch.slot_of_row[candidate])
+    position = (batch.group_of_row[candidate], batch.slot_of_row[candidate])
     empty = scores.new_zeros(batch.mask.shape)
     return ScoredGroups(
-        scores=empty.index_put(place, scores[candidate]),
+        scores=empty.index_put(position, scores[candidate]),
         rewards=batch.rewards,
         mask=batch.mask,
         correct=batch.correct,
         sampler_scores=batch.sampler_scores,
-        tokens=empty.index_put(place, tokens[candidate]),
+        tokens=empty.index_put(position, tokens[candidate]),
         reference_scores=scores[reference],
         reference_tokens=tokens[reference],
     )
@@ -102,9 +126,12 @@ def score_groups(model: Any, batch: Batch) -> ScoredGroups:
 def micro_loss(
     model: Any, batch: Batch, objective: Objective, weight: float, totals: StepTotals, scale: float = 1.0
 ) -> tuple[Tensor, MicroStats]:
-    """This micro-batch's share of the step's loss, times `scale`, and what it measured.
+    """The share of one micro-batch in the loss of its step: a differentiable scalar, times `scale`; and measurements.
 
-    Without scale the shares of all micro-batches and ranks add up to L_VFT + weight * L_A of the step.
+    With `scale` 1 the shares of all micro-batches and ranks add up to L_VFT + weight * L_A of the step.
+
+    Args:
+        totals: what the losses of the whole step are divided by.
     """
     groups = score_groups(model, batch)
     assert groups.reference_scores is not None
@@ -144,16 +171,22 @@ def train_step(
     totals: StepTotals,
     learning_rate: float,
 ) -> StepStats:
-    """Forward and backward over this rank's micro-batches, then one optimiser step. All ranks call it together.
+    """Forward and backward passes over this rank's micro-batches, then one optimiser step. All ranks call it together.
 
-    Every rank gives the same number of micro-batches, at least one. Raises NonFiniteLoss on every rank.
+    Args:
+        micro_batches: at least one, and equally many on every rank.
+        weight: w of L_VFT + w * L_A.
+        totals: those of the whole step.
+
+    Raises:
+        NonFiniteLoss: on every rank. For a loss the weights have not changed.
     """
     started = time.monotonic()
     sums = torch.zeros(9, dtype=torch.float64, device=engine.device)
     at_fault: list[str] = []
     for index, batch in enumerate(micro_batches):
         engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
-        # DeepSpeed averages gradients over the ranks; the shares are to be added up.
+        # DeepSpeed averages gradients over the ranks, but the shares of the loss must be added up.
         loss, stats = micro_loss(
             engine, batch.to(engine.device), objective, weight, totals, scale=dist.get_world_size()
         )
@@ -163,12 +196,12 @@ def train_step(
     dist.all_reduce(sums)
     loss_sum, vft, alignment, right, rights, wrong, wrongs, tokens, faults = sums.tolist()
     if faults:
-        raise NonFiniteLoss(_gather(at_fault))
+        raise NonFiniteLoss(_gather_ids(at_fault))
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
-    grad_norm = _apply(engine)
+    grad_norm = _optimizer_step(engine)
     if not torch.tensor(grad_norm).isfinite() or not engine.was_step_applied():
-        raise NonFiniteLoss(_gather([name for batch in micro_batches for name in batch.question_ids]), "gradient")
+        raise NonFiniteLoss(_gather_ids([name for batch in micro_batches for name in batch.question_ids]), "gradient")
     return StepStats(
         loss=loss_sum,
         vft_loss=vft,
@@ -182,29 +215,18 @@ def train_step(
     )
 
 
-def learning_rate(step: int, total_steps: int, peak: float, warmup: float) -> float:
-    """Linear warm-up over the share `warmup` of the steps, then linear decay to zero at `total_steps`.
-
-    step counts from 0. The first step has peak / warm-up steps, not zero: no step is wasted.
-    """
-    warm = round(warmup * total_steps)
-    if step < warm:
-        return peak * (step + 1) / warm
-    return peak * max(total_steps - step, 0) / max(total_steps - warm, 1)
-
-
-def _apply(engine: Any) -> float:
-    """Takes the optimiser step; the norm of the step's gradient before clipping."""
+def _optimizer_step(engine: Any) -> float:
+    """Takes the optimiser step. Returns the norm of its gradient before clipping."""
     if engine.zero_optimization_stage() > 0:
         engine.step()
         return float(engine.get_global_grad_norm())
-    # Unsharded, every rank holds the whole averaged gradient, and DeepSpeed reports no norm.
+    # Without ZeRO every rank holds the whole averaged gradient, and DeepSpeed reports no norm.
     norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
     engine.step()
     return float(norm)
 
 
-def _gather(question_ids: list[str]) -> list[str]:
+def _gather_ids(question_ids: list[str]) -> list[str]:
     """The ids of all ranks, sorted."""
     gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(gathered, question_ids)

@@ -1,18 +1,28 @@
-"""What every Ray Train worker runs: all rounds in order, each a pass of optimiser steps and a publication.
+"""What every Ray Train worker does: it trains the rounds in order and publishes each one as a policy version.
 
-Invariants: a version is published once its model directory is durable, and that directory is never made again; the
-ledger calls a round trained once its checkpoint is durable too, which may be while the next round trains; every rank
-takes the same steps; a worker that starts again continues after the last round that the ledger calls trained.
+This is the train workers' half of a round; the driver's half is `run/orchestrator.py`. In each round every worker
+
+    1. waits until the coordinator says that all groups of the round are in the ledger
+    2. plans the round's optimiser steps, the same plan on every rank, and takes them
+    3. writes the new version's model directory with the other workers; rank 0 offers it to the samplers
+    4. starts to save the training state; the ledger records the round as trained when it is durable
+    5. sends the weights to the running engines, if the weight transport does that
+
+Step 4 ends in the background while the next round trains. With `sampling.colocate` a worker moves its states to CPU
+memory and releases its GPU before step 1, and moves them back after it.
+
+Invariants: a version is offered only when its model directory is complete, and that directory is never written again;
+every rank takes the same steps; workers that start again continue after the last round that the ledger records as
+trained.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-import os
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -21,189 +31,123 @@ import torch
 
 from aft_ray.config.run import ConfigError, RunConfig
 from aft_ray.coordination.coordinator import PeerFailed, call
-from aft_ray.objectives import Objective, build_objective
 from aft_ray.observe.logs import redirect_output
 from aft_ray.storage.ledger import CheckpointRecord, Ledger
 from aft_ray.storage.records import Group
 from aft_ray.storage.run_dir import LOGS, RunDir, RunDirError
-from aft_ray.tasks.dataset import load_tokenizer, round_size
-from aft_ray.training import batching, checkpoint, deepspeed, step
-from aft_ray.training import offload as turns
-from aft_ray.training.checkpoint import CheckpointFailed, Saver
+from aft_ray.tasks.dataset import load_tokenizer
+from aft_ray.training import batching, deepspeed, step
+from aft_ray.training.checkpoint import CheckpointFailed, CheckpointWriter, universal_checkpoint
 from aft_ray.training.collate import collate
 from aft_ray.training.loading import LoadingError
+from aft_ray.training.offload import offload_states, reload_states, worker_placement
+from aft_ray.training.schedule import RoundSchedule, round_schedule
 from aft_ray.training.weight_publisher import WeightPublisher, build_transport
 
-# Failures that starting again cannot mend; each is one sentence.
-_FINAL = (step.NonFiniteLoss, batching.BatchingError, RunDirError, ConfigError, LoadingError, CheckpointFailed)
+# Errors that starting the workers again cannot repair. The message of each is one sentence for the user.
+_NOT_RETRIED = (step.NonFiniteLoss, batching.BatchingError, RunDirError, ConfigError, LoadingError, CheckpointFailed)
 
 
-@dataclass(frozen=True)
-class WorkerConfig:
-    """What a worker is given. questions: of each task, how many the run trains on; the step counts follow from them."""
+def run_worker(config: RunConfig, run_dir: RunDir, coordinator: Any, questions: Mapping[str, int]) -> None:
+    """Trains all remaining rounds on this worker. All workers of the run call it together.
 
-    config: RunConfig
-    run_dir: RunDir
-    coordinator: Any
-    questions: dict[str, int]
+    A failure that starting again cannot repair ends the run through the coordinator; any other is raised, and Ray Train
+    starts the workers again.
 
-
-def worker_main(given: dict[str, Any]) -> None:
-    """The training function of `TorchTrainer`. A failure that a restart cannot mend ends the run through the board."""
-    worker: WorkerConfig = given["worker"]
+    Args:
+        coordinator: the handle of the coordinator actor.
+        questions: for each task, the number of questions that the run trains on.
+    """
     rank = ray.train.get_context().get_world_rank()
-    if worker.run_dir.is_local:
-        redirect_output(str(worker.run_dir.local_path(f"{LOGS}/trainer-{rank}.log")))
+    if run_dir.is_local:
+        redirect_output(str(run_dir.local_path(f"{LOGS}/trainer-{rank}.log")))
     try:
-        _Trainer(worker, rank).run()
+        TrainWorker(config, run_dir, coordinator, questions, rank).run()
     except PeerFailed:
-        return  # the other side failed and says why
-    except _FINAL as error:
-        call(worker.coordinator.fail, str(error))
+        return  # the driver has failed and reports the reason itself
+    except _NOT_RETRIED as error:
+        call(coordinator.fail, str(error))
 
 
-class _Trainer:
-    def __init__(self, worker: WorkerConfig, rank: int) -> None:
-        self.config, self.run_dir, self.coordinator = worker.config, worker.run_dir, worker.coordinator
-        self.questions = worker.questions
+class TrainWorker:
+    """One rank of the training of a run. All ranks call its methods together and in the same order."""
+
+    def __init__(
+        self, config: RunConfig, run_dir: RunDir, coordinator: Any, questions: Mapping[str, int], rank: int
+    ) -> None:
+        self.config, self.run_dir, self.coordinator = config, run_dir, coordinator
+        self.questions = questions
         self.rank = rank
-        self.world = ray.train.get_context().get_world_size()
-        self.ledger = Ledger(worker.run_dir)
-        self.tokenizer = load_tokenizer(self.config)
-        self.pad_token_id = self.tokenizer.pad_token_id or 0
-        transport = build_transport(self.config, self.coordinator, self.rank)
-        self.publisher = WeightPublisher(self.config, self.run_dir, self.tokenizer, self.rank, transport)
-        # Written to by the thread that ends a save, which must not meet the main thread in one ledger.
-        self.records = Ledger(worker.run_dir)
-        self.saver = Saver(self.run_dir, self.rank, self.config.training.timeout_s, self.coordinator)
-        if self.config.training.gpus_per_worker == 0:
-            torch.set_num_threads(max(1, int(self.config.training.cpus_per_worker)))
+        self.world_size = ray.train.get_context().get_world_size()
+        self.ledger = Ledger(run_dir)
+        # A second ledger object for the thread that saves checkpoints, since one object is not for two threads.
+        self.checkpoint_ledger = Ledger(run_dir)
+        tokenizer = load_tokenizer(config)
+        self.pad_token_id = tokenizer.pad_token_id or 0
+        transport = build_transport(config, coordinator, rank)
+        self.publisher = WeightPublisher(config, run_dir, tokenizer, rank, transport)
+        self.checkpoints = CheckpointWriter(run_dir, rank, config.training.timeout_s, coordinator)
+        if config.training.gpus_per_worker == 0:
+            torch.set_num_threads(max(1, int(config.training.cpus_per_worker)))
 
     def run(self) -> None:
-        last = self.ledger.last_checkpoint()
-        if last and self.rank == 0:
-            # A worker that died between the ledger and the board has left its version unpublished.
-            call(self.coordinator.publish, self.publisher.read(last.round))
+        """Trains every round that the ledger does not record as trained."""
+        resumed = self.ledger.last_checkpoint()
+        if resumed and self.rank == 0:
+            # A worker may have died after it recorded the round and before it offered the version.
+            call(self.coordinator.publish, self.publisher.read(resumed.round))
         engine = None
         last_round = self.config.rounds.count
         for round_number in range(self.ledger.first_untrained_round(bool(self.config.vft.epochs)), last_round + 1):
-            anew = engine is None or round_number == 1
-            if anew:
-                # Round 1 starts like a run from a fine-tuned model: fresh optimizer, weights of version 0.
-                engine = None
-            waited = self._let_samplers_work(engine, round_number) if self.config.sampling.colocate else 0.0
-            if anew:
-                engine = self._engine(round_number, last if last and round_number > 1 else None)
-            self._round(engine, round_number, waited)
+            # Round 1 starts like a run from a fine-tuned model: a new optimizer, and the weights of version 0.
+            needs_engine = engine is None or round_number == 1
+            if needs_engine:
+                engine = None  # frees its memory
+            waited_s = self._lend_gpus(engine, round_number) if self.config.sampling.colocate else 0.0
+            if needs_engine:
+                engine = self._build_engine(round_number, resumed if round_number > 1 else None)
+            self._train_round(engine, round_number, waited_s)
         if self.config.sampling.colocate:
-            self._give_way(engine, last_round + 1)
-        self.saver.wait()
+            self._release_gpus(engine, last_round + 1)  # for the evaluation of the last version
+        self.checkpoints.wait()
 
-    def _let_samplers_work(self, engine: Any, round_number: int) -> float:
-        """Leaves the GPUs to the samplers until they have sampled a round; the seconds that took."""
-        self._give_way(engine, round_number)
-        waited = float(call(self.coordinator.wait_ready, round_number, self.config.rounds.timeout_s))
-        if engine is not None:
-            turns.reload(engine)
-        return waited
-
-    def _give_way(self, engine: Any, round_number: int) -> None:
-        if engine is not None:
-            turns.leave(engine)
-        call(self.coordinator.release_gpus, round_number, turns.seat(self.rank, self.world))
-
-    def _engine(self, round_number: int, resumed: CheckpointRecord | None) -> Any:
-        config = self.config
-        torch.manual_seed(config.seed)
-        name, adapter = config.model.name, None
-        if round_number > 0 and config.vft.epochs:
-            if config.lora is not None:
-                adapter = self.run_dir.fetch_directory(self.run_dir.adapter(0))
-            else:
-                name = str(self.run_dir.fetch_directory(self.run_dir.model(0)))
-        build = partial(deepspeed.build_engine, name, config.model, config.training, lora=config.lora, adapter=adapter)
-        if resumed is None:
-            return build()
-        state = self.run_dir.fetch_directory(resumed.checkpoint)
-        if deepspeed.saved_by(state) in (None, self.world):
-            engine = build()
-            deepspeed.load(engine, state)
-            return engine
-        with checkpoint.for_any_number(state, self.run_dir, config.training.timeout_s) as converted:
-            engine = build(universal=True)
-            deepspeed.load(engine, converted)
-        return engine
-
-    def _round(self, engine: Any, round_number: int, waited: float) -> None:
-        waited += call(self.coordinator.wait_ready, round_number, self.config.rounds.timeout_s)
+    def _train_round(self, engine: Any, round_number: int, waited_s: float) -> None:
+        """The five steps of a round that the module's docstring lists. waited_s: seconds waited for it already."""
+        waited_s += call(self.coordinator.wait_ready, round_number, self.config.rounds.timeout_s)
         self.ledger.refresh()
         groups = self.ledger.read_groups(round_number)
-        # Dropout draws from it: a round is the same whether or not the rounds before it ran in this process.
-        torch.manual_seed(_round_seed(self.config.seed, round_number, self.rank))
-        metrics = self._train(engine, round_number, groups) | {"waited_s": waited}
+        metrics = self._take_steps(engine, round_number, groups) | {"waited_s": waited_s}
         stored = self.publisher.is_stored(round_number)
-        self._finish(engine, round_number, groups, metrics, stored)
+        metrics |= self._publish(engine, round_number, groups, stored)
+        self._save_checkpoint(engine, round_number, metrics)
         if not stored:
-            self.publisher.deliver(engine, round_number)
+            self.publisher.transfer(engine, round_number)
 
-    def _finish(
-        self, engine: Any, round_number: int, groups: list[Group], metrics: dict[str, Any], stored: bool
-    ) -> None:
-        """Makes the round durable: model directory, then board, then checkpoint and ledger while training goes on.
-
-        stored: the model directory is there already, and is kept.
-        """
+    def _take_steps(self, engine: Any, round_number: int, groups: list[Group]) -> dict[str, Any]:
+        """Takes the optimiser steps of a round; returns what the round's `trained` event says of them."""
+        # Dropout draws from this seed: a round is the same whether or not this process trained the rounds before it.
+        torch.manual_seed(_round_seed(self.config.seed, round_number, self.rank))
         started = time.monotonic()
-        if stored:
-            manifest = self.publisher.read(round_number) if self.rank == 0 else None
-        else:
-            manifest = self.publisher.write(engine, round_number, groups)
-        if manifest is not None:
-            metrics |= {"publish_s": time.monotonic() - started, "published_bytes": manifest.bytes}
-            call(self.coordinator.publish, manifest)
-        saving = time.monotonic()
-
-        def durable() -> None:
-            measured = metrics | {"checkpoint_s": time.monotonic() - saving}
-            path = self.run_dir.checkpoint(round_number)
-            self.records.record_checkpoint(CheckpointRecord(round_number, metrics["steps"], path, True, measured))
-            call(self.coordinator.post, {"event": "trained", **measured})
-
-        self.saver.begin(engine, round_number, durable)
-
-    def _train(self, engine: Any, round_number: int, groups: list[Group]) -> dict[str, Any]:
-        """The optimiser steps of a round, and what they amounted to."""
-        started = time.monotonic()
-        schedule = _schedule(self.config, self.questions, round_number)
-        objective = schedule.objective
-        plan = batching.plan_pass(
-            [batching.group_size(group, objective) for group in groups],
-            ranks=self.world,
-            groups_per_step=schedule.groups_per_step,
-            tokens_per_microbatch=self.config.training.tokens_per_microbatch,
-            epochs=schedule.epochs,
-            seed=self.config.seed,
-            round=round_number,
-        )
-        steps = [planned for epoch in plan for planned in epoch]
+        schedule = round_schedule(self.config, self.questions, round_number)
+        steps = self._plan_steps(schedule, round_number, groups)
         history: list[step.StepStats] = []
         for number, planned in enumerate(steps):
-            at = schedule.first_step + number
+            global_step = schedule.first_step + number
             stats = step.train_step(
                 engine,
                 [
-                    collate([groups[index] for index in micro], objective, self.pad_token_id)
-                    for micro in planned.shares[self.rank]
+                    collate([groups[index] for index in micro_batch], schedule.objective, self.pad_token_id)
+                    for micro_batch in planned.shares[self.rank]
                 ],
-                objective,
+                schedule.objective,
                 self.config.objective.weight,
                 planned.totals,
-                step.learning_rate(at, schedule.total_steps, schedule.peak, self.config.training.warmup),
+                schedule.learning_rate(global_step),
             )
             history.append(stats)
             if self.rank == 0:
-                measured = {key: _finite(value) for key, value in asdict(stats).items()}
-                position = {"round": round_number, "step": number + 1, "steps": len(steps), "global_step": at}
+                measured = {key: _finite_or_none(value) for key, value in asdict(stats).items()}
+                position = {"round": round_number, "step": number + 1, "steps": len(steps), "global_step": global_step}
                 self.coordinator.post.remote({"event": "step", **position, **measured})
         seconds = time.monotonic() - started
         tokens = sum(stats.tokens for stats in history)
@@ -215,39 +159,100 @@ class _Trainer:
             "tokens": tokens,
             "tokens_per_s": tokens / seconds,
             **{
-                name: _finite(_mean([getattr(stats, name) for stats in history]))
+                name: _finite_or_none(_finite_mean([getattr(stats, name) for stats in history]))
                 for name in ("loss", "vft_loss", "alignment_loss", "grad_norm", "right_score", "wrong_score")
             },
         }
 
+    def _plan_steps(self, schedule: RoundSchedule, round_number: int, groups: list[Group]) -> list[batching.StepPlan]:
+        """The optimiser steps of all epochs of a round, in order. Equal on every rank."""
+        epochs = batching.plan_pass(
+            [batching.group_size(group, schedule.objective) for group in groups],
+            ranks=self.world_size,
+            groups_per_step=schedule.groups_per_step,
+            tokens_per_microbatch=self.config.training.tokens_per_microbatch,
+            epochs=schedule.epochs,
+            seed=self.config.seed,
+            round=round_number,
+        )
+        return [planned for epoch in epochs for planned in epoch]
 
-@dataclass(frozen=True)
-class _Schedule:
-    """How a round is trained, and where its steps lie in its phase: round 0, or all rounds after it."""
+    def _publish(self, engine: Any, round_number: int, groups: list[Group], stored: bool) -> dict[str, Any]:
+        """Writes the model directory of the new version and offers the version to the samplers.
 
-    objective: Objective
-    epochs: int
-    groups_per_step: int
-    peak: float
-    first_step: int
-    total_steps: int
+        Args:
+            stored: the directory is complete already, from before a restart, and is kept as it is.
 
+        Returns:
+            On rank 0 what the `trained` event says of it; empty on other ranks.
+        """
+        started = time.monotonic()
+        if stored:
+            manifest = self.publisher.read(round_number) if self.rank == 0 else None
+        else:
+            manifest = self.publisher.write(engine, round_number, groups)
+        if manifest is None:
+            return {}
+        measured = {"publish_s": time.monotonic() - started, "published_bytes": manifest.bytes}
+        call(self.coordinator.publish, manifest)
+        return measured
 
-def _schedule(config: RunConfig, questions: Mapping[str, int], round_number: int) -> _Schedule:
-    if round_number == 0:
-        vft = config.vft
-        total = batching.steps_of(round_size(config, questions, 0), vft.questions_per_step, vft.epochs)
-        return _Schedule(build_objective("vft"), vft.epochs, vft.questions_per_step, vft.learning_rate, 0, total)
-    training = config.training
-    steps = batching.steps_of(round_size(config, questions, round_number), training.groups_per_step, training.epochs)
-    return _Schedule(
-        build_objective(config.objective.name, **config.objective.options),
-        training.epochs,
-        training.groups_per_step,
-        training.learning_rate,
-        (round_number - 1) * steps,
-        config.rounds.count * steps,
-    )
+    def _save_checkpoint(self, engine: Any, round_number: int, metrics: dict[str, Any]) -> None:
+        """Starts to save the training state. When it is durable, rank 0 records the round in the ledger as trained."""
+        started = time.monotonic()
+
+        def record_as_trained() -> None:
+            measured = metrics | {"checkpoint_s": time.monotonic() - started}
+            path = self.run_dir.checkpoint(round_number)
+            self.checkpoint_ledger.record_checkpoint(
+                CheckpointRecord(round_number, metrics["steps"], path, True, measured)
+            )
+            call(self.coordinator.post, {"event": "trained", **measured})
+
+        self.checkpoints.start(engine, round_number, record_as_trained)
+
+    def _lend_gpus(self, engine: Any, round_number: int) -> float:
+        """Lets the samplers use the GPUs until they have sampled a round. Returns the seconds that this took."""
+        self._release_gpus(engine, round_number)
+        waited_s = float(call(self.coordinator.wait_ready, round_number, self.config.rounds.timeout_s))
+        if engine is not None:
+            reload_states(engine)
+        return waited_s
+
+    def _release_gpus(self, engine: Any, round_number: int) -> None:
+        """Tells the coordinator that this worker's GPU is free before a round, after moving its states away."""
+        if engine is not None:
+            offload_states(engine)
+        call(self.coordinator.release_gpus, round_number, worker_placement(self.rank, self.world_size))
+
+    def _build_engine(self, round_number: int, resumed: CheckpointRecord | None) -> Any:
+        """The DeepSpeed engine that trains from a round on.
+
+        Rounds after round 0 begin from version 0: its weights, or its adapters on the given model.
+
+        Args:
+            resumed: the trained round whose training state is loaded; None for a new optimizer.
+        """
+        config = self.config
+        torch.manual_seed(config.seed)
+        name, adapter = config.model.name, None
+        if round_number > 0 and config.vft.epochs:
+            if config.lora is not None:
+                adapter = self.run_dir.fetch_directory(self.run_dir.adapter(0))
+            else:
+                name = str(self.run_dir.fetch_directory(self.run_dir.model(0)))
+        build = partial(deepspeed.build_engine, name, config.model, config.training, lora=config.lora, adapter=adapter)
+        if resumed is None:
+            return build()
+        saved = self.run_dir.fetch_directory(resumed.checkpoint)
+        if deepspeed.checkpoint_world_size(saved) in (None, self.world_size):
+            engine = build()
+            deepspeed.load_checkpoint(engine, saved)
+            return engine
+        with universal_checkpoint(saved, self.run_dir, config.training.timeout_s) as converted:
+            engine = build(universal=True)
+            deepspeed.load_checkpoint(engine, converted)
+        return engine
 
 
 def _round_seed(seed: int, round_number: int, rank: int) -> int:
@@ -255,39 +260,12 @@ def _round_seed(seed: int, round_number: int, rank: int) -> int:
     return int.from_bytes(digest[:6], "big")
 
 
-def _mean(values: list[float]) -> float:
-    """Mean of the values that exist: a step without a wrong candidate has no mean score of them."""
-    known = [value for value in values if math.isfinite(value)]
-    return sum(known) / len(known) if known else math.nan
+def _finite_mean(values: list[float]) -> float:
+    """The mean of the finite values, NaN without any: a step without a wrong candidate has no mean score of them."""
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else math.nan
 
 
-def _finite(value: float) -> float | None:
+def _finite_or_none(value: float) -> float | None:
+    """The value as JSON can hold it."""
     return value if math.isfinite(value) else None
-
-
-def fit(worker: WorkerConfig) -> None:
-    """Runs the workers to the end of the last round. Raises what Ray Train raises when they fail for good."""
-    from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
-    from ray.train import RunConfig as TrainRunConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    training = worker.config.training
-    gpu = training.gpus_per_worker > 0
-    trainer = TorchTrainer(
-        worker_main,
-        train_loop_config={"worker": worker},
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=int(training.timeout_s)),
-        scaling_config=ScalingConfig(
-            num_workers=training.workers,
-            use_gpu=gpu,
-            resources_per_worker={"CPU": training.cpus_per_worker} | ({"GPU": 1} if gpu else {}),
-        ),
-        run_config=TrainRunConfig(
-            storage_path=os.fspath(worker.run_dir.full_path()),
-            storage_filesystem=worker.run_dir.filesystem,
-            name="rounds",
-            failure_config=FailureConfig(max_failures=training.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=training.keep_checkpoints),
-        ),
-    )
-    trainer.fit()

@@ -15,8 +15,8 @@ from aft_ray.config.run import LoraConfig, ModelConfig, TrainingConfig
 from aft_ray.objectives import build_objective
 from aft_ray.training import deepspeed, step
 from aft_ray.training.collate import collate
-from aft_ray.weights.adapter import is_adapter, write_adapter
-from aft_ray.weights.export import write_model
+from aft_ray.weights.adapter import is_adapter
+from aft_ray.weights.export import write_adapter, write_model
 from aft_ray.weights.publish import SharedStorage
 
 OBJECTIVE, GROUPS, PER_STEP, RATE, WEIGHT = build_objective("aft_boundary"), 22, 8, 1e-3, 0.7
@@ -61,7 +61,7 @@ def weights(engine):
 
 def export(engine, directory, rank):
     """The merged model and the adapter by itself, as a round writes them."""
-    write_model(engine.module, directory / "model", 40_000, SharedStorage().offer, rank, torch.float32)
+    write_model(engine.module, directory / "model", 40_000, SharedStorage().put_shard, rank, torch.float32)
     write_adapter(engine.module, directory / "adapter", rank)
 
 
@@ -71,7 +71,7 @@ def train_adapters(work, stage, groups, rank, ranks):
     engine = build(work / "model", stage, **options)
     before = {name: tensor for name, tensor in weights(engine).items() if not is_adapter(name)}
     stats = take(engine, groups, range(3), rank, ranks)
-    deepspeed.save(engine, work / f"adapters{stage}", {"round": 7})
+    deepspeed.save_checkpoint(engine, work / f"adapters{stage}", {"round": 7})
     stats += take(engine, groups, range(3, 6), rank, ranks)
     export(engine, work / f"exported{stage}", rank)
     after = weights(engine)
@@ -80,7 +80,7 @@ def train_adapters(work, stage, groups, rank, ranks):
     engine.destroy()
 
     resumed = build(work / "model", stage, **options)
-    deepspeed.load(resumed, work / f"adapters{stage}")
+    deepspeed.load_checkpoint(resumed, work / f"adapters{stage}")
     again = take(resumed, groups, range(3, 6), rank, ranks)
     resumed.destroy()
     return {"stats": stats, "weights": trained, "again": again, "kept": kept}
@@ -108,7 +108,7 @@ def go_on(rank, ranks, work):
         ("adapters3", 3, {"lora": LORA}),
     ):
         engine = build(work / "model", stage, universal=True, **options)
-        state = deepspeed.load(engine, work / f"universal-{name}")
+        state = deepspeed.load_checkpoint(engine, work / f"universal-{name}")
         stats = take(engine, groups, range(3, 6), rank, ranks)
         results[name] = {"stats": stats, "weights": weights(engine), "state": state}
         engine.destroy()
@@ -121,13 +121,13 @@ def do_everything(rank, ranks, work):
     for stage in range(4):
         engine = build(work / "model", stage)
         stats = take(engine, groups, range(3), rank, ranks)
-        deepspeed.save(engine, work / f"checkpoint{stage}", {"round": 7})
+        deepspeed.save_checkpoint(engine, work / f"checkpoint{stage}", {"round": 7})
         stats += take(engine, groups, range(3, 6), rank, ranks)
         results[f"stage{stage}"] = {"stats": stats, "weights": weights(engine)}
         engine.destroy()
 
         resumed = build(work / "model", stage)
-        state = deepspeed.load(resumed, work / f"checkpoint{stage}")
+        state = deepspeed.load_checkpoint(resumed, work / f"checkpoint{stage}")
         stats = take(resumed, groups, range(3, 6), rank, ranks)
         results[f"resumed{stage}"] = {"stats": stats, "weights": weights(resumed), "state": state}
         resumed.destroy()
@@ -151,7 +151,7 @@ def do_everything(rank, ranks, work):
 
         # On from where no state was offloaded.
         away = build(work / "model", stage, **options)
-        deepspeed.load(away, work / f"checkpoint{stage}")
+        deepspeed.load_checkpoint(away, work / f"checkpoint{stage}")
         stats = take(away, groups, range(3, 6), rank, ranks)
         results[f"moved{stage}"] = {"stats": stats, "weights": weights(away)}
         away.destroy()

@@ -12,9 +12,9 @@ from aft_ray.storage.records import Verdict
 from aft_ray.training.batching import (
     BatchingError,
     GroupSize,
+    count_steps,
     group_size,
     plan_pass,
-    steps_of,
     trained_candidates,
     training_mask,
 )
@@ -50,7 +50,7 @@ def test_every_group_once_per_epoch_and_equal_passes_on_every_rank(sizes, given_
     epochs = plan_pass(sizes, **given_options)
     assert len(epochs) == given_options["epochs"]
     per_step, budget = given_options["groups_per_step"], given_options["tokens_per_microbatch"]
-    assert sum(len(steps) for steps in epochs) == steps_of(len(sizes), per_step, given_options["epochs"])
+    assert sum(len(steps) for steps in epochs) == count_steps(len(sizes), per_step, given_options["epochs"])
     for steps in epochs:
         everything = [index for step in steps for share in step.shares for batch in share for index in batch]
         assert sorted(everything) == list(range(len(sizes)))

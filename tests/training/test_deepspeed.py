@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM
 
 from aft_ray.config.run import TrainingConfig
 from aft_ray.training.collate import collate
-from aft_ray.training.deepspeed import ds_config, saved_by, to_universal
+from aft_ray.training.deepspeed import checkpoint_world_size, convert_to_universal, ds_config
 from aft_ray.training.loading import load_model
 from aft_ray.training.lora import add_adapters, load_adapter
 from aft_ray.training.step import micro_loss
-from aft_ray.weights.adapter import write_adapter
+from aft_ray.weights.export import write_adapter
 
 pytestmark = pytest.mark.timeout(2400)
 
@@ -87,7 +87,7 @@ def resized(work, results):
         ("stage3", "checkpoint3"),
         ("adapters3", "adapters3"),
     ):
-        to_universal(work / saved, work / f"universal-{name}", 300)
+        convert_to_universal(work / saved, work / f"universal-{name}", 300)
     return {count: run_ranks(work, count) for count in (1, 3)}
 
 
@@ -184,7 +184,10 @@ def test_bfloat16_with_offloading_and_activation_checkpointing_stays_near(result
 @pytest.mark.parametrize("count", [1, 3])
 def test_another_number_of_ranks_goes_on_with_the_same_steps(results, resized, plain, work, count, stage):
     losses, _, weights = plain
-    assert (saved_by(work / f"checkpoint{stage}"), saved_by(work / "checkpoint0")) == (2, None)
+    assert (checkpoint_world_size(work / f"checkpoint{stage}"), checkpoint_world_size(work / "checkpoint0")) == (
+        2,
+        None,
+    )
     went_on = resized[count][f"stage{stage}"]
     assert went_on["state"]["round"] == 7
     assert [s.loss for s in went_on["stats"]] == pytest.approx(losses[3:], abs=1e-5)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from training_helpers import write_tiny_llama
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from aft_ray.training.loading import LoadingError, _files, load_model
+from aft_ray.training.loading import LoadingError, _tensors_by_file, load_model
 
 SUPPORT = Path(__file__).parents[1] / "support"
 LAYERS, SHARDS = 12, 8
@@ -139,4 +139,4 @@ def test_a_whole_model_is_held_to_its_files_too(work, name):
 
 def test_a_directory_without_safetensors_is_refused(tmp_path):
     with pytest.raises(LoadingError, match=r"neither model\.safetensors nor model\.safetensors\.index\.json"):
-        _files(tmp_path)
+        _tensors_by_file(tmp_path)

@@ -11,7 +11,8 @@ from aft_ray.storage.records import Verdict
 from aft_ray.training.batching import StepTotals, trained_candidates
 from aft_ray.training.collate import DUMMY, REFERENCE, collate
 from aft_ray.training.loading import load_model
-from aft_ray.training.step import learning_rate, micro_loss, response_logprobs
+from aft_ray.training.schedule import learning_rate
+from aft_ray.training.step import micro_loss, response_logprobs
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,81 @@
+"""The schedule of a round: its objective, its passes, and where its steps lie on the learning rate's curve.
+
+Round 0 (VFT) has a curve of its own. All later rounds share one curve, so the learning rate falls over the whole run
+and not once a round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from aft_ray.config.run import RunConfig
+from aft_ray.objectives import Objective, build_objective
+from aft_ray.tasks.dataset import round_size
+from aft_ray.training.batching import count_steps
+
+
+@dataclass(frozen=True)
+class RoundSchedule:
+    """How the groups of one round are trained on.
+
+    Attributes:
+        epochs: passes over the groups of the round.
+        groups_per_step: groups in one optimiser step, over all ranks.
+        first_step: number of the round's first step on the learning rate's curve.
+        total_steps: steps of the whole curve.
+        warmup: share of the curve's steps in which the learning rate rises.
+    """
+
+    objective: Objective
+    epochs: int
+    groups_per_step: int
+    peak_learning_rate: float
+    first_step: int
+    total_steps: int
+    warmup: float
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of a step of the curve."""
+        return learning_rate(step, self.total_steps, self.peak_learning_rate, self.warmup)
+
+
+def round_schedule(config: RunConfig, questions: Mapping[str, int], round_number: int) -> RoundSchedule:
+    """The schedule of a round.
+
+    Args:
+        questions: for each task, the number of questions that the run trains on.
+    """
+    vft, training = config.vft, config.training
+    size = round_size(config, questions, round_number)
+    if round_number == 0:
+        return RoundSchedule(
+            objective=build_objective("vft"),
+            epochs=vft.epochs,
+            groups_per_step=vft.questions_per_step,
+            peak_learning_rate=vft.learning_rate,
+            first_step=0,
+            total_steps=count_steps(size, vft.questions_per_step, vft.epochs),
+            warmup=training.warmup,
+        )
+    steps = count_steps(size, training.groups_per_step, training.epochs)
+    return RoundSchedule(
+        objective=build_objective(config.objective.name, **config.objective.options),
+        epochs=training.epochs,
+        groups_per_step=training.groups_per_step,
+        peak_learning_rate=training.learning_rate,
+        first_step=(round_number - 1) * steps,
+        total_steps=config.rounds.count * steps,
+        warmup=training.warmup,
+    )
+
+
+def learning_rate(step: int, total_steps: int, peak: float, warmup: float) -> float:
+    """Linear warm-up over the share `warmup` of the steps, then linear decay to zero at `total_steps`.
+
+    `step` counts from 0. The first step has the rate peak / warm-up steps and not zero, so it is not lost.
+    """
+    warmup_steps = round(warmup * total_steps)
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    return peak * max(total_steps - step, 0) / max(total_steps - warmup_steps, 1)
