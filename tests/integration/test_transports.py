@@ -1,10 +1,10 @@
-"""However the weights travel, and wherever engines and workers sit: the very same run. And a meeting that fails."""
+"""Every weight transport and placement leads to the same run; a broadcast that fails harms nobody."""
 
 import os
 import signal
 import threading
 import time
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from io import StringIO
 
 import pytest
@@ -20,14 +20,15 @@ from aft_ray.coordination.broadcast_group import BroadcastGroup, Receiver
 from aft_ray.coordination.coordinator import start_coordinator
 from aft_ray.observe.reporter import Reporter
 from aft_ray.observe.summary import read_events
-from aft_ray.run import orchestrator as rounds
-from aft_ray.sampling.broadcast import meet
+from aft_ray.run import launch
+from aft_ray.sampling.broadcast import broadcast_version
 from aft_ray.sampling.sampler_pool import SamplerPool
 from aft_ray.storage.ledger import Ledger
 from aft_ray.storage.run_dir import RunDir
-from aft_ray.training.weight_publisher import CoordinatorBroadcasts
-from aft_ray.weights.broadcast.layout import Layout
-from aft_ray.weights.publish import Broadcast
+from aft_ray.training.weight_publisher import CoordinatorControl
+from aft_ray.weights.broadcast.buckets import Layout
+from aft_ray.weights.broadcast.sender import Broadcast
+from aft_ray.weights.receive_plan import BroadcastOffer
 from aft_ray.weights.version_manifest import read_version_manifest
 
 pytestmark = [pytest.mark.usefixtures("ray_here"), pytest.mark.timeout(1200)]
@@ -49,7 +50,7 @@ def run(directory, model, transport, **sampling) -> tuple[RunDir, str]:
     )
     said = StringIO()
     with Reporter(RunDir(config.run_dir), Console(file=said, width=400)) as reporter:
-        assert rounds.run(config, reporter)
+        assert launch.run(config, reporter)
     return RunDir(config.run_dir), said.getvalue()
 
 
@@ -88,7 +89,7 @@ def assert_published(run_dir):
     return published
 
 
-def test_from_storage_to_engines_in_the_train_workers_place_nobody_works_out_of_turn(tiny_model, plain, tmp_path):
+def test_from_storage_to_engines_on_the_train_workers_gpus_one_side_works_at_a_time(tiny_model, plain, tmp_path):
     shared, said = run(tmp_path, tiny_model, "checkpoint", colocate=True)
     assert_same_run(shared, plain, 0)
     assert "did not reach" not in said
@@ -101,7 +102,7 @@ def test_from_storage_to_engines_in_the_train_workers_place_nobody_works_out_of_
     assert log.count("sleep mode is not supported on CPU") == 1 + 2
 
 
-def test_streamed_to_an_engine_of_two_processes_though_one_of_them_is_killed(tiny_model, plain, tmp_path):
+def test_a_broadcast_to_an_engine_of_two_processes_though_one_of_them_is_killed(tiny_model, plain, tmp_path):
     killed, ended = [], threading.Event()
 
     def kill() -> None:
@@ -123,7 +124,7 @@ def test_streamed_to_an_engine_of_two_processes_though_one_of_them_is_killed(tin
     (lost,) = events(two, "sampler_lost")
     assert "its process or node ended" in lost["reason"]
     assert len(events(two, "sampler_joined")) == 2
-    # Version 0 was read from the directory if the engine died before it had proven it.
+    # Version 0 was read from the directory if the engine died before its probes were verified.
     assert assert_published(two)[1]["rendezvous_s"] > 0
     assert events(two, "streamed")[-1]["version"] == 1
     deadline = time.monotonic() + 60
@@ -133,7 +134,7 @@ def test_streamed_to_an_engine_of_two_processes_though_one_of_them_is_killed(tin
     assert_same_run(two, plain, 1e-6)  # two processes add up in another order than one
 
 
-# ── meetings by themselves ───────────────────────────────────────────────────────────────────────────────────────────
+# ── broadcasts by themselves ──────────────────────────────────────────────────────────────────────────────────────────
 
 
 def answers_still(actor) -> bool:
@@ -144,26 +145,31 @@ def answers_still(actor) -> bool:
     return True
 
 
-class Killing:
-    """A trainer's meetings, at which an engine's process is killed on its way."""
+class KillsBeforeAnnouncing:
+    """A coordinator that ends a sampler's process before it passes on the announcement of a broadcast."""
 
     def __init__(self, coordinator, victim) -> None:
-        self.meetings, self.victim, self.ends = CoordinatorBroadcasts(coordinator, 300), victim, []
+        self.check, self.announce_broadcast = coordinator.check, self
+        self.coordinator, self.victim = coordinator, victim
 
-    def invitation(self, version):
-        return self.meetings.invitation(version)
-
-    def open_table(self, version, port):
+    def remote(self, group):
         ray.kill(self.victim, no_restart=False)
         while answers_still(self.victim):
             time.sleep(0.1)
-        self.meetings.open_table(version, port)
-
-    def ended(self, version, how):
-        self.ends.append(how)
+        return self.coordinator.announce_broadcast.remote(group)
 
 
-def test_a_meeting_that_loses_an_engine_harms_neither_the_trainer_nor_the_others(tiny_model, tmp_path):
+@dataclass(frozen=True)
+class RecordingControl(CoordinatorControl):
+    """The control of a run, which keeps the results instead of posting them."""
+
+    results: list = field(default_factory=list)
+
+    def report(self, version, result):
+        self.results.append(result)
+
+
+def test_a_broadcast_that_loses_an_engine_harms_neither_the_trainer_nor_the_others(tiny_model, tmp_path):
     config = tiny_config(
         tmp_path / "run", tiny_model, sampling={"samplers": 2}, weights={"transport": "nccl", "timeout_s": 8}
     )
@@ -171,25 +177,25 @@ def test_a_meeting_that_loses_an_engine_harms_neither_the_trainer_nor_the_others
     pool = SamplerPool.start(config, str(tiny_model), 1, None, None)
     try:
         pool.wait_ready(2)
-        meetings = Killing(coordinator, pool.actors[1])
         model = AutoModelForCausalLM.from_pretrained(tiny_model)
-        trainer = Broadcast(meetings, 0, torch.float32, 1 << 20, 8, gpu=False)
-        manifest = trainer.describe(read_version_manifest(1, tiny_model), [], model)
+        control = RecordingControl(coordinator, 300)
+        trainer = Broadcast(control, 0, torch.float32, 1 << 20, 8, gpu=False)
+        manifest = trainer.add_to_manifest(read_version_manifest(1, tiny_model), [], model)
         ray.get(coordinator.publish.remote(manifest))
-        delivering = threading.Thread(target=trainer.deliver, args=(model, 1))
-        delivering.start()
+        transferring = threading.Thread(target=trainer.transfer, args=(model, 1))
+        transferring.start()
         began = time.monotonic()
-        met = meet(coordinator, pool, manifest, 1)
+        result = broadcast_version(KillsBeforeAnnouncing(coordinator, pool.actors[1]), pool, manifest, 1)
         assert time.monotonic() - began < 60
-        delivering.join(60)
-        assert not delivering.is_alive()
-        assert "phase 'rendezvous': sampler 1 did not come within 8 s" in str(meetings.ends[0])
-        assert met.loaded == []
-        assert met.missed[1].startswith("sampler 1")
-        assert met.missed[0].startswith("sampler 0 did not get through phase 'rendezvous' of publishing version 1: ")
-        assert met.missed[0].endswith("weights.timeout_s (8 s a phase) sets the deadline")
-        # The directory serves whoever is there; the meeting is not held twice.
-        assert meet(coordinator, pool, manifest, 1).missed == []
+        transferring.join(60)
+        assert not transferring.is_alive()
+        assert "phase 'rendezvous': sampler 1 did not come within 8 s" in str(control.results[0])
+        assert result.loaded == []
+        assert result.missed[1].startswith("sampler 1")
+        assert result.missed[0].startswith("sampler 0 did not get through phase 'rendezvous' of publishing version 1: ")
+        assert result.missed[0].endswith("weights.timeout_s (8 s a phase) sets the deadline")
+        # Every sampler that answers reads the directory; there is no second broadcast of a version.
+        assert broadcast_version(coordinator, pool, manifest, 1).missed == []
         assert {one.version for one in pool.load(manifest)} == {1}
         assert ray.get(pool.actors[0].status.remote()).version == 1
     finally:
@@ -197,20 +203,33 @@ def test_a_meeting_that_loses_an_engine_harms_neither_the_trainer_nor_the_others
 
 
 def test_a_version_that_nobody_asks_for_lets_the_trainer_go_on(tiny_model):
-    """As when rounds need no samples: the conductor waits for a later version, and the trainer for nobody."""
+    """As when rounds need no samples: the driver waits for a later version, and the trainer for nobody."""
     coordinator = start_coordinator()
-    manifest = replace(read_version_manifest(1, tiny_model), broadcast=Layout.of(["a"], [(1,)], "float32", 1))
-    ray.get(coordinator.publish.remote(manifest))
-    waiting = coordinator.wait_invitation.remote(1, 60)
+    offer = BroadcastOffer("127.0.0.1", 1, Layout.of(["a"], [(1,)], "float32", 1))
+    manifest = replace(read_version_manifest(1, tiny_model), broadcast=offer)
+
+    def publish(manifest):
+        ray.get(coordinator.publish.remote(manifest))
+
+    def announce(version) -> bool:
+        group = BroadcastGroup(version, (Receiver("sampler 0", 1),))
+        return ray.get(coordinator.announce_broadcast.remote(group), timeout=30)
+
+    publish(manifest)
+    waiting = coordinator.wait_broadcast.remote(1, 60)
     later = coordinator.wait_version.remote(3, 60)
     assert ray.get(waiting, timeout=30) is None
-    # The train workers start again: what they publish from disk is met by nobody.
-    invited = coordinator.invite.remote(BroadcastGroup(2, (Receiver("sampler 0", 1),)), 60)
-    assert ray.get(invited, timeout=30) is None
-    offered = replace(manifest, version=3)
-    ray.get(coordinator.publish.remote(offered))
+    # No version 2 was offered, as after a start of the train workers that published it from disk.
+    assert not announce(2)
+    publish(replace(manifest, version=3))
     assert ray.get(later, timeout=30)[0].version == 3
-    invited = coordinator.invite.remote(BroadcastGroup(3, (Receiver("sampler 0", 1),)), 60)
-    assert ray.get(coordinator.wait_invitation.remote(3, 60), timeout=30).world_size == 2
-    ray.get(coordinator.publish.remote(replace(offered, broadcast=None)))
-    assert ray.get(invited, timeout=30) is None
+    assert announce(3)
+    assert ray.get(coordinator.wait_broadcast.remote(3, 60), timeout=30).world_size == 2
+    assert not announce(3)  # a version is broadcast once
+    # The train workers start again after they have offered a version: nobody can send it any more.
+    publish(replace(manifest, version=4))
+    publish(replace(manifest, version=3, broadcast=None))
+    assert not announce(4)
+    publish(replace(manifest, version=5))
+    publish(replace(manifest, version=5, broadcast=None))
+    assert not announce(5)

@@ -5,16 +5,15 @@ import sys
 
 import torch
 
-from aft_ray.weights.broadcast.buckets import receive
-from aft_ray.weights.broadcast.gloo_group import GlooGroup, reach_store
-from aft_ray.weights.broadcast.layout import Layout
+from aft_ray.weights.broadcast.buckets import Layout, receive
+from aft_ray.weights.broadcast.gloo_group import GlooGroup, connect_store
 
 
 def main(port: int, rank: int, spec: str, fate: str) -> None:
     threshold, *shapes = spec.split(";")
     shapes = tuple(tuple(map(int, shape.split("x"))) for shape in shapes)
     layout = Layout(tuple(f"w{i}" for i in range(len(shapes))), shapes, "float32", int(threshold))
-    group = GlooGroup(reach_store("127.0.0.1", port, 60), rank, 3, 60)
+    group = GlooGroup(connect_store("127.0.0.1", port, 60), rank, 3, 60)
     received = []
 
     def load(tensors) -> None:

@@ -1,4 +1,4 @@
-"""One of two ranks that hold a model in ZeRO-3 shards, write and stream it: `zero3_main.py RANK PORT MODEL OUTPUT`."""
+"""One of two ranks that write and broadcast a model in ZeRO-3 shards: `zero3_main.py RANK PORT MODEL OUTPUT`."""
 
 import os
 import sys
@@ -10,13 +10,15 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from aft_ray.config.run import ModelConfig, TrainingConfig
-from aft_ray.coordination.broadcast_group import BroadcastFailed, BroadcastGroup, Receiver
+from aft_ray.coordination.broadcast_group import BroadcastGroup, Receiver
 from aft_ray.training import deepspeed
 from aft_ray.weights.broadcast.buckets import receive
-from aft_ray.weights.broadcast.gloo_group import GlooGroup, reach_store
-from aft_ray.weights.broadcast.layout import Layout
-from aft_ray.weights.export import layout_of, write_model
-from aft_ray.weights.publish import Broadcast, SharedStorage
+from aft_ray.weights.broadcast.gloo_group import GlooGroup, connect_store
+from aft_ray.weights.broadcast.sender import Broadcast, BroadcastFailed
+from aft_ray.weights.export import write_model
+from aft_ray.weights.publish import SharedStorage
+from aft_ray.weights.receive_plan import BroadcastOffer
+from aft_ray.weights.version_manifest import VersionManifest
 
 
 def keep_nothing_gathered(training, dtype, made=deepspeed.ds_config):
@@ -26,42 +28,46 @@ def keep_nothing_gathered(training, dtype, made=deepspeed.ds_config):
     return config
 
 
-class Meetings:
-    """To version 1 an engine comes, in a thread of rank 0's; to version 2 none does."""
+class Control:
+    """The control of two broadcasts: an engine, in a thread of rank 0, receives version 1; none joins version 2."""
 
-    def __init__(self, layout: Layout) -> None:
-        self.layout, self.received, self.ends = layout, {}, {}
+    address = "127.0.0.1"
+
+    def __init__(self) -> None:
+        self.manifests, self.received, self.results = {}, {}, {}
         self.threads: list[threading.Thread] = []
 
-    def invitation(self, version: int) -> BroadcastGroup:
+    def wait_group(self, version: int) -> BroadcastGroup:
+        if version == 1 and version in self.manifests:  # rank 0
+            self.threads.append(threading.Thread(target=self.engine, args=(self.manifests[version].broadcast,)))
+            self.threads[0].start()
         return BroadcastGroup(version, (Receiver("sampler 0", 1),))
 
-    def open_table(self, version: int, port: int) -> None:
-        if version == 1:
-            self.threads.append(threading.Thread(target=self.engine, args=(port,)))
-            self.threads[0].start()
+    def engine(self, offer: BroadcastOffer) -> None:
+        group = GlooGroup(connect_store(offer.address, offer.port, 60), 1, 2, 60)
+        receive(offer.layout, group, self.received.update, torch.device("cpu"))
 
-    def engine(self, port: int) -> None:
-        group = GlooGroup(reach_store("127.0.0.1", port, 60), 1, 2, 60)
-        receive(self.layout, group, self.received.update, torch.device("cpu"))
-
-    def ended(self, version: int, how: object) -> None:
-        self.ends[version] = how
+    def report(self, version: int, result: object) -> None:
+        self.results[version] = result
 
 
 def stream(module: torch.nn.Module, rank: int, output: Path) -> None:
-    meetings = Meetings(layout_of(module, torch.float32, 40_000))
-    Broadcast(meetings, rank, torch.float32, 40_000, 60, gpu=False).deliver(module, 1)
-    Broadcast(meetings, rank, torch.float32, 40_000, 2, gpu=False).deliver(module, 2)
+    control = Control()
+    for version, timeout_s in ((1, 60), (2, 2)):
+        transport = Broadcast(control, rank, torch.float32, 40_000, timeout_s, gpu=False)
+        if rank == 0:
+            manifest = VersionManifest(version, str(output), (), ())
+            control.manifests[version] = transport.add_to_manifest(manifest, [], module)
+        transport.transfer(module, version)
     if rank == 0:
-        meetings.threads[0].join()
+        control.threads[0].join()
         written = {}
         for file in output.glob("*.safetensors"):
             written |= load_file(file)
-        assert written.keys() == meetings.received.keys()
-        assert all(torch.equal(written[name], meetings.received[name]) for name in written)
-        assert meetings.ends[1].bytes == sum(tensor.nbytes for tensor in written.values())
-        assert isinstance(meetings.ends[2], BroadcastFailed)
+        assert written.keys() == control.received.keys()
+        assert all(torch.equal(written[name], control.received[name]) for name in written)
+        assert control.results[1].bytes == sum(tensor.nbytes for tensor in written.values())
+        assert isinstance(control.results[2], BroadcastFailed)
 
 
 def main(rank: int, port: str, model: str, output: Path) -> None:
@@ -71,7 +77,7 @@ def main(rank: int, port: str, model: str, output: Path) -> None:
     dist.init_process_group("gloo", rank=rank, world_size=2)
     engine = deepspeed.build_engine(model, ModelConfig(name=model, dtype="float32"), TrainingConfig(zero_stage=3))
     assert all(parameter.numel() == 0 for parameter in engine.module.parameters())
-    written = write_model(engine.module, output, 40_000, SharedStorage().offer, rank, torch.float32)
+    written = write_model(engine.module, output, 40_000, SharedStorage().put_shard, rank, torch.float32)
     assert (written.shards == []) is (rank == 1)
     stream(engine.module, rank, output)
     assert all(parameter.numel() == 0 for parameter in engine.module.parameters())

@@ -31,7 +31,7 @@ def model(directory):
 
 
 def write(model, directory, shard_bytes, dtype=torch.float32):
-    return write_model(model, directory, shard_bytes, SharedStorage().offer, 0, dtype)
+    return write_model(model, directory, shard_bytes, SharedStorage().put_shard, 0, dtype)
 
 
 def assert_same_model(left, right):

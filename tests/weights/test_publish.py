@@ -25,8 +25,8 @@ class Trainer:
 
         model = AutoModelForCausalLM.from_pretrained(source)
         end = TRANSPORTS[transport]()
-        written = write_model(model, Path(directory), shard_bytes, end.offer, 0, torch.float32)
-        return end.describe(VersionManifest(1, directory, tuple(written.shards), ()), written.handles, model)
+        written = write_model(model, Path(directory), shard_bytes, end.put_shard, 0, torch.float32)
+        return end.add_to_manifest(VersionManifest(1, directory, tuple(written.shards), ()), written.handles, model)
 
 
 def publish(model, directory, transport, shard_bytes=40_000):

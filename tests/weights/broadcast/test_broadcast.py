@@ -1,5 +1,6 @@
-"""The real engine at a meeting: it takes the trainer's live weights, and goes on when a stream breaks off."""
+"""The real engine in a weight broadcast: it receives the trainer's live weights, and outlives a broken broadcast."""
 
+import socket
 import threading
 import time
 from dataclasses import replace
@@ -9,26 +10,20 @@ import torch
 from tiny import LENGTH
 from transformers import AutoModelForCausalLM
 
-from aft_ray.coordination.broadcast_group import (
-    BroadcastFailed,
-    BroadcastGroup,
-    BroadcastMembership,
-    Receiver,
-    StoreAddress,
-)
+from aft_ray.coordination.broadcast_group import BroadcastGroup, Receiver
 from aft_ray.inference.engine import Engine
 from aft_ray.inference.engine_spec import EngineSpec
 from aft_ray.inference.update_phases import PhaseTimeout, UpdatePhases
 from aft_ray.inference.versioned_engine import WeightTransferFailed
-from aft_ray.weights.broadcast.sender import GlooSender, stream
+from aft_ray.weights.broadcast.sender import Broadcast, BroadcastFailed, GlooSender, stream
 from aft_ray.weights.export import layout_of, live_parameters
-from aft_ray.weights.publish import Broadcast
-from aft_ray.weights.receive_plan import FromBroadcast, FromDirectory
+from aft_ray.weights.receive_plan import BroadcastOffer, FromBroadcast, FromDirectory
+from aft_ray.weights.version_manifest import VersionManifest
 from jobs.tiny_model import build_tiny_model
 
 DEADLINE = 120
 PROMPT, RESPONSE = [7, 8, 9, 10, 11, 12], [9, 10, 1]
-GUESTS = (Receiver("sampler 0", 1),)
+RECEIVERS = (Receiver("sampler 0", 1),)
 
 
 def changed(directory, factor):
@@ -54,50 +49,48 @@ def directory(request, tiny_model, untied_model):
 
 @pytest.fixture(scope="module")
 def engine(directory):
-    spec = EngineSpec(str(directory), 1, "float32", LENGTH, 32, gpu=False, kv_cache_gib=0.25, joins_broadcast=True)
+    spec = EngineSpec(str(directory), 1, "float32", LENGTH, 32, gpu=False, kv_cache_gib=0.25, receives_broadcasts=True)
     engine = Engine(spec)
     yield engine
     engine.close()
 
 
-def meet(engine, model, tensors=None, bucket_bytes=30_000, timeout_s=60.0):
-    """A meeting of this process's trainer with its engine, until both are through; what the trainer says of it."""
+def broadcast(engine, model, tensors=None, bucket_bytes=30_000, timeout_s=60.0):
+    """A broadcast from this process, as the trainer, to its engine; returns how it ended for the trainer."""
     layout = layout_of(model, torch.float32, bucket_bytes)
-    hub, ends = GlooSender(timeout_s), []
-    invitation = BroadcastGroup(1, GUESTS)
+    sender, results = GlooSender(timeout_s), []
+    group = BroadcastGroup(1, RECEIVERS)
 
     def trainer() -> None:
         try:
-            ends.append(stream(tensors or live_parameters(model, True), layout, hub, invitation, timeout_s))
+            results.append(stream(tensors or live_parameters(model, True), layout, sender, group, timeout_s))
         except BroadcastFailed as error:
-            ends.append(error)
+            results.append(error)
         except ConnectionAbortedError:  # the source's own
-            hub.destroy()
+            sender.destroy()
 
     sending = threading.Thread(target=trainer)
     sending.start()
-    place = BroadcastMembership(
-        StoreAddress("127.0.0.1", hub.port), invitation.first_ranks[0], invitation.world_size, layout
-    )
+    plan = FromBroadcast(BroadcastOffer("127.0.0.1", sender.port, layout), group.first_ranks[0], group.world_size)
     try:
-        engine.update_weights(FromBroadcast(place).calls(timeout_s), lambda phase: None).result(DEADLINE)
+        engine.update_weights(plan.calls(timeout_s), lambda phase: None).result(DEADLINE)
     finally:
         sending.join(DEADLINE)
-        hub.destroy()
-    return ends[0]
+        sender.destroy()
+    return results[0]
 
 
-def test_an_engine_at_a_meeting_has_the_trainers_weights(engine, directory):
+def test_an_engine_has_the_trainers_weights_after_a_broadcast(engine, directory):
     for factor in (3.0, 1.5):
         model = changed(directory, factor)
         before = score(model)
-        streamed = meet(engine, model)
+        streamed = broadcast(engine, model)
         assert engine.score(PROMPT, RESPONSE).result(DEADLINE) == pytest.approx(before, abs=1e-5)
         assert streamed.bytes == sum(parameter.nbytes for parameter in model.parameters())
         assert score(model) == before  # the trainer's are untouched
 
 
-def test_an_engine_whose_stream_broke_off_takes_the_next_delivery(engine, directory):
+def test_an_engine_whose_broadcast_broke_off_takes_the_next_update(engine, directory):
     model, sent = changed(directory, 2.0), 0
 
     def breaking():
@@ -109,28 +102,28 @@ def test_an_engine_whose_stream_broke_off_takes_the_next_delivery(engine, direct
             yield pair
 
     with pytest.raises(WeightTransferFailed):
-        meet(engine, model, breaking(), bucket_bytes=1)
+        broadcast(engine, model, breaking(), bucket_bytes=1)
     assert engine.alive()
     shards = tuple(path.name for path in directory.glob("*.safetensors"))
     calls = FromDirectory(str(directory), shards).calls(DEADLINE)
     engine.update_weights(calls, lambda phase: None).result(DEADLINE)
     assert engine.score(PROMPT, RESPONSE).result(DEADLINE) == pytest.approx(score(changed(directory, 1.0)), abs=1e-5)
-    meet(engine, model)
+    broadcast(engine, model)
     assert engine.score(PROMPT, RESPONSE).result(DEADLINE) == pytest.approx(score(model), abs=1e-5)
 
 
 def test_a_trainer_that_never_comes_is_missed_within_the_deadline(engine, directory):
     model = changed(directory, 1.0)
-    hub, began = GlooSender(60), time.monotonic()
-    place = BroadcastMembership(StoreAddress("127.0.0.1", hub.port), 1, 2, layout_of(model, torch.float32, 1000))
+    sender, began = GlooSender(60), time.monotonic()
+    plan = FromBroadcast(BroadcastOffer("127.0.0.1", sender.port, layout_of(model, torch.float32, 1000)), 1, 2)
     phases = []
     with pytest.raises(WeightTransferFailed):
-        engine.update_weights(FromBroadcast(place).calls(2), phases.append).result(DEADLINE)
+        engine.update_weights(plan.calls(2), phases.append).result(DEADLINE)
     assert time.monotonic() - began < 30
     assert phases == ["fetch", "rendezvous"]
     assert engine.alive()
-    hub.destroy()
-    meet(engine, model)
+    sender.destroy()
+    broadcast(engine, model)
     assert engine.score(PROMPT, RESPONSE).result(DEADLINE) == pytest.approx(score(model), abs=1e-5)
 
 
@@ -140,42 +133,49 @@ def test_the_number_of_remote_calls_does_not_grow_with_the_model(tmp_path):
         model = changed(build_tiny_model(tmp_path / str(layers), 0, 64, layers, 2, True, LENGTH), 1.0)
         layout = layout_of(model, torch.float32, 1000)
         assert len(layout.names) > 9 * layers
-        made.append(
-            [call.method for call in FromBroadcast(BroadcastMembership(StoreAddress("a", 1), 1, 2, layout)).calls(1)]
-        )
+        made.append([call.method for call in FromBroadcast(BroadcastOffer("a", 1, layout), 1, 2).calls(1)])
     assert made[0] == made[1]
     assert len(made[0]) == 5
 
 
-class Told:
-    """What the trainer learns of meetings and tells of them, without a board."""
+class Control:
+    """Answers the trainer as a driver would that announces one group."""
 
-    def __init__(self, invitation) -> None:
-        self.given, self.ends, self.ports = invitation, [], []
+    address = "127.0.0.1"
 
-    def invitation(self, version):
-        return self.given
+    def __init__(self, group) -> None:
+        self.group, self.results = group, []
 
-    def open_table(self, version, port):
-        self.ports.append(port)
+    def wait_group(self, version):
+        return self.group
 
-    def ended(self, version, how):
-        self.ends.append(how)
+    def report(self, version, result):
+        self.results.append(result)
 
 
-def test_a_trainer_whom_nobody_meets_goes_on_and_says_why(tiny_model):
+def test_a_trainer_whose_engines_do_not_come_goes_on_and_says_why(tiny_model):
     model = changed(tiny_model, 1.0)
-    told = Told(BroadcastGroup(4, GUESTS))
+    control = Control(BroadcastGroup(4, RECEIVERS))
     began = time.monotonic()
-    Broadcast(told, 0, torch.float32, 1 << 20, 1.0, gpu=False).deliver(model, 4)
+    offer_and_transfer(control, model)
     assert time.monotonic() - began < 10
-    assert str(told.ends[0]) == (
+    assert str(control.results[0]) == (
         "the stream of version 4 failed in phase 'rendezvous': sampler 0 did not come within 1 s"
     )
-    for nobody in (None, replace(told.given, guests=())):
-        told = Told(nobody)
-        Broadcast(told, 0, torch.float32, 1 << 20, 1.0, gpu=False).deliver(model, 4)
-        assert told.ends == told.ports == []
+    for nobody in (None, replace(control.group, receivers=())):
+        control = Control(nobody)
+        port = offer_and_transfer(control, model)
+        assert control.results == []
+        with pytest.raises(ConnectionRefusedError):  # nobody waits at a store that is not used
+            socket.create_connection(("127.0.0.1", port), timeout=5)
+
+
+def offer_and_transfer(control, model) -> int:
+    """Offers version 4 and transfers it; returns the port that was offered."""
+    transport = Broadcast(control, 0, torch.float32, 1 << 20, 1.0, gpu=False)
+    manifest = transport.add_to_manifest(VersionManifest(4, "", (), ()), [], model)
+    transport.transfer(model, 4)
+    return manifest.broadcast.port
 
 
 def test_a_phase_that_stands_still_is_named(monkeypatch):

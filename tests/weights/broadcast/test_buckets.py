@@ -15,10 +15,9 @@ from hypothesis import strategies as st
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from aft_ray.coordination.broadcast_group import BroadcastFailed, BroadcastGroup, Receiver
-from aft_ray.weights.broadcast.buckets import receive, send
-from aft_ray.weights.broadcast.layout import Layout
-from aft_ray.weights.broadcast.sender import GlooSender, stream
+from aft_ray.coordination.broadcast_group import BroadcastGroup, Receiver
+from aft_ray.weights.broadcast.buckets import Layout, receive, send
+from aft_ray.weights.broadcast.sender import BroadcastFailed, GlooSender, stream
 
 CPU = torch.device("cpu")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -166,51 +165,50 @@ def peer(port: int, rank: int, layout_args: str, *, dies: bool = False) -> subpr
     return subprocess.Popen([*command, "dies" if dies else "lives"], env=environment, stdout=subprocess.PIPE, text=True)
 
 
-def meeting(names, shapes, bucket, timeout_s, dies=()):
-    """A stream to two processes. Returns what became of it, and of each."""
+def broadcast(names, shapes, bucket, timeout_s, dies=()):
+    """A broadcast to two processes. Returns how it ended, what each process printed, and the seconds that took."""
     layout = Layout.of(names, shapes, "float32", bucket)
-    hub = GlooSender(timeout_s)
+    sender = GlooSender(timeout_s)
     spec = ";".join([str(layout.threshold), *("x".join(map(str, shape)) for shape in shapes)])
-    peers = [peer(hub.port, rank, spec, dies=rank in dies) for rank in (1, 2)]
+    peers = [peer(sender.port, rank, spec, dies=rank in dies) for rank in (1, 2)]
     filled = [torch.full(shape, float(i)) for i, shape in enumerate(shapes)]
     tensors = zip(names, filled, strict=True)
     try:
-        how = stream(
-            tensors, layout, hub, BroadcastGroup(3, (Receiver("sampler 0", 1), Receiver("sampler 1", 1))), timeout_s
-        )
+        group = BroadcastGroup(3, (Receiver("sampler 0", 1), Receiver("sampler 1", 1)))
+        result = stream(tensors, layout, sender, group, timeout_s)
     except BroadcastFailed as error:
-        how = error
-        hub.destroy()
+        result = error
+        sender.destroy()
     at = time.monotonic()
     try:
         said = [process.communicate(timeout=60)[0].strip() for process in peers]
     finally:
         for process in peers:
             process.kill()
-    return how, said, time.monotonic() - at
+    return result, said, time.monotonic() - at
 
 
 def test_a_stream_over_gloo_reaches_every_process():
     shapes = [(64, 64), (64,), (300, 64), (64, 64)]
-    how, said, _ = meeting(["a", "b", "c", "d"], shapes, 32 << 10, 60)
-    assert how.bytes == sum(math.prod(shape) for shape in shapes) * 4
+    result, said, _ = broadcast(["a", "b", "c", "d"], shapes, 32 << 10, 60)
+    assert result.bytes == sum(math.prod(shape) for shape in shapes) * 4
     assert said == [f"received {[0.0, 1.0, 2.0, 3.0]}"] * 2
 
 
 def test_a_process_that_dies_in_the_stream_fails_it_at_once_for_all():
-    how, said, seconds = meeting([f"w{i}" for i in range(40)], [(512, 512)] * 40, 2 << 20, 60, dies=(2,))
-    assert isinstance(how, BroadcastFailed)
-    assert str(how).startswith("the stream of version 3 failed in phase 'fetch': ")
+    result, said, seconds = broadcast([f"w{i}" for i in range(40)], [(512, 512)] * 40, 2 << 20, 60, dies=(2,))
+    assert isinstance(result, BroadcastFailed)
+    assert str(result).startswith("the stream of version 3 failed in phase 'fetch': ")
     assert said[0].startswith("failed")
     assert seconds < 30  # long before the deadline
 
 
 def test_a_process_that_never_comes_is_named_within_the_deadline():
     layout = Layout.of(["a"], [(4,)], "float32", 64)
-    hub, began = GlooSender(2), time.monotonic()
-    invitation = BroadcastGroup(7, (Receiver("sampler 0", 1), Receiver("sampler 1", 2)))
+    sender, began = GlooSender(2), time.monotonic()
+    group = BroadcastGroup(7, (Receiver("sampler 0", 1), Receiver("sampler 1", 2)))
     with pytest.raises(
         BroadcastFailed, match=r"version 7 failed in phase 'rendezvous': sampler 0, sampler 1 did not come within 2 s"
     ):
-        stream(iter([("a", torch.ones(4))]), layout, hub, invitation, 2)
+        stream(iter([("a", torch.ones(4))]), layout, sender, group, 2)
     assert time.monotonic() - began < 10
