@@ -14,7 +14,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from aft_ray.config.loader import describe_keys, dump_config
+from aft_ray.config.keys import describe_keys
+from aft_ray.config.loader import dump_config
 from aft_ray.config.run import ConfigError, RunConfig, load_config
 from aft_ray.config.section import Section
 
@@ -171,10 +172,10 @@ def evaluate(
 
     planned = plan_evaluation(targets, config)
     run_dir = next((target.run_dir for target in planned.targets if target.run_dir is not None), None)
-    outcome, title, files = evaluate_targets(planned, baseline, output, plots, driver_log_path(run_dir))
+    summary, title, files = evaluate_targets(planned, baseline, output, plots, driver_log_path(run_dir))
     console = Console() if sys.stdout.isatty() else Console(width=200)
-    console.print(results_table(outcome.results, title, outcome.comparisons))
-    for model in outcome.evaluated:
+    console.print(results_table(summary.results, title, summary.comparisons))
+    for model in summary.evaluated:
         if "seconds" in model.facts:
             print(f"{model.label}: {model.facts['tokens']:,} tokens in {model.facts['seconds']:.0f} s")
     print("written: " + ", ".join(files))

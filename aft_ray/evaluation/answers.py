@@ -1,6 +1,6 @@
-"""What a model answered to a question: all that a figure of an evaluation is computed from, and nothing else.
+"""Records of what a model answered: the only input of the metrics of an evaluation.
 
-Invariant: an answer knows by which seed it was sampled, so that figures per seed need no second bookkeeping.
+Invariant: every sampled response carries the seed that it was sampled with, so metrics per seed need no other data.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from aft_ray.storage.records import Candidate, Verdict
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """One response: its verdict, the answer extracted from it (None: it gives none) and how it came about.
+    """One response of a model to a question.
 
-    score: nats per token; None when the source of the response does not tell, -inf for a response without a token.
-    seed: of the sampling; 0 for a greedy response, which has none.
-    tokens: None when the source does not tell.
+    Attributes:
+        answer: the answer extracted from the text; None if the response gives none.
+        score: mean log-probability in nats per token; None if unknown, -inf for a response without tokens.
+        seed: the sampling seed; 0 for a greedy response, which does not depend on a seed.
+        tokens: number of tokens; None if unknown.
     """
 
     verdict: Verdict
@@ -35,7 +37,12 @@ class Response:
 
 @dataclass(frozen=True, slots=True)
 class AnsweredQuestion:
-    """A question with its greedy response (None: not asked for) and its samples, seed by seed in the order drawn."""
+    """A question with the responses of one model.
+
+    Attributes:
+        greedy: the greedy response; None if there is none.
+        samples: the sampled responses, ordered by seed and then as they were drawn.
+    """
 
     id: str
     greedy: Response | None = None
@@ -55,5 +62,5 @@ def response_from_candidate(candidate: Candidate, seed: int = 0) -> Response:
 
 
 def missing_response(seed: int = 0) -> Response:
-    """Stands for a response that never came: undecided, so that a failure cannot raise an accuracy."""
+    """A placeholder for a response that could not be sampled: undecided, so a failure cannot raise an accuracy."""
     return Response(Verdict.UNDECIDED, None, -math.inf, seed, "", 0)

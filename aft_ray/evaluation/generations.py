@@ -1,7 +1,7 @@
-"""Answered questions as files: what an evaluation leaves behind, and what it takes from anywhere else.
+"""Files of answered questions: written by every evaluation, and read from aft-ray and from other programs.
 
 A line of a generations file is one question as JSON; `docs/evaluation.md` lists the fields. Invariant: what is written
-here reads back equal, and what is missing from a file stays unknown: it is never made up.
+here is read back unchanged, and a value that is missing from a file stays unknown; it is never guessed.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ if TYPE_CHECKING:
     from aft_ray.tasks import Task
     from aft_ray.verify.result import VerificationResult
 
-_QUESTIONS_AT_ONCE = 500  # between two signs of progress of verification
-# A field of a response that a line may give for all of its responses at once.
-_LISTS = {"scores": "score", "logprobs": "logprobs", "verdicts": "verdict", "seeds": "seed"}
+_VERIFICATION_BATCH = 500  # questions between two reports of progress
+# Fields of a line that list one value per response, and the field of the response that each value is for.
+_FIELD_OF_LIST = {"scores": "score", "logprobs": "logprobs", "verdicts": "verdict", "seeds": "seed"}
 _VERDICTS: dict[Any, Verdict] = {True: Verdict.RIGHT, False: Verdict.WRONG, None: Verdict.UNDECIDED} | {
     verdict.value: verdict for verdict in Verdict
 }
 
 
 class _MalformedLine(ValueError):
-    """What is wrong with a line."""
+    """A line of a generations file is invalid. The message says why."""
 
 
 def generations_text(answered: Iterable[AnsweredQuestion]) -> str:
-    """The file: one line a question."""
+    """The text of a generations file with one line per question."""
     return "".join(json.dumps(_row(question), ensure_ascii=False) + "\n" for question in answered)
 
 
@@ -65,21 +65,26 @@ def _response_row(response: Response) -> dict[str, Any]:
 def read_generations(
     path: Path, config: RunConfig | None, progress: Callable[[int, int], None] | None = None
 ) -> list[AnsweredQuestion]:
-    """A generations file, a Parquet file of groups, or a directory of them.
+    """Reads a generations file, a Parquet file of groups, or a directory of such Parquet files.
 
-    config: names the task, which then extracts and verifies every answer anew; without it the file's answers and
-    verdicts are taken. Raises ConfigError, one sentence that names the line.
+    Args:
+        config: the config that names the task, which extracts and verifies every answer again. None: the answers and
+            verdicts of the file are used.
+        progress: is called with the number of verified questions and the number of all questions.
+
+    Raises:
+        ConfigError: the file cannot be used; the sentence names the line.
     """
     read = _read_groups(path) if path.is_dir() or path.suffix == ".parquet" else _read_lines(path, config is None)
     if config is None:
         return read
-    return _verified(read, config, str(path), progress or (lambda done, total: None))
+    return _verify_again(read, config, str(path), progress or (lambda done, total: None))
 
 
-def _verified(
+def _verify_again(
     read: list[AnsweredQuestion], config: RunConfig, file: str, progress: Callable[[int, int], None]
 ) -> list[AnsweredQuestion]:
-    """The same responses with answers and verdicts of the config's tasks."""
+    """The same responses with the answers and verdicts that the tasks of the config give."""
     from aft_ray.tasks import build_tasks
     from aft_ray.verify.process_pool import VerificationRequest, shared_verifier
 
@@ -87,44 +92,45 @@ def _verified(
 
     def task_of(question: AnsweredQuestion) -> Task:
         if len(tasks) == 1:
-            return next(iter(tasks.values()))  # whatever a file from elsewhere calls it
+            return next(iter(tasks.values()))  # a file of another program may name the task differently
         if question.task not in tasks:
             raise ConfigError(
-                f"{file}: the question {question.id!r} is of the task {question.task!r}, and the config has "
-                f"{', '.join(tasks)}; name the task in the line, or give a config of one task"
+                f"{file}: the question {question.id!r} is of the task {question.task!r}, but the config has "
+                f"{', '.join(tasks)}; name one of these in the line, or give a config with one task"
             )
         return tasks[question.task]
 
-    def readable(response: Response) -> bool:
-        return bool(response.text) and response.tokens != 0  # else no response came, or the file has verdicts alone
+    def has_text(response: Response) -> bool:
+        # A response has no text if it could not be sampled, or if the file gives only its verdict.
+        return bool(response.text) and response.tokens != 0
 
-    anew: list[AnsweredQuestion] = []
-    for start in range(0, len(read), _QUESTIONS_AT_ONCE):
-        some = read[start : start + _QUESTIONS_AT_ONCE]
-        all_responses = [(q, r) for q in some for r in ([q.greedy] if q.greedy else []) + list(q.samples)]
-        items = [VerificationRequest(task_of(q), r.text, q.gold) for q, r in all_responses if readable(r)]
+    verified: list[AnsweredQuestion] = []
+    for start in range(0, len(read), _VERIFICATION_BATCH):
+        batch = read[start : start + _VERIFICATION_BATCH]
+        all_responses = [(q, r) for q in batch for r in ([q.greedy] if q.greedy else []) + list(q.samples)]
+        items = [VerificationRequest(task_of(q), r.text, q.gold) for q, r in all_responses if has_text(r)]
         outcomes = iter(shared_verifier().verify(items))
 
-        def labelled(response: Response, outcomes: Iterator[VerificationResult] = outcomes) -> Response:
-            if not readable(response):
+        def relabel(response: Response, outcomes: Iterator[VerificationResult] = outcomes) -> Response:
+            if not has_text(response):
                 return response
             outcome = next(outcomes)
             return replace(response, answer=outcome.answer, verdict=outcome.verdict)
 
-        anew += [
+        verified += [
             replace(
                 question,
-                greedy=question.greedy and labelled(question.greedy),
-                samples=[labelled(sample) for sample in question.samples],
+                greedy=question.greedy and relabel(question.greedy),
+                samples=[relabel(sample) for sample in question.samples],
             )
-            for question in some
+            for question in batch
         ]
-        progress(len(anew), len(read))
-    return anew
+        progress(len(verified), len(read))
+    return verified
 
 
 def _read_groups(path: Path) -> list[AnsweredQuestion]:
-    """The training samples of a round; groups have no greedy response."""
+    """The training samples of a round. Groups have no greedy response."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -139,13 +145,15 @@ def _read_groups(path: Path) -> list[AnsweredQuestion]:
             one, samples = group.question, [response_from_candidate(candidate) for candidate in group.candidates]
             answered[one.id] = AnsweredQuestion(one.id, None, samples, one.task, one.text, one.gold)
     if not any(question.samples for question in answered.values()):
-        raise ConfigError(f"{path} holds no group with samples; round 0 has none, give the groups of a later round")
+        raise ConfigError(f"{path} holds no group with samples; round 0 has none, so give the groups of a later round")
     return list(answered.values())
 
 
 def _read_lines(path: Path, verdicts_needed: bool) -> list[AnsweredQuestion]:
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines(): JSON may hold other line separators
+        lines = path.read_text(encoding="utf-8").split(
+            "\n"
+        )  # not splitlines(): JSON text may contain other line separators
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the generations file {path}: {error}") from error
     answered: dict[str, AnsweredQuestion] = {}
@@ -184,10 +192,10 @@ def _question(row: Mapping[str, Any], verdicts_needed: bool) -> AnsweredQuestion
     responses = row.get("responses", [])
     if not isinstance(responses, list):
         raise _MalformedLine("responses must be a list")
-    columns = {one: row[many] for many, one in _LISTS.items() if row.get(many) is not None}
-    for many, one in _LISTS.items():
-        if one in columns and (not isinstance(columns[one], list) or len(columns[one]) != len(responses)):
-            raise _MalformedLine(f"{many} must be a list as long as responses")
+    columns = {name: row[list_name] for list_name, name in _FIELD_OF_LIST.items() if row.get(list_name) is not None}
+    for list_name, name in _FIELD_OF_LIST.items():
+        if name in columns and (not isinstance(columns[name], list) or len(columns[name]) != len(responses)):
+            raise _MalformedLine(f"{list_name} must be a list as long as responses")
     samples = []
     for index, value in enumerate(responses):
         fields = dict(value) if isinstance(value, dict) else {"text": value}
@@ -217,7 +225,7 @@ def _response(fields: Mapping[str, Any], name: str, verdict_needed: bool) -> Res
     logprobs = fields.get("logprobs")
     if logprobs is not None:
         if not isinstance(logprobs, list) or not all(_is_number(value) for value in logprobs):
-            raise _MalformedLine(f"{name}: logprobs must be a list of numbers, one a token")
+            raise _MalformedLine(f"{name}: logprobs must be a list of numbers, one per token")
         tokens = len(logprobs) if tokens is None else tokens
         score = math.fsum(logprobs) / len(logprobs) if score is None and logprobs else score
     if tokens == 0:

@@ -1,6 +1,6 @@
-"""Models measured with engines started for the purpose, one model after the other.
+"""Evaluation of models outside of a run: engines are started for each model, one model after the other.
 
-Invariant: all of them answer the same questions with the same draws.
+Invariant: all models answer the same questions with the same sampling seeds.
 """
 
 from __future__ import annotations
@@ -23,43 +23,47 @@ from aft_ray.tasks.dataset import load_tokenizer, tokenize_split
 def evaluate_models(
     config: RunConfig, targets: Sequence[Target], reporter: Reporter, log_dir: RunDir | None
 ) -> list[EvaluatedModel]:
-    """The answers of each target to `evaluation.split`; one engine start a target."""
+    """Samples the answers of each target to the questions of `evaluation.split`.
+
+    Args:
+        log_dir: the run whose logs/ receives the output of the engines. None, or a run on an object store: no logs.
+    """
     from aft_ray.sampling.sampler_pool import SamplerPool
 
     split = config.evaluation.split
     configs = [_config_for(config, target) for target in targets]
-    for of_target in configs:
-        check_model(of_target)
+    for target_config in configs:
+        check_model(target_config)
     evaluated = []
     with connected(config.cluster, evaluation_reservations(config)):
-        for target, of_target in zip(targets, configs, strict=True):
-            tokenizer = load_tokenizer(of_target)
-            questions = tokenize_split(of_target, split, tokenizer).groups
+        for target, target_config in zip(targets, configs, strict=True):
+            tokenizer = load_tokenizer(target_config)
+            questions = tokenize_split(target_config, split, tokenizer).groups
             logs = str(log_dir.local_path(LOGS)) if log_dir is not None and log_dir.is_local else None
-            pool = SamplerPool.start(of_target, target.source, tokenizer.eos_token_id, logs, None)
-            what = f"evaluating {target.label} on {len(questions)} {split} questions"
+            pool = SamplerPool.start(target_config, target.source, tokenizer.eos_token_id, logs, None)
+            task = f"evaluating {target.label} on {len(questions)} {split} questions"
             try:
-                reporter.say(what)
+                reporter.say(task)
                 pool.wait_ready()
-                answered, cost = answer_questions(
-                    of_target,
+                answered, stats = answer_questions(
+                    target_config,
                     pool,
                     None,
                     unanswered_groups(questions, 0),
                     config.evaluation.k,
                     config.evaluation.seeds,
-                    lambda done, total, what=what: reporter.progress(what, done, total),  # type: ignore[misc]
+                    lambda done, total, task=task: reporter.progress(task, done, total),  # type: ignore[misc]
                 )
             finally:
                 pool.close()
-            evaluated.append(EvaluatedModel(target.label, target.source, answered, asdict(cost)))
+            evaluated.append(EvaluatedModel(target.label, target.source, answered, asdict(stats)))
     return evaluated
 
 
 def _config_for(config: RunConfig, target: Target) -> RunConfig:
-    """The common config with the target's model: a run says itself how its model is loaded and asked.
+    """The common config with the model of the target, which a run may load and prompt in its own way.
 
-    Without adapters: a model that is evaluated is whole.
+    It has no adapter, because an evaluated model directory holds the merged weights.
     """
     model = (target.model or config.model).model_copy(update={"name": target.source})
     return config.model_copy(update={"model": model, "lora": None})

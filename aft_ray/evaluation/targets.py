@@ -1,7 +1,6 @@
-"""What the arguments of `aft-ray evaluate` mean: runs, models, files of answers, and the config they are measured with.
+"""Parsing of the arguments of `aft-ray evaluate`: runs, models, files of answers, and the config to measure them.
 
-Invariant: all that can be wrong with an argument is found here, before any engine starts; and whatever is compared is
-asked the same questions, those of one config.
+Invariants: a wrong argument is reported before any engine starts. All targets get the questions of one config.
 """
 
 from __future__ import annotations
@@ -22,13 +21,15 @@ _OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)*=")
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One thing to measure.
+    """One model or file of answers to measure.
 
-    source: a model directory or hub name, or for kind "file" the path of the file (or directory) of answers.
-    label: its column in tables.
-    name: its part in names of files.
-    argument: how it was named on the command line.
-    model: of a run, how its model is to be loaded and asked; None: as the common config says.
+    Attributes:
+        label: the title of its column in tables.
+        source: a model directory or hub name; for kind "file" the path of the file (or directory) of answers.
+        name: its part of the names of output files.
+        argument: the argument of the command line.
+        model: the `model` section of the run's config; None: that of the common config is used.
+        run_dir: the run that the model belongs to; None if it belongs to none.
     """
 
     label: str
@@ -42,47 +43,51 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationPlan:
-    """All targets in their order, and the config that they share; None when there are only files and no config."""
+    """All targets in the order of the command line, and their common config; None if there are only files."""
 
     targets: list[Target]
     config: RunConfig | None
 
 
 def plan_evaluation(arguments: Sequence[str], config_file: Path | None) -> EvaluationPlan:
-    """Reads the command line: targets and `key.sub=value` overrides. Raises ConfigError, one sentence."""
+    """Parses targets and `key.sub=value` overrides.
+
+    Raises:
+        ConfigError: an argument is wrong; the message is one sentence.
+    """
     overrides = [argument for argument in arguments if _OVERRIDE.match(argument) and not Path(argument).exists()]
-    named = [argument for argument in arguments if argument not in overrides]
-    if not named:
+    names = [argument for argument in arguments if argument not in overrides]
+    if not names:
         raise ConfigError(
             "name what to evaluate: a run directory, RUN@VERSION, a model directory or a generations file"
         )
-    runs = {argument: run for argument in named if (run := find_run(argument)) is not None}
-    files = {argument for argument in named if argument not in runs and _is_file(argument)}
-    models = [argument for argument in named if argument not in runs and argument not in files]
+    runs = {argument: run for argument in names if (run := find_run(argument)) is not None}
+    files = {argument for argument in names if argument not in runs and _is_file(argument)}
+    models = [argument for argument in names if argument not in runs and argument not in files]
     config = None
     if config_file is not None:
-        # A config needs a model and answers on file need none, so that any name will do for them.
-        config = load_config(config_file, [f"model.name={(models or named)[0]}", *overrides])
+        # A config must name a model. If only files are measured, the name is never used.
+        config = load_config(config_file, [f"model.name={(models or names)[0]}", *overrides])
     elif runs:
         config = read_config(next(iter(runs.values()))[0], overrides)
     elif models:
         raise ConfigError(
             f"{models[0]} is not a run directory, so --config must name the task: "
-            f"aft-ray evaluate {' '.join(named)} --config jobs/configs/gsm8k_smoke.yaml"
+            f"aft-ray evaluate {' '.join(names)} --config jobs/configs/gsm8k_smoke.yaml"
         )
     elif overrides:
-        raise ConfigError(f"{overrides[0]} changes a config, and there is none: give one with --config")
+        raise ConfigError(f"{overrides[0]} changes a value of a config, but there is no config; give one with --config")
     targets = []
-    for argument in named:
+    for argument in names:
         if argument in runs:
             run_dir, version = runs[argument]
-            targets.append(_of_run(argument, run_dir, version, read_config(run_dir, overrides)))
+            targets.append(_run_target(argument, run_dir, version, read_config(run_dir, overrides)))
         else:
             kind: Literal["model", "file"] = "file" if argument in files else "model"
             path = Path(argument)
             label = path.stem.removeprefix("generations-") if kind == "file" else path.name or path.resolve().name
             targets.append(Target(label, argument, kind, label, argument))
-    return EvaluationPlan(_distinct(targets), config)
+    return EvaluationPlan(_with_distinct_labels(targets), config)
 
 
 def _is_file(argument: str) -> bool:
@@ -94,14 +99,14 @@ def _is_file(argument: str) -> bool:
     return path.is_dir() and not (path / "config.json").exists() and any(path.glob("*.parquet"))
 
 
-def _of_run(argument: str, run_dir: RunDir, version: int | None, config: RunConfig) -> Target:
+def _run_target(argument: str, run_dir: RunDir, version: int | None, config: RunConfig) -> Target:
     published = find_version(run_dir, config, version)
     label = f"{run_dir.name}@{published.version}"
     return Target(label, published.model, "model", str(published.version), argument, config.model, run_dir)
 
 
-def _distinct(targets: Sequence[Target]) -> list[Target]:
-    """Targets with labels that differ: an argument in full where the short names are the same."""
+def _with_distinct_labels(targets: Sequence[Target]) -> list[Target]:
+    """The targets with distinct labels: if short names are equal, the whole arguments are used."""
     arguments = Counter(target.argument for target in targets)
     if max(arguments.values()) > 1:
         raise ConfigError(f"{arguments.most_common(1)[0][0]} is named twice; name each target once")

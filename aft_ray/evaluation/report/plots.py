@@ -1,7 +1,7 @@
-"""Pictures of an evaluation, each as PNG and as SVG, drawn without a display.
+"""Plots of an evaluation, each as PNG and as SVG, drawn without a display.
 
-Invariant: nothing is told by colour alone (lines differ in marker and dash, too), and the same figures give the same
-files.
+Invariant: colour is never the only distinction (lines also differ in marker and dash), and the same values give the
+same files.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from aft_ray.evaluation.statistics.bootstrap import Estimate
 from aft_ray.evaluation.statistics.histograms import Histogram
 
-# Okabe and Ito's colours, which people who see no red or no green tell apart.
+# The palette of Okabe and Ito, which colour-blind people can distinguish.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS: tuple[Any, ...] = ("o", "s", "^", "D", "v", "P", "X")
 DASHES: tuple[Any, ...] = ("-", "--", "-.", ":")
@@ -40,10 +40,10 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "lines.linewidth": 1.8,
     "lines.markersize": 5.0,
-    "svg.fonttype": "none",  # text stays text
+    "svg.fonttype": "none",  # text is written as text, not as outlines
     "svg.hashsalt": "aft_ray",
 }
-PANEL = 3.6  # inches
+PANEL_INCHES = 3.6
 
 
 def plot_curve(
@@ -54,9 +54,15 @@ def plot_curve(
     ylabel: str,
     title: str,
 ) -> list[Path]:
-    """Shares over any value (samples, k, β): one line a series with its 95 % intervals as a band.
+    """Draws shares as a function of a number such as n, k or β: a line per series, with its 95 % intervals as a band.
 
-    path: without suffix. Returns the files written. A point that is nan is left out.
+    Args:
+        path: path of the files without suffix.
+        x: the values of the horizontal axis.
+        series: for each label one estimate per value of `x`; a point that is nan is left out.
+
+    Returns:
+        The files that were written.
     """
     return plot_curves(path, x, {title: series}, xlabel, ylabel)
 
@@ -69,14 +75,14 @@ def plot_curves(
     ylabel: str,
     title: str | None = None,
 ) -> list[Path]:
-    """As `plot_curve`, with panels side by side on one y axis."""
+    """Like `plot_curve`, with several panels side by side that share a y axis."""
     with _figure(len(panels), 1, 1.5 if len(panels) == 1 else 1.0, title) as (figure, axes):
         for axis, (name, series) in zip(axes, panels.items(), strict=True):
             for number, (label, points) in enumerate(series.items()):
                 _line(axis, x, points, label, number)
             axis.set_title(name)
             axis.set_xlabel(xlabel)
-            if _doubles(x):
+            if _needs_log_axis(x):
                 axis.set_xscale("log", base=2)
             axis.xaxis.set_major_locator(FixedLocator(x))
             axis.xaxis.set_minor_locator(NullLocator())
@@ -90,7 +96,7 @@ def plot_curves(
 def plot_histograms(
     path: Path, models: Mapping[str, Histogram], assessments: Mapping[str, Estimate | None]
 ) -> list[Path]:
-    """Scores of right and of wrong samples, one panel a model on a shared axis, with its assessment accuracy."""
+    """Draws the scores of right and of wrong samples, with a panel and the assessment accuracy of each model."""
     with _figure(1, len(models), 1.9, None, shared_x=True) as (figure, axes):
         for axis, (label, histogram) in zip(axes, models.items(), strict=True):
             for number, (name, counts) in enumerate((("right", histogram.right), ("wrong", histogram.wrong))):
@@ -108,28 +114,28 @@ def plot_histograms(
             axis.set_ylabel("samples of its kind, %")
             axis.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}")
             axis.legend(loc="upper left")
-        axes[-1].set_xlabel("score, nats per token (lower ones are in the first bin)")
+        axes[-1].set_xlabel("score, nats per token (lower scores are in the first bin)")
         return _save(figure, path)
 
 
 def _line(axis: Axes, x: Sequence[float], points: Sequence[Estimate], label: str, number: int) -> None:
-    look: dict[str, Any] = {
+    style: dict[str, Any] = {
         "color": COLOURS[number % len(COLOURS)],
         "marker": MARKERS[number % len(MARKERS)],
         "linestyle": DASHES[number % len(DASHES)],
     }
-    axis.plot(x, [point.value for point in points], label=label, **look)
+    axis.plot(x, [point.value for point in points], label=label, **style)
     low, high = ([getattr(point, bound) for point in points] for bound in ("low", "high"))
-    axis.fill_between(x, low, high, color=look["color"], alpha=0.14, linewidth=0)
+    axis.fill_between(x, low, high, color=style["color"], alpha=0.14, linewidth=0)
 
 
-def _doubles(x: Sequence[float]) -> bool:
-    """Whether values grow so fast that only a logarithmic axis shows them apart."""
+def _needs_log_axis(x: Sequence[float]) -> bool:
+    """Whether values grow so fast that only a logarithmic axis separates them."""
     return len(x) > 3 and min(x) > 0 and bool(np.median(np.divide(x[1:], x[:-1])) >= 1.9)
 
 
 def _legend(figure: Figure, axis: Axes) -> None:
-    """Below the panels, where it hides no line."""
+    """Draws the legend below the panels, where it hides no line."""
     handles, labels = axis.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=max(1, min(len(labels), 4)))
 
@@ -138,9 +144,12 @@ def _legend(figure: Figure, axis: Axes) -> None:
 def _figure(
     columns: int, rows: int, stretch: float, title: str | None, shared_x: bool = False
 ) -> Iterator[tuple[Figure, list[Axes]]]:
-    """A figure and its axes in our style, with no global state of matplotlib touched after it."""
+    """Yields a figure and its axes in the style of this module; restores the global state of matplotlib."""
     with matplotlib.rc_context(STYLE):
-        size = (PANEL * stretch * max(columns, 1.2), (PANEL if rows == 1 else 0.8 * PANEL * rows) + 0.5)
+        size = (
+            PANEL_INCHES * stretch * max(columns, 1.2),
+            (PANEL_INCHES if rows == 1 else 0.8 * PANEL_INCHES * rows) + 0.5,
+        )
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots(rows, columns, sharey=True, sharex=shared_x, squeeze=False)

@@ -1,7 +1,7 @@
-"""An evaluation as a whole: the answers of one or several models become figures, comparisons, curves and files.
+"""The summary of an evaluation: metrics, comparisons and curves of one or several models, and the files with them.
 
-Invariant: models are measured with the same number of samples a question, the most that all of them have, so that
-every row of the table is one figure. Nothing here needs an engine.
+Invariant: all models are measured with the same number of samples per question, the largest that all of them have, so a
+row of the table is one metric. Nothing here needs an engine.
 """
 
 from __future__ import annotations
@@ -32,10 +32,12 @@ RULE_TITLES = {
 
 @dataclass(frozen=True, slots=True)
 class EvaluatedModel:
-    """One model's answers.
+    """The answers of one model.
 
-    model: where they come from. on_file: it is a file that holds these very answers, so that none needs writing.
-    facts: what else its JSON record says, such as tokens.
+    Attributes:
+        model: the model directory, hub name or file that the answers come from.
+        facts: further fields of its JSON record, such as the number of tokens.
+        on_file: whether `model` is a file with exactly these answers, so they need not be written again.
     """
 
     label: str
@@ -47,7 +49,7 @@ class EvaluatedModel:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationSummary:
-    """Everything that is said of the models, by label. comparisons: of every model but the baseline with it."""
+    """All results by the label of the model. Every model except the baseline has a comparison with the baseline."""
 
     evaluated: list[EvaluatedModel]
     baseline: str
@@ -60,14 +62,20 @@ class EvaluationSummary:
 def summarize(
     evaluated: Sequence[EvaluatedModel], baseline: str | None, resamples: int, seed: int
 ) -> EvaluationSummary:
-    """All figures. baseline: a label; None: the first model's. Raises ConfigError when models have no question in
-    common."""
+    """Computes all results.
+
+    Args:
+        baseline: the label of the model that the others are compared with; None: the first.
+
+    Raises:
+        ConfigError: two models have no question in common.
+    """
     baseline = evaluated[0].label if baseline is None else baseline
-    # A model without samples has greedy figures alone; it does not take the others' samples away.
+    # A model without samples has only greedy accuracy. It does not reduce the number of samples of the others.
     k = min(filter(None, (smallest_k(model.answered) for model in evaluated)), default=0)
     answers = {model.label: model.answered for model in evaluated}
     options: dict[str, Any] = {"k": k, "resamples": resamples, "seed": seed}
-    grown = {label: accuracy_curves(answered, **options) for label, answered in answers.items()}
+    curves = {label: accuracy_curves(answered, **options) for label, answered in answers.items()}
     return EvaluationSummary(
         list(evaluated),
         baseline,
@@ -77,66 +85,76 @@ def summarize(
             for label, answered in answers.items()
             if label != baseline
         },
-        {label: curve for label, curve in grown.items() if curve is not None},
+        {label: curve for label, curve in curves.items() if curve is not None},
         score_histograms(answers),
     )
 
 
-def write_summary(outcome: EvaluationSummary, path: Path, facts: Mapping[str, Any], plots: bool) -> list[Path]:
-    """The JSON file `path`, and beside it the answers of each model and the pictures; returns all files, `path` first.
+def write_summary(summary: EvaluationSummary, path: Path, facts: Mapping[str, Any], plots: bool) -> list[Path]:
+    """Writes the JSON file `path`, and beside it the answers of each model and the plots.
 
-    facts: of the whole evaluation, such as its task, split and seed. One model's record is the file itself; those of
-    several are below "models". Raises ConfigError when it would replace a file that is measured.
+    The record of a single model is the file itself. Records of several models are in its field "models".
+
+    Args:
+        facts: fields of the whole evaluation, such as its task, split and seed.
+
+    Returns:
+        All files that were written, `path` first.
+
+    Raises:
+        ConfigError: a measured file would be overwritten.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    alone = len(outcome.evaluated) == 1
+    single = len(summary.evaluated) == 1
     files, models = [path], {}
-    for model in outcome.evaluated:
-        record: dict[str, Any] = {"model": model.model, **outcome.results[model.label].to_json(), **model.facts}
+    for model in summary.evaluated:
+        record: dict[str, Any] = {"model": model.model, **summary.results[model.label].to_json(), **model.facts}
         if not model.on_file:
-            stem = path.stem if alone else f"{path.stem}-{_plain(model.label)}"
+            stem = path.stem if single else f"{path.stem}-{_file_name_part(model.label)}"
             generations = path.with_name(f"generations-{stem}.jsonl")
             if Path(model.model).resolve() == generations.resolve():
-                raise ConfigError(f"{path} would replace {model.model}, which is measured; give another --output")
+                raise ConfigError(
+                    f"{path} would replace {model.model}, which is one of the targets; give another --output"
+                )
             write_atomically(generations, generations_text(model.answered).encode())
             files.append(generations)
             record["generations"] = generations.name
-        if model.label in outcome.curves:
-            record["curves"] = outcome.curves[model.label].to_json()
-        if model.label in outcome.histograms:
-            record["histogram"] = outcome.histograms[model.label].to_json()
+        if model.label in summary.curves:
+            record["curves"] = summary.curves[model.label].to_json()
+        if model.label in summary.histograms:
+            record["histogram"] = summary.histograms[model.label].to_json()
         models[model.label] = record
-    if alone:
-        everything = {**facts, **next(iter(models.values()))}
+    if single:
+        content = {**facts, **next(iter(models.values()))}
     else:
-        comparisons = {label: comparison.to_json() for label, comparison in outcome.comparisons.items()}
-        everything = {**facts, "models": models, "baseline": outcome.baseline, "comparisons": comparisons}
+        comparisons = {label: comparison.to_json() for label, comparison in summary.comparisons.items()}
+        content = {**facts, "models": models, "baseline": summary.baseline, "comparisons": comparisons}
     if plots:
-        files += draw_plots(outcome, path.with_suffix(""))
-    # Last, so that what it names is there.
-    text = json.dumps(everything, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        files += draw_plots(summary, path.with_suffix(""))
+    # The JSON file is written last, so the files that it names exist.
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     write_atomically(path, text.encode())
     return files
 
 
-def draw_plots(outcome: EvaluationSummary, stem: Path) -> list[Path]:
-    """Accuracy over the number of samples, and scores of right and wrong ones, where there are any to show."""
+def draw_plots(summary: EvaluationSummary, stem: Path) -> list[Path]:
+    """Draws accuracy as a function of the number of samples, and scores of right and wrong samples, if known."""
     from aft_ray.evaluation.report.plots import plot_curves, plot_histograms
 
     files = []
-    if outcome.curves:
-        rules = dict.fromkeys(rule for curve in outcome.curves.values() for rule in curve.rules)
+    if summary.curves:
+        rules = dict.fromkeys(rule for curve in summary.curves.values() for rule in curve.rules)
         panels = {
-            RULE_TITLES[rule]: {label: c.rules[rule] for label, c in outcome.curves.items() if rule in c.rules}
+            RULE_TITLES[rule]: {label: c.rules[rule] for label, c in summary.curves.items() if rule in c.rules}
             for rule in rules
         }
-        n = next(iter(outcome.curves.values())).n
+        n = next(iter(summary.curves.values())).n
         files += plot_curves(stem.with_name(f"{stem.name}-paths"), n, panels, "samples n", "questions right, %")
-    if outcome.histograms:
-        known = {label: result.estimates.get("assessment") for label, result in outcome.results.items()}
-        files += plot_histograms(stem.with_name(f"{stem.name}-scores"), outcome.histograms, known)
+    if summary.histograms:
+        known = {label: result.estimates.get("assessment") for label, result in summary.results.items()}
+        files += plot_histograms(stem.with_name(f"{stem.name}-scores"), summary.histograms, known)
     return files
 
 
-def _plain(label: str) -> str:
+def _file_name_part(label: str) -> str:
     return re.sub(r"[^\w@.+-]+", "_", label).strip("_")

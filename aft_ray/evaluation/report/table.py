@@ -1,6 +1,7 @@
-"""Results side by side, for people: percent with the 95 % interval, like `61.3 [59.2, 63.4]`.
+"""Tables of results for people to read: percent with the 95 % interval, such as `61.3 [59.2, 63.4]`.
 
-Invariant: a row is one figure, measured alike for every model; below a figure stands its difference to the baseline.
+Invariant: a row is one metric, computed in the same way for every model. The difference to the baseline is shown below
+the value.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def results_table(
     title: str | None = None,
     comparisons: Mapping[str, Comparison] | None = None,
 ) -> Table:
-    """One column a model, one row a metric that any of them has; a section for each task when there are several."""
+    """A table with a column per model and a row per metric. If there are several tasks, each has a section."""
     comparisons = comparisons or {}
     table = Table(title=title, caption=_caption(results, comparisons))
     table.add_column("")
@@ -66,7 +67,7 @@ def _section(
 def comparison_table(
     results: Mapping[str, EvaluationMetrics], metrics: Sequence[str], title: str | None = None
 ) -> Table:
-    """One row a model, one column each of some metrics."""
+    """A table with a row per model and a column for each of the given metrics."""
     table = Table(title=title, caption=_caption(results, {}))
     table.add_column("")
     for name in metrics:
@@ -81,7 +82,7 @@ def results_text(
     title: str | None = None,
     comparisons: Mapping[str, Comparison] | None = None,
 ) -> str:
-    """The same table as plain text, as wide as it needs to be."""
+    """The table of `results_table` as plain text of any width."""
     console = Console(file=io.StringIO(), width=1000, color_system=None, force_terminal=False)
     with console.capture() as capture:
         console.print(results_table(results, title, comparisons))
@@ -89,31 +90,31 @@ def results_text(
 
 
 def format_estimate(name: str, estimate: Estimate | None) -> str:
-    """`61.3 [59.2, 63.4]`; with several sampling seeds `61.3 ± 0.8 [59.2, 63.4]`, the ± a standard deviation."""
+    """`61.3 [59.2, 63.4]`; with several sampling seeds `61.3 ± 0.8 [59.2, 63.4]`, with their standard deviation."""
     if estimate is None or math.isnan(estimate.value):
         return "–"
-    unit, form = _unit(name)
-    spread = "" if math.isnan(estimate.std) else f" ± {unit * estimate.std:{form}}"
-    return f"{unit * estimate.value:{form}}{spread} [{unit * estimate.low:{form}}, {unit * estimate.high:{form}}]"
+    factor, form = _format_of(name)
+    spread = "" if math.isnan(estimate.std) else f" ± {factor * estimate.std:{form}}"
+    return f"{factor * estimate.value:{form}}{spread} [{factor * estimate.low:{form}}, {factor * estimate.high:{form}}]"
 
 
 def format_difference(name: str, difference: Difference) -> str:
     """`+2.1 [+0.4, +3.9] p=0.012`, in percentage points."""
     if math.isnan(difference.value):
         return "–"
-    unit, form = _unit(name)
+    factor, form = _format_of(name)
     p = "p<0.001" if difference.p < 0.001 else f"p={difference.p:.3f}"
-    low, high = (f"{unit * bound:+{form}}" for bound in (difference.low, difference.high))
-    return f"{unit * difference.value:+{form}} [{low}, {high}] {p}"
+    low, high = (f"{factor * bound:+{form}}" for bound in (difference.low, difference.high))
+    return f"{factor * difference.value:+{form}} [{low}, {high}] {p}"
 
 
-def _unit(name: str) -> tuple[float, str]:
-    """What a figure is multiplied by, and its digits: shares are shown in percent, perplexities as they are."""
+def _format_of(name: str) -> tuple[float, str]:
+    """The factor and the number format of a metric: shares are shown in percent, perplexities unchanged."""
     return (1.0, ".2f") if name == "perplexity" else (100.0, ".1f")
 
 
 def _caption(results: Mapping[str, EvaluationMetrics], comparisons: Mapping[str, Comparison]) -> str | None:
-    """What a reader must know to compare them: how many questions, and what could not be decided."""
+    """What a reader must know to compare the models, such as the number of questions and of undecided responses."""
     facts = []
     if results:
         sizes = sorted({result.questions for result in results.values()})
@@ -123,12 +124,12 @@ def _caption(results: Mapping[str, EvaluationMetrics], comparisons: Mapping[str,
         facts.append(f"mean ± standard deviation of {' / '.join(map(str, seeds))} sampling seeds")
     assessed = sorted({r.assessed for r in results.values() if "assessment" in r.estimates})
     if assessed:
-        facts.append(f"assessment of {' / '.join(map(str, assessed))} right against as many wrong samples")
+        facts.append(f"assessment compares {' / '.join(map(str, assessed))} right against as many wrong samples")
     for label, result in results.items():
         if undecided := result.undecided_greedy + result.undecided_samples:
             facts.append(f"{label}: {undecided} undecided answers")
     if comparisons:
-        facts.append(f"below a figure its difference to {next(label for label in results if label not in comparisons)}")
+        facts.append(f"below a value: its difference to {next(label for label in results if label not in comparisons)}")
     for label, comparison in comparisons.items():
         if comparison.only_baseline or comparison.only_other:
             facts.append(

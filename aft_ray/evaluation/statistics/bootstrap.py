@@ -1,8 +1,9 @@
-"""Figures with intervals: ratios of sums over questions, resampled by question.
+"""Metrics with bootstrap intervals over the questions (Efron 1979, percentile interval).
 
-Every figure here is a ratio of two sums over questions (for an accuracy: right answers over questions) for each seed,
-averaged over the seeds. One array of [figure, seed, question, numerator and denominator] therefore serves them all, and
-their intervals rest on the same resamples. Invariant: a question is drawn with all its figures and all its seeds.
+Every metric is a ratio of two sums over questions (for an accuracy: right answers / questions), computed for each seed
+and averaged over the seeds. All metrics are therefore stored in one array of shape [metric, seed, question, 2], whose
+last axis holds numerator and denominator, and their intervals use the same resamples. Invariant: a resampled question
+brings all its metrics and all its seeds.
 """
 
 from __future__ import annotations
@@ -17,15 +18,17 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 
-# The 95 % interval, in percentiles of the resamples.
+# Percentiles of the resamples that bound the 95 % interval.
 INTERVAL = (2.5, 97.5)
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A figure with its 95 % interval, over the `questions` that it could be computed for; nan when there are none.
+    """The value of a metric with its 95 % interval. All numbers are nan if no question defines the metric.
 
-    per_seed: the figure of each sampling seed; `value` is their mean. Empty for a mean over tasks.
+    Attributes:
+        questions: number of questions that the metric could be computed for.
+        per_seed: the value for each sampling seed; `value` is their mean. Empty for a mean over tasks.
     """
 
     value: float
@@ -36,7 +39,7 @@ class Estimate:
 
     @property
     def std(self) -> float:
-        """Standard deviation over the seeds (with n - 1); nan when there are fewer than two."""
+        """Sample standard deviation over the seeds (divisor n - 1); nan with fewer than two seeds."""
         known = [value for value in self.per_seed if not math.isnan(value)]
         return float(np.std(known, ddof=1)) if len(known) > 1 else math.nan
 
@@ -58,7 +61,7 @@ class Estimate:
 
 
 def finite_or_none(value: float) -> float | None:
-    """What JSON can hold: None for nan and infinities."""
+    """The value, or None for nan and infinities, which JSON cannot hold."""
     return value if math.isfinite(value) else None
 
 
@@ -67,30 +70,30 @@ def _number(value: float | None) -> float:
 
 
 def ratios(sums: Floats) -> Floats:
-    """[..., numerator and denominator] → [...]; nan where there is nothing to divide by."""
+    """Maps [..., numerator and denominator] to [...]; nan where the denominator is 0."""
     numerators, denominators = sums[..., 0], sums[..., 1]
     return np.divide(numerators, denominators, out=np.full_like(numerators, np.nan), where=denominators > 0)
 
 
 def mean_over_seeds(sums: Floats) -> Floats:
-    """[..., seed, numerator and denominator] → [...]: the mean over the seeds that have a figure, else nan."""
+    """Maps [..., seed, numerator and denominator] to [...]: the mean ratio of the seeds that have one, else nan."""
     by_seed = ratios(sums)
     known = ~np.isnan(by_seed)
     return ratios(np.stack([np.where(known, by_seed, 0.0).sum(axis=-1), known.sum(axis=-1)], axis=-1))
 
 
 def bootstrap_resamples(columns: Floats, resamples: int, rng: np.random.Generator) -> Floats:
-    """[resample, figure]: every figure again, on as many questions drawn with replacement."""
-    figures, seeds, questions, _ = columns.shape
+    """Every metric on `resamples` bootstrap samples of the questions, as an array of shape [resample, metric]."""
+    metrics, seeds, questions, _ = columns.shape
     flat = columns.transpose(2, 0, 1, 3).reshape(questions, -1)
     sums = np.empty((resamples, flat.shape[1]))
-    for i in range(resamples):  # a row at a time: the matrix of all draws would not fit for a large split
+    for i in range(resamples):  # one by one: all of them together would not fit into memory for a large split
         sums[i] = np.bincount(rng.integers(questions, size=questions), minlength=questions) @ flat
-    return mean_over_seeds(sums.reshape(resamples, figures, seeds, 2))
+    return mean_over_seeds(sums.reshape(resamples, metrics, seeds, 2))
 
 
 def percentile_interval(draws: Floats) -> tuple[float, float]:
-    """The percentile interval of the resamples that have a figure."""
+    """The percentile interval over the resamples in which the metric is defined; nan if there are none."""
     known = draws[~np.isnan(draws)]
     if not len(known):
         return math.nan, math.nan
@@ -101,9 +104,13 @@ def percentile_interval(draws: Floats) -> tuple[float, float]:
 def estimate_metrics(
     names: Sequence[str], columns: Floats, draws: Floats, unseeded: Collection[str] = ()
 ) -> dict[str, Estimate]:
-    """An estimate of each named row of `columns`; `draws` are its `resampled` figures.
+    """The estimate of each named metric.
 
-    unseeded: the figures that no sampling stands behind; all they have is in the first place of the seeds' axis.
+    Args:
+        names: names of the metrics, in the order of the first axis of `columns`.
+        columns: shape [metric, seed, question, 2].
+        draws: the result of `bootstrap_resamples` for these columns.
+        unseeded: metrics without sampling, such as greedy accuracy; only the first place of their seed axis is used.
     """
     sums = columns.sum(axis=2)
     values, by_seed = mean_over_seeds(sums), ratios(sums)

@@ -1,8 +1,8 @@
-"""Is one model better than another? Both on the same questions, each question compared with itself.
+"""Paired comparison of two models: differences of their metrics on the same questions, with intervals and p-values.
 
-Invariant: a difference rests on the questions that both models answered, and says how many the others were. What the
-questions have in common (hard for both, easy for both) cancels, so these intervals are narrower than those of the
-figures on their own; overlapping intervals of two figures are no argument against a difference.
+Invariant: a difference uses only questions that both models answered, and the result counts the others. The difficulty
+of a question affects both models alike and cancels, so these intervals are narrower than those of the two metrics. A
+difference can therefore be significant although the intervals of the two metrics overlap.
 """
 
 from __future__ import annotations
@@ -27,16 +27,18 @@ from aft_ray.evaluation.statistics.bootstrap import (
 from aft_ray.evaluation.statistics.metrics import Canonical, metric_columns, smallest_k
 from aft_ray.verify.answers.canonical import normalise
 
-# Up to this many questions that differ, all 2^n exchanges are counted; beyond, this many are drawn.
+# If at most EXACT_LIMIT questions differ, the permutation test counts all 2^n permutations; else it draws PERMUTATIONS.
 EXACT_LIMIT, PERMUTATIONS = 12, 9999
-_ROWS = 500  # exchanges worked out at once
+_BATCH = 500  # permutations computed at once
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A figure of a model minus the baseline's, with its paired 95 % interval and the p-value of no difference.
+    """The metric of a model minus that of the baseline, with the paired 95 % interval and the p-value.
 
-    questions: those that the figure could be computed for on both sides.
+    Attributes:
+        p: two-sided p-value of the hypothesis that the models do not differ.
+        questions: number of questions that the metric could be computed for on both sides.
     """
 
     value: float
@@ -48,7 +50,14 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One model against the baseline, on the questions that both answered; by task when these are of several."""
+    """One model compared with the baseline on the questions that both answered.
+
+    Attributes:
+        questions: number of common questions.
+        only_baseline, only_other: number of questions that only one of them answered.
+        differences: by the name of the metric.
+        tasks: the same for each task; empty if there is only one.
+    """
 
     questions: int
     only_baseline: int
@@ -57,7 +66,7 @@ class Comparison:
     tasks: dict[str, Comparison] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """A dict for `json.dump`; a figure that does not exist is null."""
+        """The comparison as JSON values; an undefined number is null."""
         differences = {
             name: {key: finite_or_none(value) for key, value in asdict(difference).items()}
             for name, difference in self.differences.items()
@@ -82,9 +91,10 @@ def compare(
     resamples: int = 1000,
     seed: int = 0,
 ) -> Comparison:
-    """Every figure that both sides have. `k` as for `measure`.
+    """Compares every metric that both sides have. For `k` see `measure`.
 
-    Raises ConfigError when the two answered no question in common, or different questions under one id.
+    Raises:
+        ConfigError: the models have no question in common, or an id names different questions.
     """
     pairs = match_questions(baseline, other)
     fewest = min(smallest_k(baseline), smallest_k(other))
@@ -103,16 +113,16 @@ def compare(
     present = sorted({question.task for question in left})
     for task in present if len(present) > 1 else []:
         chosen = [i for i, question in enumerate(left) if question.task == task]
-        one, two = (sum(q.task == task for q in side) - len(chosen) for side in (baseline, other))
-        tasks[task] = Comparison(len(chosen), one, two, differences(chosen))
-    everything = differences(range(len(pairs)))
-    return Comparison(len(pairs), len(baseline) - len(pairs), len(other) - len(pairs), everything, tasks)
+        left_only, right_only = (sum(q.task == task for q in side) - len(chosen) for side in (baseline, other))
+        tasks[task] = Comparison(len(chosen), left_only, right_only, differences(chosen))
+    overall = differences(range(len(pairs)))
+    return Comparison(len(pairs), len(baseline) - len(pairs), len(other) - len(pairs), overall, tasks)
 
 
 def match_questions(
     baseline: Sequence[AnsweredQuestion], other: Sequence[AnsweredQuestion]
 ) -> list[tuple[AnsweredQuestion, AnsweredQuestion]]:
-    """The questions of both sides, matched by id; when no id is common, by their text. Sorted by id."""
+    """Pairs of the same question of both sides, sorted by id. Matches by id, or by text if no id is common."""
     by_id = {question.id: question for question in other}
     pairs = [(question, by_id[question.id]) for question in baseline if question.id in by_id]
     if not pairs:
@@ -132,7 +142,7 @@ def match_questions(
 
 
 def _common_parts(one: AnsweredQuestion, other: AnsweredQuestion) -> tuple[AnsweredQuestion, AnsweredQuestion]:
-    """Both with only what both have: a greedy response, samples."""
+    """Both sides without a greedy response or samples that only one of them has."""
     greedy, samples = one.greedy and other.greedy, one.samples and other.samples
     kept = [
         replace(side, greedy=side.greedy if greedy else None, samples=side.samples if samples else ())
@@ -142,7 +152,7 @@ def _common_parts(one: AnsweredQuestion, other: AnsweredQuestion) -> tuple[Answe
 
 
 def _with_seeds(columns: Floats, seeds: int) -> Floats:
-    """Seeds that one side does not have add nothing to its means."""
+    """Pads the seed axis with zeros, which do not change a mean over seeds."""
     return np.pad(columns, ((0, 0), (0, seeds - columns.shape[1]), (0, 0), (0, 0)))
 
 
@@ -163,9 +173,9 @@ def _differences(names: Sequence[str], a: Floats, b: Floats, resamples: int, see
 
 
 def mcnemar_test(only_one: int, only_other: int) -> float:
-    """Exact two-sided p-value: of questions that one side alone got right, each is a fair coin's under no difference.
+    """Exact two-sided p-value of McNemar's test (McNemar 1947): twice the binomial tail, at most 1.
 
-    Twice the binomial tail, at most 1 (McNemar 1947, exact form).
+    Without a difference, each question that only one side answered right is a fair coin toss between them.
     """
     n = only_one + only_other
     tail = sum(math.comb(n, i) for i in range(min(only_one, only_other) + 1))
@@ -173,12 +183,15 @@ def mcnemar_test(only_one: int, only_other: int) -> float:
 
 
 def permutation_test(a: Floats, b: Floats, rng: np.random.Generator) -> float:
-    """Two-sided p-value of a paired permutation test: had the two models swapped their answers to some questions, how
-    often would the figures differ as much?
+    """Two-sided p-value of a paired permutation test, which exchanges the answers of the models to some questions.
 
-    a, b: [seed, question, numerator and denominator]; a question is exchanged with all its seeds. All exchanges are
-    counted when at most EXACT_LIMIT questions differ; else PERMUTATIONS are drawn, and the observed one counted among them.
-    nan when a side has no figure.
+    Args:
+        a, b: shape [seed, question, numerator and denominator]. A question is exchanged with all its seeds.
+
+    Returns:
+        The share of permutations whose metrics differ at least as much as the observed ones. All permutations are
+        counted if at most EXACT_LIMIT questions differ; otherwise PERMUTATIONS are drawn and the observed one is added.
+        nan if the metric of one side is undefined.
     """
     total_a: Floats = a.sum(axis=1)
     total_b: Floats = b.sum(axis=1)
@@ -191,15 +204,15 @@ def permutation_test(a: Floats, b: Floats, rng: np.random.Generator) -> float:
     exact = n <= EXACT_LIMIT
     count = 2**n if exact else PERMUTATIONS
     extreme: int = 0
-    for start in range(0, count, _ROWS):
-        size = min(_ROWS, count - start)
+    for start in range(0, count, _BATCH):
+        size = min(_BATCH, count - start)
         if exact:
             swaps = (np.arange(start, start + size)[:, None] >> np.arange(n)) & 1
         else:
             swaps = rng.integers(2, size=(size, n))
-        # einsum, not a matrix product: BLAS threads that share two busy cores take a hundred times as long.
+        # einsum instead of a matrix product: BLAS threads are a hundred times slower when they share two busy cores.
         shift = np.einsum("rq,qsc->rsc", swaps.astype(np.float64), gap)
         swapped = mean_over_seeds(total_b - shift) - mean_over_seeds(total_a + shift)
-        # An exchange that leaves a side without a figure cannot speak for a difference.
+        # If a permutation leaves one side without a defined metric, it is counted as no evidence for a difference.
         extreme += int((np.isnan(swapped) | (np.abs(swapped) >= abs(observed) - 1e-9)).sum())
     return extreme / count if exact else (extreme + 1) / (count + 1)

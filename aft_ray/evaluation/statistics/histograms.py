@@ -1,6 +1,6 @@
-"""How a model scores its right and its wrong samples: what the assessment accuracy sums up, as distributions.
+"""Distributions of the scores of right and of wrong samples, which the assessment accuracy summarises in one number.
 
-Invariant: the models of one picture are counted in the same bins.
+Invariant: all models of one plot are counted in the same bins.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from aft_ray.evaluation.answers import AnsweredQuestion
 from aft_ray.storage.records import Verdict
 
 BINS = 40
-# The lowest scores are few and far away: those below this percentile of all are counted in the first bin.
+# The lowest scores are rare outliers. Scores below this percentile of all scores are counted in the first bin.
 TAIL_PERCENTILE = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class Histogram:
-    """Numbers of right and of wrong samples in each bin; undecided ones are in neither.
+    """Numbers of right and of wrong samples in each bin. Undecided samples are not counted.
 
-    edges: of the bins, nats per token, one more than there are bins.
+    Attributes:
+        edges: edges of the bins in nats per token, one more than there are bins.
     """
 
     edges: list[float]
@@ -35,13 +36,13 @@ class Histogram:
 
 
 def score_histograms(models: Mapping[str, Sequence[AnsweredQuestion]]) -> dict[str, Histogram]:
-    """Those of the models whose samples have scores and verdicts; empty when none has."""
+    """The histogram of each model that has samples with scores and verdicts, by the label of the model."""
     scores = {label: _scores(answered) for label, answered in models.items()}
     known = [values for pair in scores.values() for values in pair if len(values)]
     if not known:
         return {}
-    everything = np.concatenate(known)
-    low, high = float(np.percentile(everything, TAIL_PERCENTILE)), float(everything.max())
+    all_scores = np.concatenate(known)
+    low, high = float(np.percentile(all_scores, TAIL_PERCENTILE)), float(all_scores.max())
     edges = np.linspace(low, high if high > low else low + 1e-3, BINS + 1)
 
     def count(values: np.ndarray[Any, np.dtype[np.float64]]) -> list[int]:
@@ -55,6 +56,7 @@ def score_histograms(models: Mapping[str, Sequence[AnsweredQuestion]]) -> dict[s
 
 
 def _scores(answered: Sequence[AnsweredQuestion]) -> list[np.ndarray[Any, np.dtype[np.float64]]]:
+    """The finite scores of the right samples, and those of the wrong samples."""
     return [
         np.array(
             [

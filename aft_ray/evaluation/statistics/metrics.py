@@ -1,7 +1,7 @@
-"""What a model's answers to a split are worth, each figure with a 95 % bootstrap interval over the questions.
+"""The metrics of a model on a split, each with a 95 % bootstrap interval over the questions.
 
-An undecided answer is not counted as right, stays in the denominator of the accuracies, forms no pair in the
-assessment, and is shown as a number of its own. Invariant: no figure depends on the order of the questions.
+An undecided response does not count as right, stays in the denominator of the accuracies, is left out of the assessment
+accuracy, and is reported as a separate count. Invariant: no metric depends on the order of the questions.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from aft_ray.verify.answers.canonical import normalise
 
 Canonical = Callable[[str], Hashable]
 
-# METHOD: the assessment compares 3 right with 3 wrong samples.
+# The assessment accuracy compares 3 right with 3 wrong samples (arXiv 2309.02144).
 ASSESSMENT_SAMPLES = 3
 
 
@@ -36,15 +36,17 @@ ASSESSMENT_SAMPLES = 3
 class EvaluationMetrics:
     """The metrics of one model on one split, or on one task of it.
 
-    estimates: over the questions. "greedy"; with samples also "pass@1", "pass@k", "maj@k", "best-of-k", "vote@k",
-        "assessment" and "perplexity", with k as a number; those that need scores only when every sample has one.
-        Shares of 1, but for the perplexity.
-    seeds: sampling seeds, each of which drew its own k samples of a question.
-    k: samples used of every question and seed: as many as the question with the fewest has.
-    assessed: right and as many wrong samples that the assessment compares: 3, or k // 2 when k is less than 6 (at
-        least 1), so that a question can still qualify; figures with different `assessed` are not comparable.
-    tasks: when the questions are of several tasks, the metrics of each.
-    macro: likewise, the mean over the tasks of each figure, whatever their sizes.
+    Attributes:
+        seeds: number of sampling seeds. Each seed has its own k samples of every question.
+        k: number of samples used per question and seed: as many as the question with the fewest samples has.
+        assessed: number of right samples, and of wrong samples, that the assessment accuracy compares: 3, or k // 2
+            (at least 1) if k is less than 6, so that questions can still qualify. Values with different `assessed` are
+            not comparable.
+        estimates: the metrics over all questions by name: "greedy"; with samples also "pass@1", "pass@k", "maj@k",
+            "best-of-k", "vote@k", "assessment" and "perplexity", with k as a number. Metrics that need scores exist
+            only if every sample has one. All are shares between 0 and 1, except the perplexity.
+        tasks: the metrics of each task; empty if there is only one.
+        macro: the mean of each metric over the tasks, unweighted; empty if there is only one.
     """
 
     questions: int
@@ -58,17 +60,19 @@ class EvaluationMetrics:
     macro: dict[str, Estimate] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """A dict for `json.dump`; a figure that does not exist is null."""
+        """The metrics as JSON values; an undefined number is null."""
         counts = {name: getattr(self, name) for name in _COUNTS}
-        figures = {name: estimate.to_json() for name, estimate in self.estimates.items()}
-        record = {**counts, "estimates": figures}
+        record: dict[str, Any] = {
+            **counts,
+            "estimates": {n: estimate.to_json() for n, estimate in self.estimates.items()},
+        }
         if self.tasks:
             record["macro"] = {name: estimate.to_json() for name, estimate in self.macro.items()}
             record["tasks"] = {task: result.to_json() for task, result in self.tasks.items()}
         return record
 
     def flat_values(self) -> dict[str, float | None]:
-        """All values by a flat name, for a line of metrics: "greedy", "maj_6", and "gsm8k/maj_6" of a task."""
+        """All values by flat names for a line of `metrics.jsonl`: "greedy", "maj_6", and for a task "gsm8k/maj_6"."""
         flat = {name.replace("@", "_"): finite_or_none(estimate.value) for name, estimate in self.estimates.items()}
         for task, result in self.tasks.items():
             flat |= {f"{task}/{name}": value for name, value in result.flat_values().items()}
@@ -76,7 +80,7 @@ class EvaluationMetrics:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> EvaluationMetrics:
-        """The inverse of `to_json`; what else a record holds is left aside."""
+        """The inverse of `to_json`; other fields of the record are ignored."""
         return cls(
             **{name: value[name] for name in _COUNTS},
             estimates={name: Estimate.from_json(e) for name, e in value["estimates"].items()},
@@ -96,14 +100,23 @@ def measure(
     resamples: int = 1000,
     seed: int = 0,
 ) -> EvaluationMetrics:
-    """All metrics. `canonical` maps equal answers to equal keys; `k` limits the samples that are used, so that models
-    with different numbers of them compare. Raises ValueError when there is no question."""
+    """Computes all metrics.
+
+    Args:
+        k: the largest number of samples to use, so that models with different numbers of samples can be compared.
+        canonical: maps equal answers to equal keys.
+        resamples: number of bootstrap resamples.
+        seed: seed of the resampling.
+
+    Raises:
+        ValueError: there is no question.
+    """
     if not answered:
         raise ValueError("there is nothing to measure: no question was answered")
     answered = sorted(answered, key=lambda question: question.id)
     k = smallest_k(answered) if k is None else min(k, smallest_k(answered))
     names, columns = metric_columns(answered, k, canonical)
-    whole, _ = _result(answered, names, columns, k, resamples, np.random.default_rng(seed))
+    whole, _ = _metrics_of(answered, names, columns, k, resamples, np.random.default_rng(seed))
     tasks = sorted({question.task for question in answered})
     if len(tasks) < 2:
         return whole
@@ -114,9 +127,9 @@ def measure(
         # Tasks are resampled independently of each other.
         rng = np.random.default_rng([seed, number])
         of_task = [answered[i] for i in chosen]
-        parts[task], drawn = _result(of_task, names, columns[:, :, chosen], k, resamples, rng)
+        parts[task], drawn = _metrics_of(of_task, names, columns[:, :, chosen], k, resamples, rng)
         draws.append(drawn)
-    mean = np.mean(draws, axis=0)  # nan where any task has no figure
+    mean = np.mean(draws, axis=0)  # nan where the metric is undefined for any task
     macro = {}
     for i, name in enumerate(names):
         value = float(np.mean([part.estimates[name].value for part in parts.values()]))
@@ -125,7 +138,7 @@ def measure(
 
 
 def smallest_k(answered: Sequence[AnsweredQuestion]) -> int:
-    """The fewest samples that any seed drew of any question; questions without any are left out. 0: none has any."""
+    """The smallest number of samples per question and seed, without questions that have none; 0 if none has any."""
     seeds = sampling_seeds(answered)
     counts = [len(question.samples_of_seed(seed)) for question in answered if question.samples for seed in seeds]
     return min(filter(None, counts), default=0)
@@ -138,7 +151,10 @@ def sampling_seeds(answered: Sequence[AnsweredQuestion]) -> list[int]:
 def metric_columns(
     answered: Sequence[AnsweredQuestion], k: int, canonical: Canonical = normalise
 ) -> tuple[list[str], Floats]:
-    """The figures' names, and their columns (`bootstrap`); a question without samples of a seed adds nothing to it."""
+    """Names of the metrics, and their columns of shape [metric, seed, question, 2] (see `bootstrap`).
+
+    A question without samples of a seed adds nothing to the metrics of that seed.
+    """
     seeds = sampling_seeds(answered) if k else []
     scored = all(sample.score is not None for question in answered for sample in question.samples)
     names = ["greedy"] if any(question.greedy is not None for question in answered) else []
@@ -153,27 +169,29 @@ def metric_columns(
             columns[place["greedy"], 0, q] = question.greedy.right, 1
         for s, seed in enumerate(seeds):
             if samples := question.samples_of_seed(seed):
-                for name, value in _figures(samples, k, canonical, scored).items():
+                for name, value in _question_metrics(samples, k, canonical, scored).items():
                     columns[place[name], s, q] = value
     return names, columns
 
 
-def _figures(samples: Sequence[Response], k: int, canonical: Canonical, scored: bool) -> dict[str, tuple[float, float]]:
-    """Numerator and denominator of every figure of one question's samples by one seed."""
+def _question_metrics(
+    samples: Sequence[Response], k: int, canonical: Canonical, scored: bool
+) -> dict[str, tuple[float, float]]:
+    """Numerator and denominator of every metric for the samples of one question and one seed."""
     right = sum(sample.right for sample in samples)
-    figures = {f"pass@{size}": (pass_at_k(len(samples), right, size), 1.0) for size in sorted({1, k})}
-    cast, everyone = sample_arrays(samples[:k], canonical), np.arange(k)[None]
+    metrics = {f"pass@{size}": (pass_at_k(len(samples), right, size), 1.0) for size in sorted({1, k})}
+    arrays, all_samples = sample_arrays(samples[:k], canonical), np.arange(k)[None]
     for name, rule in RULES.items():
         if scored or name not in RULES_BY_SCORE:
-            figures[name.format(n=k)] = float(rule(cast, everyone)[0]), 1.0
+            metrics[name.format(n=k)] = float(rule(arrays, all_samples)[0]), 1.0
     if scored:
         share = assessment_accuracy(samples, assessment_samples(k))
-        figures["assessment"] = (0.0, 0.0) if share is None else (share, 1.0)
-        figures["perplexity"] = right_perplexity(samples)
-    return figures
+        metrics["assessment"] = (0.0, 0.0) if share is None else (share, 1.0)
+        metrics["perplexity"] = right_perplexity(samples)
+    return metrics
 
 
-def _result(
+def _metrics_of(
     answered: Sequence[AnsweredQuestion],
     names: Sequence[str],
     columns: Floats,
@@ -196,20 +214,23 @@ def _result(
 
 
 def assessment_samples(k: int) -> int:
+    """Number of right samples, and of wrong samples, that the assessment accuracy compares with k samples."""
     return max(1, min(ASSESSMENT_SAMPLES, k // 2))
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:
-    """Probability that k of n samples, drawn without replacement, hold a right one (arXiv 2107.03374, eq. 1)."""
+    """Probability that k of n samples, drawn without replacement, include a right one (arXiv 2107.03374, eq. 1)."""
     if not 1 <= k <= n:
         raise ValueError(f"pass@{k} cannot be estimated from {n} samples")
     return 1.0 - math.comb(n - right, k) / math.comb(n, k)
 
 
 def assessment_accuracy(samples: Sequence[Response], assessed: int = ASSESSMENT_SAMPLES) -> float | None:
-    """Of the pairs of the first `assessed` right and wrong samples, the share in which the right one scores higher.
+    """Assessment accuracy of one question (arXiv 2309.02144).
 
-    Equal scores count half. None when there are fewer than `assessed` of either.
+    Returns:
+        The share of the pairs of the first `assessed` right and wrong samples in which the right one has the higher
+        score. Equal scores count half. None if there are fewer than `assessed` right or wrong samples.
     """
     right = np.array([s.score for s in samples if s.verdict is Verdict.RIGHT][:assessed], dtype=np.float64)
     wrong = np.array([s.score for s in samples if s.verdict is Verdict.WRONG][:assessed], dtype=np.float64)
@@ -220,6 +241,6 @@ def assessment_accuracy(samples: Sequence[Response], assessed: int = ASSESSMENT_
 
 
 def right_perplexity(samples: Sequence[Response]) -> tuple[float, float]:
-    """Sum of exp(-score) over the right samples, and their number."""
+    """Sum of the perplexities exp(-score) of the right samples, and their number."""
     scores = [sample.score for sample in samples if sample.right and sample.score is not None]
     return math.fsum(math.exp(min(-score, 700.0)) for score in scores), float(len(scores))

@@ -1,6 +1,7 @@
-"""Which of several sampled responses to return: self-consistency, reranking by score, the vote weighted by score.
+"""Rules that select one answer from several samples: majority vote, best of n by score, vote weighted by score.
 
-Invariant: the outcome of any subset of the samples is what the rule would have said, had only these been drawn.
+Invariant: for any subset of the samples, a rule gives the result that it would give if only these had been sampled. The
+service selects by the same rules (`aft_ray.serving.strategies`).
 """
 
 from __future__ import annotations
@@ -20,9 +21,12 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class SampleArrays:
-    """The samples of a question as arrays of [sample].
+    """The samples of one question as arrays of shape [sample].
 
-    answers: equal numbers for equal answers, -1 for a sample without an answer. scores: None when any is unknown.
+    Attributes:
+        answers: the same number for equal answers; -1 for a sample without an answer.
+        right: whether the verdict of the sample is right.
+        scores: mean log-probabilities in nats per token; None if any is unknown.
     """
 
     answers: Ints
@@ -31,7 +35,7 @@ class SampleArrays:
 
 
 def sample_arrays(samples: Sequence[Response], canonical: Callable[[str], Hashable]) -> SampleArrays:
-    """`canonical` maps equal answers to equal keys."""
+    """Converts samples to arrays. `canonical` maps equal answers to equal keys."""
     keys: dict[Hashable, int] = {}
     answers = [-1 if s.answer is None else keys.setdefault(canonical(s.answer), len(keys)) for s in samples]
     scores = [sample.score for sample in samples if sample.score is not None]
@@ -42,47 +46,64 @@ def sample_arrays(samples: Sequence[Response], canonical: Callable[[str], Hashab
     )
 
 
-def majority_vote(cast: SampleArrays, subsets: Ints) -> Bools:
-    """Self-consistency: the answer given most often; a tie goes to the larger sum of scores, then to the first.
+def majority_vote(samples: SampleArrays, subsets: Ints) -> Bools:
+    """Self-consistency (arXiv 2203.11171): selects the most frequent answer.
 
-    Of each row of `subsets` ([subset, index of a sample], ascending), whether it elects a right answer.
+    A tie goes to the answer with the larger sum of scores, then to the answer that was sampled first.
+
+    Args:
+        subsets: indices of samples, ascending in each row; shape [subset, size of the subset].
+
+    Returns:
+        Whether the selected answer is right, for each subset.
     """
-    return _elects_right(cast, subsets, [np.ones(len(cast.answers)), *([] if cast.scores is None else [cast.scores])])
+    counts = np.ones(len(samples.answers))
+    weights = [counts] if samples.scores is None else [counts, samples.scores]
+    return _selects_right_answer(samples, subsets, weights)
 
 
-def weighted_vote(cast: SampleArrays, subsets: Ints) -> Bools:
-    """The answer with the largest sum of exp(score), the geometric mean token probability; a tie goes to the first."""
-    assert cast.scores is not None, "a vote weighted by scores needs scores"
-    return _elects_right(cast, subsets, [np.exp(cast.scores)])
+def weighted_vote(samples: SampleArrays, subsets: Ints) -> Bools:
+    """Selects the answer with the largest sum of exp(score); exp(score) is the geometric mean token probability.
+
+    A tie goes to the answer that was sampled first. For arguments and result see `majority_vote`.
+    """
+    assert samples.scores is not None, "a vote weighted by scores needs the score of every sample"
+    return _selects_right_answer(samples, subsets, [np.exp(samples.scores)])
 
 
-def best_of_n(cast: SampleArrays, subsets: Ints) -> Bools:
-    """Reranking: the sample with the highest score, the first of equals, whether or not it came to an answer."""
-    assert cast.scores is not None, "reranking by score needs scores"
-    chosen = cast.scores[subsets].argmax(axis=1)
-    return cast.right[np.take_along_axis(subsets, chosen[:, None], axis=1)[:, 0]]
+def best_of_n(samples: SampleArrays, subsets: Ints) -> Bools:
+    """Selects the sample with the highest score, the first of equal ones, whether or not it gives an answer.
+
+    For arguments and result see `majority_vote`.
+    """
+    assert samples.scores is not None, "best of n by score needs the score of every sample"
+    chosen = samples.scores[subsets].argmax(axis=1)
+    return samples.right[np.take_along_axis(subsets, chosen[:, None], axis=1)[:, 0]]
 
 
 Rule = Callable[[SampleArrays, Ints], Bools]
-# How each rule's figure with n samples is called, and which rules need every sample's score.
+# The rules by the name of their metric with n samples, and those that need the score of every sample.
 RULES: Mapping[str, Rule] = {"maj@{n}": majority_vote, "best-of-{n}": best_of_n, "vote@{n}": weighted_vote}
 RULES_BY_SCORE = frozenset({"best-of-{n}", "vote@{n}"})
 
 
-def _elects_right(cast: SampleArrays, subsets: Ints, weights: Sequence[Floats]) -> Bools:
-    """Whether the answer with the most weight is right: of the first kind, in a tie of the second, then the first.
+def _selects_right_answer(samples: SampleArrays, subsets: Ints, weights: Sequence[Floats]) -> Bools:
+    """Whether the answer with the largest total weight is right, for each subset.
 
-    Equal answers have equal verdicts, but for one whose verification failed; one right sample makes an answer right.
+    `weights` are compared in order: the second decides ties of the first. A remaining tie goes to the answer that was
+    sampled first. Equal answers have equal verdicts unless the verification of one failed, so an answer counts as right
+    if any of its samples is right.
     """
-    votes = (cast.answers[:, None] == np.arange(cast.answers.max(initial=-1) + 1))[subsets]  # [subset, sample, answer]
+    answers = np.arange(samples.answers.max(initial=-1) + 1)
+    votes = (samples.answers[:, None] == answers)[subsets]  # [subset, sample, answer]
     if votes.shape[2] == 0:
         return np.zeros(len(subsets), dtype=np.bool_)
     leading = votes.any(axis=1)
-    # Rounded, so that the order of a sum's terms cannot break a tie.
+    # Sums are rounded so that rounding errors, which depend on the order of terms, do not decide a tie.
     sums = [np.where(votes, weight[subsets][:, :, None], 0.0).sum(axis=1).round(12) for weight in weights]
     for key in [*sums, -votes.argmax(axis=1)]:
         reached = np.where(leading, key, -np.inf)
         leading &= reached == reached.max(axis=1, keepdims=True)
-    right = (votes & cast.right[subsets][:, :, None]).any(axis=1)
+    right = (votes & samples.right[subsets][:, :, None]).any(axis=1)
     outcome: Bools = (leading & right).any(axis=1)
     return outcome
