@@ -1,0 +1,17 @@
+"""Training: from the labelled groups of a round to optimiser steps, a checkpoint and a new policy version.
+
+Read `worker` first: it has the order of a round. What it calls, in that order:
+
+    launch            starts the workers with Ray Train, once for the whole run
+    loading, lora     the model, from files into ZeRO partitions, with adapters if asked for
+    deepspeed         the engine that holds the model and the optimizer
+    schedule          objective, passes and learning rate of a round
+    batching          the plan of the round: which rank trains which groups in which step
+    collate           groups as padded tensors
+    step              one optimiser step: scores, loss, gradients (the losses are in `aft_ray.objectives`)
+    weight_publisher  the new weights as a version that the samplers load
+    checkpoint        the training state that a restart continues from
+    offload           the training state out of GPU memory while colocated samplers use the GPU
+
+Only this package imports DeepSpeed.
+"""

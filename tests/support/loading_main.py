@@ -1,6 +1,6 @@
 """One of two ranks that load models into ZeRO-3 partitions: `loading_main.py RANK PORT WORK_DIR`.
 
-Loads every model of WORK_DIR and writes what came of each to RANK.json.
+Loads every model of WORK_DIR and writes what it observed of each to RANK.json.
 """
 
 import json
@@ -21,12 +21,12 @@ from aft_ray.training.loading import LoadingError, load_model
 
 
 def resident() -> int:
-    """Bytes of this process in memory, those of mapped files included."""
+    """Resident memory of this process in bytes, mapped files included."""
     return int(re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) << 10
 
 
 class Peak:
-    """The most memory that this process takes inside the context, beyond what it took at the beginning."""
+    """Measures by how much the resident memory of this process grows at most inside the context, in bytes."""
 
     def __enter__(self):
         self.before = self.highest = resident()
@@ -47,7 +47,7 @@ class Peak:
 
 
 def same_as_files(model, directory: Path) -> bool:
-    """Whether every parameter, made whole, is what the files hold; a tied one is held once."""
+    """Whether every gathered parameter equals the tensor in the files, which hold tied weights once."""
     from deepspeed import zero
 
     stored = {}
@@ -67,7 +67,9 @@ def main(rank: int, port: str, work: Path) -> None:
     dist.init_process_group("gloo", rank=rank, world_size=2)
     engines.import_deepspeed()
     outcomes = {}
-    for directory in sorted(work.iterdir()):  # the first is small, so that imports are over when it is measured
+    for directory in sorted(
+        work.iterdir()
+    ):  # the first is small, so that imports are done before a large one is measured
         if not directory.is_dir():
             continue
         dtype = "bfloat16" if directory.name.endswith("bfloat16") else "float32"

@@ -1,6 +1,6 @@
 """One rank of a DeepSpeed run over gloo: `rank_main.py RANK RANKS PORT WORK_DIR`. Rank 0 writes results-RANKS.pt there.
 
-Two ranks do everything; another number goes on from what they saved.
+Two ranks run everything. Another number of ranks continues from the checkpoints of two.
 """
 
 import os
@@ -33,14 +33,14 @@ def build(model_dir, stage, dtype="float32", lora=None, adapter=None, universal=
 
 
 def keep_nothing_gathered(training, dtype, made=deepspeed.ds_config):
-    """DeepSpeed keeps parameters below a size whole on every rank, which would be all those of a tiny model."""
+    """A config that also partitions small parameters. By default DeepSpeed keeps them whole, here the whole model."""
     config = made(training, dtype)
     config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     return config
 
 
 def take(engine, groups, steps, rank, ranks):
-    """Trains on some steps of two epochs; the last step of an epoch is smaller than the others."""
+    """Takes some of the steps of two epochs. The last step of an epoch is smaller than the others."""
     planned = [s for epoch in plan(groups, OBJECTIVE, ranks=ranks, groups_per_step=PER_STEP, epochs=2) for s in epoch]
     made = []
     for number in steps:
@@ -60,13 +60,13 @@ def weights(engine):
 
 
 def export(engine, directory, rank):
-    """The merged model and the adapter by itself, as a round writes them."""
+    """Writes the merged model and the adapter, as a round does."""
     write_model(engine.module, directory / "model", 40_000, SharedStorage().put_shard, rank, torch.float32)
     write_adapter(engine.module, directory / "adapter", rank)
 
 
 def train_adapters(work, stage, groups, rank, ranks):
-    """Six steps, the last three of them once more from a checkpoint, and what comes out."""
+    """Takes six steps, and the last three again from a checkpoint. Returns statistics and weights."""
     options = {"lora": LORA, "adapter": work / "adapter", "activation_checkpointing": stage == 3}
     engine = build(work / "model", stage, **options)
     before = {name: tensor for name, tensor in weights(engine).items() if not is_adapter(name)}
@@ -87,7 +87,7 @@ def train_adapters(work, stage, groups, rank, ranks):
 
 
 def fault(engine, rank, ranks):
-    """The ids that a step on a poisoned group names, and whether the weights stayed as they were."""
+    """Trains on a group whose loss is NaN. Returns the ids that the error names and whether the weights changed."""
     groups = [*random_groups(7), poisoned_group()]
     before = weights(engine)
     try:
@@ -99,8 +99,8 @@ def fault(engine, rank, ranks):
     return None
 
 
-def go_on(rank, ranks, work):
-    """The last three steps, from what another number of ranks saved after the first three."""
+def continue_from_two(rank, ranks, work):
+    """Takes the last three steps from the checkpoints that two ranks saved after the first three."""
     groups, results = random_groups(GROUPS), {}
     for name, stage, options in (
         ("stage2", 2, {}),
@@ -149,7 +149,7 @@ def do_everything(rank, ranks, work):
         results[f"offloaded{stage}"] = {"stats": stats, "weights": weights(away)}
         away.destroy()
 
-        # On from where no state was offloaded.
+        # Continue from a checkpoint that was saved without offloading.
         away = build(work / "model", stage, **options)
         deepspeed.load_checkpoint(away, work / f"checkpoint{stage}")
         stats = take(away, groups, range(3, 6), rank, ranks)
@@ -171,7 +171,7 @@ def main(rank, ranks, port, work):
     deepspeed.ds_config = keep_nothing_gathered
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_RANK": str(rank)}
     dist.init_process_group("gloo", rank=rank, world_size=ranks)
-    results = (do_everything if ranks == 2 else go_on)(rank, ranks, work)
+    results = (do_everything if ranks == 2 else continue_from_two)(rank, ranks, work)
     if rank == 0:
         torch.save(results, work / f"results-{ranks}.pt")
     dist.barrier()

@@ -37,7 +37,7 @@ def work(tmp_path_factory):
 
 
 def with_adapters(work, adapter=None):
-    """The model with adapters that add something, unlike new ones."""
+    """The model with adapters: those of a directory, or random ones that change the outputs, unlike new ones."""
     torch.manual_seed(5)
     model = load_model(work / "model", "float32")
     add_adapters(model, LORA, str(work / "model"))
@@ -52,7 +52,7 @@ def with_adapters(work, adapter=None):
 
 
 def run_ranks(work, count):
-    """What `rank_main.py` has for its results, on so many ranks."""
+    """Runs `rank_main.py` on so many ranks and returns what rank 0 wrote."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -81,7 +81,7 @@ def results(work):
 
 @pytest.fixture(scope="module")
 def resized(work, results):
-    """What one rank and three make of the checkpoints of two."""
+    """The results of one rank and of three that continue from the checkpoints of two."""
     for name, saved in (
         ("stage2", "checkpoint2"),
         ("stage3", "checkpoint3"),
@@ -102,7 +102,7 @@ def plain_adapters(work):
 
 
 def train_plainly(model):
-    """Losses, gradient norms and final trained weights of plain torch, one batch a step."""
+    """Trains with plain torch and one batch a step. Returns losses, gradient norms and the trained weights."""
     groups = random_groups(GROUPS)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), weight_decay=0.01)

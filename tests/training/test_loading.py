@@ -1,4 +1,4 @@
-"""Checkpoints of several files into ZeRO-3 partitions on two ranks: what arrives, what is refused, what it takes."""
+"""Models of several files loaded into ZeRO-3 partitions on two ranks: the weights, the refusals, and the memory."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def write_large_llama(directory: Path) -> None:
 
 
 def changed(source: Path, directory: Path, change) -> None:
-    """A copy of a one-file model whose tensors, by name, went through `change`."""
+    """Copies a model of one file and applies `change` to the dict of its tensors."""
     shutil.copytree(source, directory)
     tensors = load_file(directory / "model.safetensors")
     change(tensors)
@@ -55,7 +55,7 @@ def work(tmp_path_factory):
     changed(plain, work / "missing", lambda tensors: tensors.pop(norm))
     changed(plain, work / "unexpected", lambda tensors: tensors.update(extra=torch.zeros(2)))
     changed(plain, work / "shape", lambda tensors: tensors.update({norm: torch.zeros(3)}))
-    # As models from before transformers 4.31 are.
+    # Models that transformers before 4.31 saved have this buffer.
     old = "model.layers.0.self_attn.rotary_emb.inv_freq"
     changed(plain, work / "old", lambda tensors: tensors.update({old: torch.zeros(16)}))
     changed(plain, work / "torn", lambda tensors: None)
@@ -66,7 +66,7 @@ def work(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def outcomes(work):
-    """What each rank says of each model."""
+    """What each rank reports of each model."""
     (port,) = free_ports(1)
     # Freed memory goes back to the system at once, so that what is measured is what is in use.
     environment = os.environ | {
@@ -106,7 +106,7 @@ def test_no_rank_takes_more_than_its_half_a_layer_and_the_file_that_is_read(outc
     model, spare = sum(files), 12 << 20
     layer = model / LAYERS
     reading, other = (outcome["1-large"]["peak"] for outcome in outcomes)
-    # While a layer is scattered it is there whole, and for a moment a second time, as what is sent.
+    # While a layer is partitioned, the whole layer is in memory, and for a moment also its copy that is sent.
     assert reading < model / 2 + max(files) + 2 * layer + spare < 0.9 * model
     assert other < model / 2 + 2 * layer + spare < 0.8 * model
 

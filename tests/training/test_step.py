@@ -11,7 +11,6 @@ from aft_ray.storage.records import Verdict
 from aft_ray.training.batching import StepTotals, trained_candidates
 from aft_ray.training.collate import DUMMY, REFERENCE, collate
 from aft_ray.training.loading import load_model
-from aft_ray.training.schedule import learning_rate
 from aft_ray.training.step import micro_loss, response_logprobs
 
 
@@ -130,14 +129,3 @@ def test_a_loss_that_is_not_finite_names_its_group(model):
 
     _, stats = micro_loss(spoiling, batch, objective, 1.0, StepTotals(3, 20, 40))
     assert stats.at_fault == ["q1"]
-
-
-def test_learning_rate_warms_up_and_decays_to_zero():
-    rates = [learning_rate(step, 100, 2.0, 0.1) for step in range(101)]
-    assert rates[0] == pytest.approx(0.2)
-    assert max(rates) == rates[9] == rates[10] == 2.0
-    assert rates[55] == pytest.approx(1.0)
-    assert rates[100] == 0
-    assert rates[:10] == sorted(rates[:10])
-    assert rates[10:] == sorted(rates[10:], reverse=True)
-    assert learning_rate(0, 1, 2.0, 0.03) == 2.0
