@@ -1,4 +1,4 @@
-"""Ordinary responses and their gold answers, generated, and how they are read. The verifier's workers import this."""
+"""Generates ordinary responses with gold answers, and the tasks that read them. The verifier's workers import this."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ KINDS: dict[Kind, float] = {"number": 0.6, "option": 0.25, "yes_no": 0.05, "math
 REASONING = "There are {a} of them at first and {b} come later, so there are {a} + {b} = {c} in all. "
 
 
-class Marked:
-    """The answer stands behind ####; an option may be stated in any way."""
+class MarkedAnswers:
+    """A task whose responses have the answer after `####`, or name an option in any wording."""
 
     def __init__(self, kind: Kind) -> None:
         self.kind = kind
@@ -27,25 +27,27 @@ class Marked:
         return compare(self.kind, answer, gold)
 
 
-def ordinary_items(count: int, seed: int) -> list[VerificationRequest]:
-    """Items in the shares of `KINDS`, about half of them right, with 4 sentences of reasoning each."""
+def ordinary_requests(count: int, seed: int) -> list[VerificationRequest]:
+    """Requests of each kind in the shares of `KINDS`, about half of them right, with 4 sentences of reasoning each."""
     rng = random.Random(seed)
-    tasks = {kind: Marked(kind) for kind in KINDS}
-    items = []
+    tasks = {kind: MarkedAnswers(kind) for kind in KINDS}
+    requests = []
     for kind in rng.choices(list(KINDS), list(KINDS.values()), k=count):
         a, b = rng.randint(2, 5000), rng.randint(2, 5000)
         answer, gold = _answer(rng, kind, a, b)
         text = REASONING.format(a=a, b=b, c=a + b) * 4
-        items.append(VerificationRequest(tasks[kind], text + (answer if kind == "option" else f"#### {answer}"), gold))
-    return items
+        requests.append(
+            VerificationRequest(tasks[kind], text + (answer if kind == "option" else f"#### {answer}"), gold)
+        )
+    return requests
 
 
 def _answer(rng: random.Random, kind: Kind, a: int, b: int) -> tuple[str, str]:
-    """An answer as a model would write it, and the gold answer."""
-    said = a + b + rng.choice((0, 0, 0, 1, 2, 10))
+    """An answer in a form that models write, and the gold answer."""
+    value = a + b + rng.choice((0, 0, 0, 1, 2, 10))
     if kind == "number":
         forms = ("{0}", "${0:,}.00", "{0:,} apples", "\\boxed{{{0}}}", "{0} apples or so", "**{0}**", "{0}%")
-        return rng.choice(forms).format(said), str(a + b)
+        return rng.choice(forms).format(value), str(a + b)
     if kind == "option":
         forms = ("The answer is ({0}).", "{0}", "So {0}) is correct.", "**Answer: {0}**", "Option {0}")
         return rng.choice(forms).format(rng.choice("ABCDE")), rng.choice("ABCDE")
@@ -60,4 +62,4 @@ def _answer(rng: random.Random, kind: Kind, a: int, b: int) -> tuple[str, str]:
         "({0},{1})",
     )
     form = rng.choice(forms)
-    return form.format(said, b), form.format(a + b, b)
+    return form.format(value, b), form.format(a + b, b)

@@ -1,8 +1,9 @@
-"""Claim: a simulation calibrated on a run's first round foretells the others, where speeds hold still.
+"""Claim: a simulation that is calibrated on a run's first round predicts the time of the other rounds.
 
-For each finished run directory: engines, workers and answers are read off its first sampled round alone
-(`aft-ray simulate --like`), the whole run is simulated, and the time from the end of round 1's training to the end of
-the last round's is compared with that of the run. Nothing is started; a run of `make demo` will do.
+The claim holds while the speeds of the machine do not change. For each finished run directory, the speeds of engines
+and workers and the lengths of responses are taken from the first sampled round alone (`aft-ray simulate --like`). Then
+the whole run is simulated. The time from the end of round 1's training to the end of the last round's training is
+compared with that of the run. Nothing is started; a run of `make demo` is enough.
 
     python benchmarks/simulation.py runs/demo/seed0/aft
 """
@@ -25,14 +26,14 @@ from aft_ray.storage.run_dir import RunDir
 from aft_ray.storage.versions import read_config
 
 
-def main(runs: Annotated[list[str], typer.Argument(help="run directories of at least two rounds")]) -> None:
-    """Simulated and measured seconds of a round, after the first."""
+def main(runs: Annotated[list[str], typer.Argument(help="run directories with at least two trained rounds")]) -> None:
+    """Compare simulated and measured seconds per round, without the first round."""
     typer.echo("run | staleness | rounds | measured s/round | simulated s/round | ratio")
     for run in runs:
         config, events = read_config(RunDir(run)), read_events(RunDir(run))
         trained = [event["time"] for event in events if event["event"] == "trained" and event["round"] > 0]
         if len(trained) < 2:
-            raise SystemExit(f"{run} has trained {len(trained)} rounds; two are needed, since the first calibrates")
+            raise SystemExit(f"{run} has trained {len(trained)} rounds; two are needed, since the first one calibrates")
         simulated = simulate(config, SimulationAssumptions(**assumptions_like(run)))
         measured = (trained[-1] - trained[0]) / (len(trained) - 1)
         typer.echo(

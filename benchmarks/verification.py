@@ -1,10 +1,10 @@
 """Claim: 10,000 ordinary answers are verified in less than 10 s on two cores, with a hard deadline for each.
 
-The answers are generated: numbers, options, yes or no, and mathematics, with reasoning before them, as models write
-them, about half of them right. The pool is `aft_ray.verify.process_pool.Verifier` with two worker processes; the peer is the
-same extraction and comparison called in this process, without deadline, memory bound or protection. They take turns
-on the same answers, new ones in every turn, and must agree on every verdict. What starting the pool costs, once per
-process, is shown beside them.
+The answers are generated: numbers, options, yes or no, and mathematics, in forms that models write, after some
+reasoning. About half of them are right. The pool is `aft_ray.verify.process_pool.Verifier` with two worker processes.
+The peer is the same extraction and comparison in this process, without deadline, memory limit or protection. In each
+repeat both verify the same new answers, one after the other, and must agree on every verdict. The time to start the
+pool, once per process, is shown separately.
 
     python benchmarks/verification.py --json verification.json
 """
@@ -16,13 +16,14 @@ import statistics
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import typer
-from answers import Marked, ordinary_items
+from answers import MarkedAnswers, ordinary_requests
 
 from aft_ray.verify.process_pool import VerificationRequest, Verifier
 from aft_ray.verify.result import VerificationResult
@@ -31,48 +32,50 @@ TARGET_S = 10.0
 
 
 def main(
-    answers: Annotated[int, typer.Option(help="in a turn")] = 10_000,
-    workers: Annotated[int, typer.Option(help="processes of the pool")] = 2,
-    repeats: Annotated[int, typer.Option(help="turns of each")] = 3,
-    seed: Annotated[int, typer.Option(help="of the generated answers")] = 0,
-    json_file: Annotated[Path | None, typer.Option("--json", help="write the figures to this file")] = None,
+    answers: Annotated[int, typer.Option(help="number of answers in each repeat")] = 10_000,
+    workers: Annotated[int, typer.Option(help="number of processes in the pool")] = 2,
+    repeats: Annotated[int, typer.Option(help="number of repeats")] = 3,
+    seed: Annotated[int, typer.Option(help="seed of the generated answers")] = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write the results to this file")] = None,
 ) -> None:
-    """Seconds for ordinary answers through the pool, beside plain comparison in this process."""
+    """Compare the time of the pool for ordinary answers with that of plain comparison in this process."""
     verifier = Verifier(workers)
-    # Both compare one expression before the first turn: the parser of LaTeX is built by its first use.
-    first = [VerificationRequest(Marked("math"), "#### x+1", "x+2")] * (2 * workers)
+    # Both compare one expression before the first repeat, because the parser of LaTeX is built when it is first used.
+    first = [VerificationRequest(MarkedAnswers("math"), "#### x+1", "x+2")] * (2 * workers)
     _, start_s = _timed(verifier.verify, first)
-    _timed(_here, first)
+    _timed(_verify_here, first)
     seconds: dict[str, list[float]] = {"here": [], "pool": []}
     verdicts: Counter[str] = Counter()
-    for turn in range(repeats):
-        items = ordinary_items(answers, seed + turn)
-        plain, took = _timed(_here, items)
+    for repeat in range(repeats):
+        requests = ordinary_requests(answers, seed + repeat)
+        plain, took = _timed(_verify_here, requests)
         seconds["here"].append(took)
-        pooled, took = _timed(verifier.verify, items)
+        pooled, took = _timed(verifier.verify, requests)
         seconds["pool"].append(took)
         if [one.verdict for one in plain] != [one.verdict for one in pooled]:
-            raise RuntimeError("the pool and plain comparison differ in a verdict")
+            raise RuntimeError("the pool and plain comparison disagree on a verdict")
         verdicts.update(one.verdict.value for one in pooled)
-        typer.echo(f"turn {turn + 1}  in this process {seconds['here'][-1]:.2f} s, in the pool {took:.2f} s")
+        typer.echo(f"repeat {repeat + 1}  in this process {seconds['here'][-1]:.2f} s, in the pool {took:.2f} s")
     verifier.close()
-    figures = _figures(answers, workers, start_s, seconds, verdicts)
-    _show(figures)
+    results = _results(answers, workers, start_s, seconds, verdicts)
+    _print_results(results)
     if json_file:
-        json_file.write_text(json.dumps(figures, indent=1))
+        json_file.write_text(json.dumps(results, indent=1))
 
 
-def _here(items: list[VerificationRequest]) -> list[VerificationResult]:
-    return [item.task.same(item.task.extract(item.text), item.gold) for item in items]  # type: ignore[misc]
+def _verify_here(requests: list[VerificationRequest]) -> list[VerificationResult]:
+    return [request.task.same(request.task.extract(request.text), request.gold) for request in requests]
 
 
-def _timed(verify: Any, items: list[VerificationRequest]) -> tuple[list[VerificationResult], float]:
+def _timed(
+    verify: Callable[[list[VerificationRequest]], list[VerificationResult]], requests: list[VerificationRequest]
+) -> tuple[list[VerificationResult], float]:
     started = time.monotonic()
-    outcomes = verify(items)
-    return outcomes, time.monotonic() - started
+    results = verify(requests)
+    return results, time.monotonic() - started
 
 
-def _figures(
+def _results(
     answers: int, workers: int, start_s: float, seconds: dict[str, list[float]], verdicts: Counter[str]
 ) -> dict[str, Any]:
     medians = {name: statistics.median(of) for name, of in seconds.items()}
@@ -89,19 +92,19 @@ def _figures(
     }
 
 
-def _show(figures: dict[str, Any]) -> None:
+def _print_results(results: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("", "seconds (median)", "answers/s", "turns")
-    for name, title in (("here", "plain comparison"), ("pool", f"pool, {figures['workers']} workers")):
-        median = figures["median_s"][name]
-        turns = ", ".join(f"{one:.2f}" for one in figures["seconds"][name])
-        table.add_row(title, f"{median:.2f}", f"{figures['answers'] / median:,.0f}", turns)
-    table.add_row("pool / plain", f"{figures['ratio']:.2f}", "", f"target: pool under {figures['target_s']:g} s")
-    table.add_row("starting the pool", f"{figures['start_s']:.2f}", "", "once per process")
+    table = Table("", "seconds (median)", "answers/s", "seconds of each repeat")
+    for name, title in (("here", "plain comparison"), ("pool", f"pool, {results['workers']} workers")):
+        median = results["median_s"][name]
+        repeats = ", ".join(f"{one:.2f}" for one in results["seconds"][name])
+        table.add_row(title, f"{median:.2f}", f"{results['answers'] / median:,.0f}", repeats)
+    table.add_row("pool / plain", f"{results['ratio']:.2f}", "", f"target: pool under {results['target_s']:g} s")
+    table.add_row("starting the pool", f"{results['start_s']:.2f}", "", "once per process")
     Console().print(table)
-    Console().print(", ".join(f"{count} {verdict}" for verdict, count in sorted(figures["verdicts"].items())))
+    Console().print(", ".join(f"{count} {verdict}" for verdict, count in sorted(results["verdicts"].items())))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""`make demo`: a tiny reasoner on two cores, from an untrained model to a table of what AFT added.
+"""`make demo`: trains a tiny reasoner on two cores and prints a table that shows the effect of AFT.
 
-Three models come out of one model that was fine-tuned on reference answers (VFT): that model, the same model fine-tuned
-for as many steps more on the same questions (the control), and the model after rounds of AFT. Started again, it goes
-on where it stopped.
+It compares three models: a model that was fine-tuned on reference responses (VFT, supervised fine-tuning), the same
+model fine-tuned for the same number of additional steps on the same questions (the control), and the same model after
+rounds of AFT. When the demo is started again, it continues where it stopped.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from aft_ray.cli import fail, quiet, user_errors
 from aft_ray.config.run import ConfigError, RunConfig, load_config
 
 CONFIG = Path(__file__).parent / "configs" / "arithmetic_demo.yaml"
-# Fine-tuning on the same questions for as many steps more.
+# The control is fine-tuned on the same questions for the same number of additional steps.
 CONTROL = ("vft.epochs=0", "objective.name=vft", "objective.beta=null", "rounds.evaluate_every=0")
 COLUMNS = ("greedy", "maj@{k}", "best-of-{k}", "assessment")
 
 
 def demo(
-    directory: Annotated[Path, typer.Option(help="everything the demo writes")] = Path("runs/demo"),
-    seed: Annotated[int, typer.Option(help="of data order, sampling and training")] = 0,
+    directory: Annotated[Path, typer.Option(help="directory of everything that the demo writes")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="seed of data order, sampling and training")] = 0,
 ) -> None:
-    """Train and compare; about ten minutes on two cores."""
+    """Train a tiny reasoner and compare it with fine-tuning alone; about ten minutes on two cores."""
     from aft_ray.cluster.connect import connected
     from aft_ray.cluster.reservations import training_reservations
     from aft_ray.evaluation.report.summary import summarize, write_summary
@@ -43,44 +43,45 @@ def demo(
     from aft_ray.storage.run_dir import RunDir
 
     started = time.monotonic()
-    place = directory.absolute() / f"seed{seed}"
-    base, aft_dir, control_dir = place / "untrained", place / "aft", place / "control"
+    demo_dir = directory.absolute() / f"seed{seed}"
+    untrained, aft_dir, control_dir = demo_dir / "untrained", demo_dir / "aft", demo_dir / "control"
     vft_model = aft_dir / "rounds" / "0000" / "model"
-    aft = _config(aft_dir, base, seed)
+    aft = _config(aft_dir, untrained, seed)
     control = _config(control_dir, vft_model, seed, *CONTROL)
-    # Nothing trains while the models are compared, so both cores sample.
-    compare = aft.model_copy(update={"sampling": aft.sampling.model_copy(update={"samplers": 2})})
+    # No training runs while the models are compared, so both cores can sample.
+    evaluation_config = aft.model_copy(update={"sampling": aft.sampling.model_copy(update={"samplers": 2})})
     last = f"{aft.rounds.count:04d}"
     rows = {
         "VFT": Target("VFT", str(vft_model)),
         "VFT, as many steps": Target("control", str(control_dir / "rounds" / last / "model")),
         "AFT": Target("AFT", str(aft_dir / "rounds" / last / "model")),
     }
-    with library_output_to(driver_log_path(RunDir(place))) as console, Reporter(None, console) as reporter:
-        reporter.say(f"Everything is written to {place}; libraries' output to its logs/.")
-        _build(base, seed)
+    with library_output_to(driver_log_path(RunDir(demo_dir))) as console, Reporter(None, console) as reporter:
+        reporter.say(f"Everything is written to {demo_dir}; the output of libraries goes to its logs/.")
+        _build_untrained_model(untrained, seed)
         with connected(aft.cluster, training_reservations(aft)):
             for title, config in (("VFT and AFT", aft), ("the control: VFT for as many steps", control)):
                 reporter.say(f"\n{title}")
                 _train(config, console)
             reporter.say("")
             for target in rows.values():
-                path = place / f"{target.label}.json"
+                path = demo_dir / f"{target.label}.json"
                 if not path.exists():
-                    evaluated = evaluate_models(compare, [target], reporter, RunDir(place))
+                    evaluated = evaluate_models(evaluation_config, [target], reporter, RunDir(demo_dir))
                     outcome = summarize(evaluated, None, aft.evaluation.resamples, aft.evaluation.seed)
                     write_summary(outcome, path, {"split": aft.evaluation.split}, plots=True)
     results = {
-        name: EvaluationMetrics.from_json(json.loads((place / f"{target.label}.json").read_text()))
+        name: EvaluationMetrics.from_json(json.loads((demo_dir / f"{target.label}.json").read_text()))
         for name, target in rows.items()
     }
     from rich.console import Console
 
     columns = [name.format(k=aft.evaluation.k) for name in COLUMNS]
-    (Console() if sys.stdout.isatty() else Console(width=120)).print()
-    (Console() if sys.stdout.isatty() else Console(width=120)).print(comparison_table(results, columns))
-    print(f"{time.monotonic() - started:.0f} s in all. The model: {rows['AFT'].source}")
-    print(f"Go on: aft-ray status {aft_dir} | aft-ray evaluate {aft_dir} | tensorboard --logdir {aft_dir}")
+    console = Console() if sys.stdout.isatty() else Console(width=120)
+    console.print()
+    console.print(comparison_table(results, columns))
+    print(f"The demo took {time.monotonic() - started:.0f} s. The model: {rows['AFT'].source}")
+    print(f"Next: aft-ray status {aft_dir} | aft-ray evaluate {aft_dir} | tensorboard --logdir {aft_dir}")
 
 
 def _config(run_dir: Path, model: Path, seed: int, *overrides: str) -> RunConfig:
@@ -97,10 +98,10 @@ def _train(config: RunConfig, console: object) -> None:
     assert isinstance(console, Console)
     with Reporter(RunDir(config.run_dir), console) as reporter:
         if not run(config, reporter):
-            reporter.say("finished before; nothing to do")
+            reporter.say("this run is complete already; there is nothing to do")
 
 
-def _build(directory: Path, seed: int) -> None:
+def _build_untrained_model(directory: Path, seed: int) -> None:
     from jobs.tiny_model import build_tiny_model
 
     if not (directory / "config.json").exists():

@@ -1,9 +1,9 @@
-"""What `ray job submit` starts: `aft-ray serve` with the arguments that follow. Runs under plain `python` too."""
+"""Runs `aft-ray serve` with the given arguments, as the entry point of `ray job submit` or with plain `python`."""
 
 import sys
 from pathlib import Path
 
-# The job's working directory holds the package; so does a checkout.
+# The package lies beside this directory, in a checkout and in the working directory of a job.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from aft_ray.cli import main

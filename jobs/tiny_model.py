@@ -1,7 +1,8 @@
-"""A tokenizer and an untrained tiny Llama for the arithmetic task, so that a whole run needs no download.
+"""Builds a tokenizer and an untrained tiny Llama for the arithmetic task, so that a whole run needs no download.
 
-Invariant: the vocabulary is closed over what the generator can write, and decoding gives back the encoded text, with
-digits one token each. A token that starts a word carries its space ("▁"), so digits join again without rules.
+Invariants: the vocabulary covers every text that the generator can write. Decoding returns the encoded text, and each
+digit is one token. A token that starts a word includes the space before it ("▁"), so decoded digits form the same
+numbers again.
 """
 
 from __future__ import annotations
@@ -11,7 +12,16 @@ from pathlib import Path
 from string import digits
 from typing import TYPE_CHECKING
 
-from aft_ray.tasks.arithmetic.problems import FINAL_QUESTION, DISTRACTORS, NAMES, OBJECTS, SENTENCES, START, TERSE, WORDINGS
+from aft_ray.tasks.arithmetic.problems import (
+    DISTRACTORS,
+    FINAL_QUESTION,
+    NAMES,
+    OBJECTS,
+    SENTENCES,
+    START,
+    TERSE,
+    WORDINGS,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -22,7 +32,7 @@ _PIECE = rf"{_SPACE}?(?:[0-9]|[A-Za-z]+|#+|[^A-Za-z0-9#{_SPACE}])|{_SPACE}"
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Word-level tokenizer of the arithmetic task; loadable by AutoTokenizer after `save_pretrained`."""
+    """The word-level tokenizer of the arithmetic task. AutoTokenizer can load it after `save_pretrained`."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -55,7 +65,12 @@ def build_tiny_model(
 ) -> Path:
     """Writes a randomly initialised Llama (float32 safetensors) and its tokenizer; returns the directory.
 
-    hidden_size / heads should be 32, 64 or 128: the head sizes that vLLM's CPU attention knows.
+    Args:
+        seed: The seed of the weights.
+        hidden_size: A multiple of `heads`. The head size `hidden_size / heads` must be 32, 64 or 128, which are the
+            sizes that vLLM's CPU attention supports.
+        tied: Whether input and output embeddings are the same tensor.
+        max_length: The context length in tokens.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -64,7 +79,7 @@ def build_tiny_model(
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
-        intermediate_size=-(-hidden_size * 8 // 24) * 8,  # Llama's 8/3, rounded up to a multiple of 8
+        intermediate_size=-(-hidden_size * 8 // 24) * 8,  # Llama's factor 8/3, rounded up to a multiple of 8.
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=heads,
@@ -86,11 +101,11 @@ def build_tiny_model(
 
 
 def _vocabulary() -> list[str]:
-    """Special tokens, digits at the start and inside of a word, and every piece of the generator's templates."""
+    """The special tokens, the digits at the start of and inside a word, and all pieces of the generator's templates."""
     templates = [START, FINAL_QUESTION, TERSE, *DISTRACTORS, *NAMES, *OBJECTS, "####"]
     templates += [text for texts in (*SENTENCES.values(), *WORDINGS.values()) for text in texts]
     pieces = {_SPACE + digit for digit in digits} | set(digits)
     for template in templates:
-        text = re.sub(r"\{\w+\}", "0", template)  # a field always stands where a name, a noun or a number may
+        text = re.sub(r"\{\w+\}", "0", template)  # A number stands in for each field.
         pieces.update(re.findall(_PIECE, _SPACE + text.replace(" ", _SPACE)))
     return [PAD, EOS, UNKNOWN, *sorted(pieces)]

@@ -70,7 +70,7 @@ def check_judge(feedback: FeedbackConfig, run_dir: RunDir) -> None:
 
 
 def judge_cache_path(judge: JudgeConfig, run_dir: RunDir) -> Path:
-    """The file `feedback.judge.cache`, or one in the run directory. Raises ConfigError when that directory is remote."""
+    """The file `feedback.judge.cache`, or one in the run directory. Raises ConfigError when that is remote."""
     if judge.cache is not None:
         return Path(judge.cache).expanduser()
     if not run_dir.is_local:

@@ -49,7 +49,7 @@ def tokenize_split(config: RunConfig, split: Split, tokenizer: Any) -> Tokenized
     """Loads and tokenizes a split of every task, up to the limit of each task.
 
     Raises:
-        ConfigError: More than the share `sampling.max_parked` of a task's questions, or all of them, do not fit
+        ConfigError: More than the share `sampling.max_failed` of a task's questions, or all of them, do not fit
             `model.max_length`; or two questions have the same id.
     """
     groups: list[Group] = []
@@ -63,11 +63,11 @@ def tokenize_split(config: RunConfig, split: Split, tokenizer: Any) -> Tokenized
                 groups.append(Group(0, 0, question, prompt, reference, []))
             else:
                 longer.append(question.id)
-        if len(longer) > config.sampling.max_parked * len(questions) or len(longer) == len(questions):
+        if len(longer) > config.sampling.max_failed * len(questions) or len(longer) == len(questions):
             raise ConfigError(
                 f"{len(longer)} of {len(questions)} {split} questions of {name} do not fit model.max_length="
                 f"{config.model.max_length} with their reference response, among them {min(longer)}; raise "
-                f"model.max_length, or sampling.max_parked to leave them out"
+                f"model.max_length, or sampling.max_failed to leave them out"
             )
         too_long += longer
     try:

@@ -1,4 +1,4 @@
-"""Invented multiple-choice rows in the shapes of the data sets, and what must hold of any split of them."""
+"""Helpers for tests of multiple-choice tasks: files with rows, tasks that read them, and checks of all splits."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ def stem(question: Question) -> str:
 
 
 def assert_sound(task: Task, found: dict[str, list[Question]], letters: str) -> None:
-    """Every gold answer is a shown option's letter, every reference is right, and no two splits share a question."""
+    """Each gold answer is the letter of an option, each reference is right, and no two splits share a question."""
     for questions in found.values():
         for question in questions:
             shown = [line[1] for line in question.text.splitlines() if line[:1] == "(" and line[2:3] == ")"]

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible endpoint on this machine that can be told to misbehave."""
+"""An OpenAI-compatible endpoint on this machine, which a test can make misbehave."""
 
 import json
 import threading
@@ -13,7 +13,7 @@ from processes import http_server
 
 @dataclass
 class Answer:
-    """What the server sends: a status with a body, after a while, or nothing at all."""
+    """What the server sends: a status with a body, after `after_s` seconds, or nothing when it hangs up."""
 
     status: int = 200
     body: bytes = b""
@@ -23,7 +23,7 @@ class Answer:
 
 
 def chat(text: str | None, finish_reason: str = "stop") -> Answer:
-    """A chat completion that says `text`."""
+    """A chat completion with the reply `text`."""
     message = {"role": "assistant", "content": text}
     usage = {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}
     choice = {"index": 0, "message": message, "finish_reason": finish_reason}
@@ -42,7 +42,7 @@ def refusal(status: int, message: str = "no", **headers: str) -> Answer:
 
 @dataclass
 class JudgeServer:
-    """`answer(number, request)` decides what the number-th request, counted from 1, gets."""
+    """The state of the server. `answer(number, request)` returns the answer to a request; numbers start at 1."""
 
     url: str = ""
     answer: Callable[[int, dict], Answer] = lambda number, request: rated(5)
@@ -97,7 +97,7 @@ def judge_server() -> Iterator[JudgeServer]:
                     self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(answer.body)
-            except OSError:  # the judge did not wait for it
+            except OSError:  # The judge did not wait for the answer.
                 self.close_connection = True
 
         def log_message(self, format: str, *args: object) -> None:

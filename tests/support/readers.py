@@ -1,4 +1,4 @@
-"""Tasks, as far as verification is concerned, that do what they should not. Importable in the worker processes."""
+"""Tasks for tests of verification, among them ones that misbehave. The worker processes can import this module."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ HEAVY = ("ray", "torch", "vllm", "transformers", "deepspeed")
 
 
 class As:
-    """The whole text is the answer, compared by name."""
+    """A task for which the whole text is the answer, which is compared as one kind."""
 
     def __init__(self, kind: Kind) -> None:
         self.kind = kind
@@ -26,7 +26,7 @@ class As:
 
 
 class Misbehaving(As):
-    """A text that names a misbehaviour gets it; any other is a number."""
+    """A task that misbehaves when the text is the name of one of its methods. Any other text is a number."""
 
     def __init__(self) -> None:
         super().__init__("number")
@@ -39,7 +39,7 @@ class Misbehaving(As):
             pass
 
     def calculates(self) -> int:
-        return 9 ** (9**9)  # inside one instruction, where no handler in Python runs
+        return 9 ** (9**9)  # One instruction, during which no Python signal handler runs.
 
     def sleeps_a_little(self) -> str:
         time.sleep(0.1)
@@ -68,7 +68,7 @@ class Misbehaving(As):
 
 
 class Process(As):
-    """Tells about the process it runs in."""
+    """A task whose answer describes the process that it runs in. Any other text is a file to write its pid to."""
 
     def __init__(self) -> None:
         super().__init__("text")

@@ -183,7 +183,7 @@ def test_questions_that_do_not_fit_are_left_out_and_named(tiny_model, tmp_path):
     whole = tokenize_split(config_of(tiny_model, tmp_path), "train", load_tokenizer(config_of(tiny_model, tmp_path)))
     lengths = sorted(len(g.prompt_token_ids) + len(g.reference_token_ids) for g in whole.groups)
     limit = lengths[-3]
-    config = config_of(tiny_model, tmp_path, model={"max_length": limit}, sampling={"max_tokens": 8, "max_parked": 0.5})
+    config = config_of(tiny_model, tmp_path, model={"max_length": limit}, sampling={"max_tokens": 8, "max_failed": 0.5})
     result = tokenize_split(config, "train", load_tokenizer(config))
     assert len(result.groups) == sum(length <= limit for length in lengths)
     assert sorted(ids(result.groups) + result.too_long) == ids(whole.groups)
