@@ -338,12 +338,12 @@ def doctor(
         ray job submit --address http://head:8265 --working-dir . -- python -m aft_ray.cli doctor --storage /shared
     """
     from aft_ray.operations import report
-    from aft_ray.operations.doctor import examine, what_to_ask
+    from aft_ray.operations.doctor import check_cluster, requirements_of
     from aft_ray.operations.upload import checkout
 
     parsed = load_config(config, overrides or []) if config is not None else None
     say = (lambda _: None) if as_json else print
-    facts, findings = examine(address, what_to_ask(parsed, storage, working_dir or checkout()), say)
+    facts, findings = check_cluster(address, requirements_of(parsed, storage, working_dir or checkout()), say)
     if as_json:
         print(report.as_json(facts, findings))
     else:

@@ -1,34 +1,31 @@
-"""Configs as people write and read them: YAML and `key.sub=value` in, one sentence for a mistake, keys and values out.
+"""Reads a config from YAML and `key.sub=value` overrides, and writes it as YAML.
 
-Invariant: nothing here knows what a section is about; a config that was written reads back equal.
+Invariants: every mistake of the user is a ConfigError of one sentence; a config that was written reads back equal.
 """
 
 from __future__ import annotations
 
-import difflib
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
-from pydantic.fields import FieldInfo
 
+from aft_ray.config.errors import explain
+from aft_ray.config.keys import current_name, given_twice, rename_keys
 from aft_ray.config.section import ConfigError, Section
-from aft_ray.config.tasks import in_place
 
 S = TypeVar("S", bound=Section)
 
-
-def read_tree(path: str | Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The nested dicts of a YAML file, if one is given, with `key.sub=value` overrides. Raises ConfigError."""
-    tree = _read_yaml(path) if path is not None else {}
-    for override in overrides:
-        apply_override(tree, override)
-    return tree
+# Without a logging configuration, Python prints a warning as a plain line on standard error.
+_logger = logging.getLogger(__name__)
+_told: set[str] = set()
 
 
-def _read_yaml(path: str | Path) -> dict[str, Any]:
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The nested dicts of a YAML file. Raises ConfigError."""
     try:
         text = Path(path).read_text()
     except OSError as error:
@@ -42,24 +39,53 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
     return tree
 
 
+def parse_section(model: type[S], tree: dict[str, Any], overrides: Sequence[str] = ()) -> S:
+    """A whole config from nested dicts and `key.sub=value` overrides.
+
+    Keys may have the names of earlier releases; each old name is reported once as a warning of the logger.
+
+    Raises:
+        ConfigError: The message names the first wrong key.
+    """
+    tree, renamed = rename_keys(model, tree)
+    given: dict[str, str] = {}
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        name = current_name(model, key)
+        if given.setdefault(name, key) != key:
+            raise given_twice(key if name != key else given[name], name)
+        if name != key:
+            renamed[key] = name
+        apply_override(tree, f"{name}{equals}{value}")
+    try:
+        config = model.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(explain(error, model)) from None
+    for old, new in renamed.items():
+        if old not in _told:
+            _told.add(old)
+            _logger.warning("%s is now called %s; please use the new name, the old one will be removed", old, new)
+    return config
+
+
 def apply_override(tree: dict[str, Any], override: str) -> None:
-    """Sets one `key.sub=value` in a nested dict; the value is read as YAML."""
+    """Sets one `key.sub=value` in nested dicts; the value is read as YAML. Raises ConfigError."""
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"{override!r} is not of the form key.sub=value")
     *parents, last = key.split(".")
     node = tree
     for parent in parents:
-        if node.get(parent) is None:  # a section without keys is none in YAML
+        if node.get(parent) is None:  # YAML reads a section without keys as None
             node[parent] = {}
         node = node[parent]
         if not isinstance(node, dict):
             raise ConfigError(f"{override!r}: {parent} is a value, not a section")
-    node[last] = _value(value)
+    node[last] = _parse_value(value)
 
 
-def _value(text: str) -> Any:
-    """A value from the command line, read as YAML where that gives a plain value; `####` or `{question}` is text."""
+def _parse_value(text: str) -> Any:
+    """The plain value that YAML reads, else the text itself: `####` and `{question}` are texts."""
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
@@ -67,7 +93,7 @@ def _value(text: str) -> Any:
     if value is None:
         return None if text.strip().lower() in {"", "~", "null"} else text
     if isinstance(value, str):
-        # YAML 1.1 reads 2e-5 as a string; users mean the number.
+        # YAML 1.1 reads 2e-5 as a string, but users mean the number.
         try:
             return float(value)
         except ValueError:
@@ -75,21 +101,13 @@ def _value(text: str) -> Any:
     return value if isinstance(value, bool | int | float) else text
 
 
-def parse_section(model: type[S], tree: dict[str, Any]) -> S:
-    """A whole config from nested dicts. Raises ConfigError naming the first wrong key."""
-    try:
-        return model.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(_sentence(error, model)) from None
-
-
 def dump_config(config: Section) -> str:
-    """The resolved config as YAML, in declaration order, which reads back to an equal config."""
+    """The resolved config as YAML, in declaration order. It reads back to an equal config."""
     return yaml.safe_dump(config.tree(), sort_keys=False, allow_unicode=True)
 
 
 def config_difference(old: Section, new: Section) -> list[str]:
-    """Lines `key: old -> new` for every value in which two configs differ; of what only one has, the name alone."""
+    """One line `key: old -> new` for each value that differs; `key: new` or `key: gone` for a key that only one has."""
     return list(_differences(old.tree(), new.tree(), ""))
 
 
@@ -101,56 +119,3 @@ def _differences(before: dict[str, Any], after: dict[str, Any], prefix: str) -> 
             yield from _differences(before[key], after[key], f"{prefix}{key}.")
         elif before[key] != after[key]:
             yield f"{prefix}{key}: {before[key]} -> {after[key]}"
-
-
-def _section(field: FieldInfo) -> tuple[str, type[Section]] | None:
-    """What a key is prolonged by, and the section it leads to; None for a plain value."""
-    for part in (field.annotation, *get_args(field.annotation)):
-        if isinstance(part, type) and issubclass(part, Section):
-            return (".NAME." if get_origin(field.annotation) is dict else "."), part
-    return None
-
-
-def _known_keys(model: type[Section], prefix: str = "") -> list[str]:
-    keys = []
-    for name, field in model.model_fields.items():
-        keys.append(prefix + name)
-        if section := _section(field):
-            keys += _known_keys(section[1], f"{prefix}{name}{section[0]}")
-    return keys
-
-
-def _sentence(error: ValidationError, model: type[Section]) -> str:
-    """The first error of a validation, as one sentence that names the key and the way out."""
-    first = error.errors(include_url=False)[0]
-    key = ".".join(str(part) for part in first["loc"])
-    entry = str(first["loc"][1]) if first["loc"][:1] == ("tasks",) and len(first["loc"]) > 1 else "NAME"
-    known_keys = [known.replace("tasks.NAME", f"tasks.{entry}") for known in _known_keys(model)]
-    if first["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(key, known_keys, n=1, cutoff=0.5)
-        hint = f"; did you mean {close[0]}?" if close else "; `aft-ray keys` lists the known ones"
-        return f"unknown key {key}{hint}"
-    if first["type"] == "missing":
-        key = next((known for known in known_keys if known.startswith(key + ".")), key)
-        return f"{key} is missing; set it in the file or as {key}=VALUE on the command line"
-    if first["type"] == "value_error":
-        sentence = str(first["ctx"]["error"])
-        return sentence if entry == "NAME" else in_place(sentence, f"tasks.{entry}")
-    problem = first["msg"][0].lower() + first["msg"][1:]
-    return f"{key}={first['input']!r}: {problem}"
-
-
-def describe_keys(model: type[Section], prefix: str = "") -> list[str]:
-    """One line a key: name, default, meaning. Keys that a section shares with its parent class are not said again."""
-    lines = []
-    inherited = model.__bases__[0].__annotations__
-    for name, field in model.model_fields.items():
-        if name in inherited and name not in model.__annotations__:
-            continue
-        if section := _section(field):
-            lines.append(f"\n{prefix}{name}{section[0].rstrip('.')}: {(section[1].__doc__ or '').strip()}")
-            lines += describe_keys(section[1], f"{prefix}{name}{section[0]}")
-        else:
-            default = "required" if field.is_required() else f"default {field.default}"
-            lines.append(f"  {prefix}{name} ({default}): {field.description}")
-    return lines

@@ -72,7 +72,7 @@ class RoundSampling:
             waited_s: seconds that the samplers waited for the version; they are reported with the round.
 
         Raises:
-            RunFailed: sampling broke off, or more questions failed than `sampling.max_parked` allows.
+            RunFailed: sampling broke off, or more questions failed than `sampling.max_failed` allows.
         """
         wanted = questions_of_round(self.config, self.questions, round_number)
         self._open(round_number)
@@ -149,11 +149,11 @@ class RoundSampling:
                 f"as failed, among them {missing[0]}; start the same command again to sample them"
             )
         failed = self.ledger.failed_questions(round_number)
-        if len(failed) > self.config.sampling.max_parked * len(wanted):
+        if len(failed) > self.config.sampling.max_failed * len(wanted):
             reason, count = Counter(one.reason for one in failed).most_common(1)[0]
             raise RunFailed(
                 f"round {round_number}: {len(failed)} of {len(wanted)} questions could not be sampled, more than "
-                f"sampling.max_parked={self.config.sampling.max_parked:g}; {count} times: {reason}. "
+                f"sampling.max_failed={self.config.sampling.max_failed:g}; {count} times: {reason}. "
                 f"Start the same command again to try them again"
             )
 

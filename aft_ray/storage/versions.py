@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import yaml
 
-from aft_ray.config.loader import apply_override
-from aft_ray.config.run import ConfigError, RunConfig, parse_config
+from aft_ray.config.loader import parse_section
+from aft_ray.config.run import ConfigError, RunConfig
 from aft_ray.storage.ledger import Ledger
 from aft_ray.storage.run_dir import CONFIG, RunDir, local_model
 
@@ -37,10 +37,7 @@ def read_config(run_dir: RunDir, overrides: Sequence[str] = ()) -> RunConfig:
     """The resolved config of a run, with overrides. Raises ConfigError when there is no run there."""
     if not run_dir.exists(CONFIG):
         raise ConfigError(f"{run_dir.uri()} is not a run directory: it has no {CONFIG}")
-    tree = yaml.safe_load(run_dir.read_bytes(CONFIG))
-    for override in overrides:
-        apply_override(tree, override)
-    return parse_config(tree)
+    return parse_section(RunConfig, yaml.safe_load(run_dir.read_bytes(CONFIG)), overrides)
 
 
 def find_version(

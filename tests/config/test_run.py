@@ -11,7 +11,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aft_ray.config.loader import config_difference, describe_keys, dump_config
+from aft_ray.config.keys import describe_keys
+from aft_ray.config.loader import config_difference, dump_config
 from aft_ray.config.run import ConfigError, RunConfig, load_config, parse_config
 
 HEAVY = {"torch", "ray", "vllm", "pyarrow", "transformers", "deepspeed", "datasets", "numpy"}
@@ -53,7 +54,7 @@ def test_importing_the_config_and_the_command_brings_in_nothing_heavy():
 @pytest.mark.parametrize(
     ("override", "nearest"),
     [
-        ("trainin.learning_rate=1", "training"),
+        ("trainin.learning_rate=1", "training.learning_rate"),
         ("training.learning_rat=1", "training.learning_rate"),
         ("sampling.sampler=2", "sampling.samplers"),
         ("data.arithmetic.max_step=3", "data.arithmetic.max_steps"),

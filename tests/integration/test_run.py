@@ -286,7 +286,7 @@ def test_more_refused_questions_than_allowed_end_the_round_in_one_sentence(overl
     with quiet_reporter(config) as reporter:
         sampling = RoundSampling(config, ledger, reporter, groups, stream, lambda: None)
         for _ in range(2):  # a run that is started again tries them again
-            with pytest.raises(RunFailed, match=r"3 of 13 questions could not .* sampling.max_parked=0.05; 3 times"):
+            with pytest.raises(RunFailed, match=r"3 of 13 questions could not .* sampling.max_failed=0.05; 3 times"):
                 sampling.sample(1, manifest, 0.0)
     assert len(ledger.failed_questions(1)) == 3
     assert len(ledger.read_groups(1)) == 10

@@ -9,7 +9,8 @@ from typing import Any
 
 from rich.console import Console
 
-from aft_ray.config.loader import apply_override, describe_keys, parse_section
+from aft_ray.config.keys import describe_keys
+from aft_ray.config.loader import apply_override, parse_section
 from aft_ray.config.run import ConfigError, RunConfig, load_config
 from aft_ray.planning.simulation.assumptions import SimulationAssumptions
 

@@ -128,7 +128,7 @@ def test_whatever_fails_every_question_is_answered_or_parked_once_by_a_version_y
         mtbf_hours=hours, node_mtbf_hours=node_hours, gpus_per_node=2, start_s=20, node_back_s=60, trainer_start_s=20,
         publish_s=5, load_s=3, train_tokens_per_s=5000,
     )  # fmt: skip
-    sampling = {"batch_size": batch_size, "in_flight": in_flight, "max_parked": 1.0}
+    sampling = {"batch_size": batch_size, "in_flight": in_flight, "max_failed": 1.0}
     # The simulation raises when a question is lost or comes twice.
     result = simulate(config(48, samplers, staleness=staleness, sampling=sampling), assumed, seed)
     assert [one.round for one in result.sampled] == list(range(1, len(result.sampled) + 1))

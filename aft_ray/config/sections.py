@@ -1,0 +1,207 @@
+"""The sections of RunConfig, apart from the tasks and the objective.
+
+Invariant: each section checks only its own keys. Rules about several sections are in `aft_ray.config.run`.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from aft_ray.config.section import ConfigError, Natural, Positive, Seconds, Section
+
+
+class ModelConfig(Section):
+    """The model that is trained."""
+
+    name: str = Field(description="Hugging Face model directory or hub name")
+    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="number format in training and sampling")
+    max_length: Positive = Field(512, description="prompt + response, tokens; at most the model's context")
+    chat_template: Literal["auto", "never"] = Field(
+        "auto", description="auto: put questions into the model's chat template if it has one"
+    )
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+
+
+class JudgeConfig(Section):
+    """The model that rates candidates with feedback.kind=judge: any OpenAI-compatible endpoint."""
+
+    url: str | None = Field(None, description="base URL of the endpoint, ending in /v1")
+    model: str | None = Field(None, description="model name in requests; none: the first that the endpoint lists")
+    api_key_env: str | None = Field(None, description="environment variable that holds the API key; none: no key")
+    ratings: int = Field(3, ge=1, le=16, description="ratings per candidate; their mean is its reward")
+    temperature: float = Field(1.0, ge=0, le=5, description="sampling temperature of the judge")
+    seed: Natural | None = Field(
+        0, description="seed of the first rating of a candidate, one more for each further rating; none: not sent"
+    )
+    guided: bool = Field(
+        False, description="have the endpoint constrain replies to the expected form; vLLM and a few others can"
+    )
+    max_tokens: Positive = Field(512, description="longest reply of the judge, tokens")
+    concurrency: Positive = Field(16, description="requests in flight at once")
+    timeout_s: Seconds = Field(120, description="deadline of one request, seconds")
+    attempts: Positive = Field(5, description="times a request is sent before the round fails")
+    cache: str | None = Field(None, description="SQLite file of the replies; none: judge.sqlite in the run directory")
+    max_unparsable: float = Field(0.1, ge=0, le=1, description="largest share of replies that contain no rating")
+
+
+class FeedbackConfig(Section):
+    """How the reward of a candidate is computed."""
+
+    kind: Literal["binary", "steps", "judge"] = Field(
+        "binary",
+        description="binary: 1 right, 0 wrong; steps: share of right steps (arithmetic); judge: a model's rating",
+    )
+    judge: JudgeConfig = JudgeConfig()
+
+    @model_validator(mode="after")
+    def _check_judge(self) -> Self:
+        if self.kind == "judge" and not self.judge.url:
+            raise ConfigError("feedback.kind=judge needs feedback.judge.url, the base URL of an OpenAI-compatible API")
+        return self
+
+
+class VftConfig(Section):
+    """Round 0: VFT (supervised fine-tuning, SFT) on the reference responses."""
+
+    epochs: Natural = Field(3, description="passes over the training questions; 0: the model is fine-tuned already")
+    questions_per_step: Positive = Field(64, description="questions in one optimiser step, over all workers")
+    learning_rate: float = Field(2e-5, gt=0, description="peak learning rate")
+
+
+class RoundsConfig(Section):
+    """The rounds of AFT after round 0."""
+
+    count: Natural = Field(3, description="rounds after round 0")
+    questions_per_round: Positive | None = Field(None, description="none: every training question in every round")
+    max_staleness: Natural = Field(1, description="0: sampling and training alternate; 1: they overlap")
+    evaluate_every: Natural = Field(1, description="rounds between evaluations on the validation split; 0: never")
+    timeout_s: Seconds = Field(86_400, description="deadline of a round's sampling or training, seconds")
+
+
+class SamplingConfig(Section):
+    """How candidates are sampled, and which resources the samplers use."""
+
+    renamed_keys: ClassVar[dict[str, str]] = {"max_parked": "max_failed"}
+
+    k: Positive = Field(6, description="candidates per question")
+    temperature: float = Field(1.0, gt=0, le=2, description="sampling temperature; scores are always at temperature 1")
+    top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling")
+    max_tokens: Positive = Field(256, description="longest response, tokens, end-of-sequence included")
+    samplers: Positive = Field(1, description="vLLM engines")
+    min_samplers: Positive = Field(1, description="engines that sampling starts with; the others join when they are up")
+    tensor_parallel_size: Positive = Field(1, description="processes in one node that split every layer of an engine")
+    pipeline_parallel_size: Positive = Field(1, description="stages of layers, each tensor_parallel_size processes")
+    cpus_per_sampler: float = Field(1, gt=0, description="Ray CPUs of an engine; for a CPU engine also its threads")
+    gpus_per_sampler: float = Field(
+        0, ge=0, description="GPUs of an engine: one per process, a fraction for a single process, or 0"
+    )
+    colocate: bool = Field(
+        False, description="engines and train workers share the workers' GPUs in turn; needs max_staleness=0"
+    )
+    max_num_seqs: Positive = Field(128, description="sequences an engine runs at once")
+    kv_cache_gib: float = Field(1.0, gt=0, description="KV cache of a CPU engine, GiB")
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="share of a GPU's memory for the engine")
+    batch_size: int = Field(16, ge=1, le=512, description="questions in one call of a sampler")
+    in_flight: Positive = Field(8, description="calls in flight per sampler")
+    groups_per_file: Positive = Field(64, description="groups in one Parquet file")
+    attempts: Positive = Field(3, description="times a question is tried before it counts as failed")
+    max_failed: float = Field(0.05, ge=0, le=1, description="largest share of a round's questions that may fail")
+    timeout_s: Seconds = Field(600, description="deadline of one call of a sampler, seconds")
+    start_timeout_s: Seconds = Field(900, description="deadline of an engine's start, seconds")
+
+    @property
+    def processes_per_sampler(self) -> int:
+        """Processes that share an engine's weights."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    @property
+    def spans_nodes(self) -> bool:
+        """Whether the stages of an engine may be on different nodes; without GPUs vLLM keeps them on one."""
+        return self.pipeline_parallel_size > 1 and self.gpus_per_sampler > 0
+
+
+class TrainingConfig(Section):
+    """One pass of optimiser steps over the groups of a round."""
+
+    workers: Positive = Field(1, description="Ray Train workers")
+    cpus_per_worker: float = Field(1, gt=0, description="Ray CPUs of a worker; without a GPU also its threads")
+    gpus_per_worker: Literal[0, 1] = Field(0, description="GPUs of a worker")
+    zero_stage: Literal[0, 1, 2, 3] = Field(0, description="what DeepSpeed shards: 1 optimizer, 2 gradients, 3 weights")
+    epochs: Positive = Field(1, description="passes over the groups of a round")
+    groups_per_step: Positive = Field(64, description="groups in one optimiser step, over all workers")
+    tokens_per_microbatch: Positive = Field(16384, description="padded tokens in one forward pass of a worker")
+    learning_rate: float = Field(2e-5, gt=0, description="peak learning rate")
+    warmup: float = Field(0.03, ge=0, lt=1, description="share of steps that warm up; linear decay to zero after")
+    weight_decay: float = Field(0.0, ge=0, description="weight decay of AdamW")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
+    offload_optimizer: bool = Field(False, description="ZeRO 1 to 3: optimizer state and step in CPU memory")
+    offload_parameters: bool = Field(False, description="ZeRO 3: weights in CPU memory until a layer needs them")
+    activation_checkpointing: bool = Field(False, description="recompute activations: less memory, a third slower")
+    max_failures: Natural = Field(2, description="times the worker group is restarted from its last checkpoint")
+    keep_checkpoints: Positive = Field(2, description="training states kept; models of all rounds are kept")
+    timeout_s: Seconds = Field(3600, description="deadline of a wait for another worker, seconds")
+
+
+class LoraConfig(Section):
+    """Low-rank adapters are trained instead of the weights; the model directory of a round is merged."""
+
+    rank: Positive = Field(16, description="rank of the adapters")
+    alpha: float = Field(32, gt=0, description="an adapter is scaled by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapters' inputs in training")
+    targets: list[str] = Field(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        min_length=1,
+        description="names of the linear layers that get an adapter",
+    )
+
+
+class WeightsConfig(Section):
+    """How new weights get from the train workers to the running engines."""
+
+    transport: Literal["object_store", "checkpoint", "nccl", "lora"] = Field(
+        "object_store",
+        description="object_store: through Ray's object store; checkpoint: engines read the round's model directory "
+        "from shared storage; nccl: broadcast from train worker 0 (gloo without GPUs); lora: the adapter alone",
+    )
+    probes: int = Field(4, ge=1, le=64, description="sequences scored on both sides after each publication")
+    tolerance: float | None = Field(
+        None, gt=0, description="largest score difference, nats per token; none: 1e-4 in float32, 0.05 in bfloat16"
+    )
+    shard_mib: Positive = Field(
+        1024, description="size of a safetensors shard, MiB; rank 0 holds at most one at a time"
+    )
+    bucket_mib: Positive = Field(512, description="nccl: size of a bucket, MiB; each side holds two")
+    timeout_s: Seconds = Field(600, description="deadline of each phase of a publication, seconds")
+
+
+class EvaluationConfig(Section):
+    """What `aft-ray evaluate` and the evaluations during a run measure."""
+
+    split: Literal["validation", "test"] = Field(
+        "test", description="split of `aft-ray evaluate`; evaluations during a run use validation"
+    )
+    k: Positive = Field(6, description="samples per question beside the greedy answer")
+    temperature: float = Field(1.0, gt=0, le=2, description="temperature of the samples")
+    seed: Natural = Field(0, description="seed of the samples and of the bootstrap")
+    seeds: Positive = Field(
+        1,
+        description="times that k samples are drawn, with the seeds seed, seed + 1, ...; metrics are means; "
+        "evaluations during a run use one seed",
+    )
+    resamples: int = Field(1000, ge=100, description="bootstrap resamples of the 95 % intervals")
+    during_training_k: Natural = Field(0, description="samples per question in evaluations of a run; 0: greedy only")
+
+
+class ClusterConfig(Section):
+    """The Ray cluster to use."""
+
+    address: str | None = Field(None, description="Ray address; none: RAY_ADDRESS, or Ray started on this machine")
+    logical_cpus: Positive | None = Field(None, description="CPUs of a Ray started here; none: as many as are needed")
+    object_store_mib: Positive = Field(1024, description="object store of a Ray started here, MiB")
+    grows: bool = Field(
+        False,
+        description="an autoscaler adds nodes on demand up to a limit that Ray does not know, so resources are waited "
+        "for instead of counted",
+    )
