@@ -1,7 +1,7 @@
 """The typed records that cross process boundaries, and the Arrow schema they are stored in.
 
-A `Group` is the unit of storage and of training. Token ids are stored as they were sampled: nothing is ever
-re-tokenised between sampling and training, so a score means the same on both sides.
+A `Group` is the unit of storage and of training. Invariant: token ids are stored as they were sampled and are never
+tokenised again, so a score means the same in sampling and in training.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pyarrow as pa
 
 
 class Verdict(StrEnum):
-    """What the verifier says of one candidate. `UNDECIDED` is never trained on as wrong."""
+    """The verdict on one candidate. An `UNDECIDED` candidate is never trained on as wrong."""
 
     RIGHT = "right"
     WRONG = "wrong"
@@ -25,7 +25,7 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A problem with its reference response and gold answer. `id` is unique within a task's split."""
+    """A problem with its reference response and gold answer. `id` is unique within a split."""
 
     id: str
     text: str
@@ -38,10 +38,12 @@ class Question:
 class Candidate:
     """One sampled response.
 
-    token_ids: the response as sampled, end-of-sequence included when `finish_reason` is "stop".
-    logprob_sum: sum of the tokens' log-probabilities under the sampler's weights, in nats, at temperature 1.
-    reward: 1.0 right, 0.0 wrong; graded feedback may use any finite number. Meaningless when undecided.
-    reason: why the verdict is undecided; empty otherwise.
+    Attributes:
+        token_ids: The tokens as sampled, with the end-of-sequence token when `finish_reason` is "stop".
+        logprob_sum: The sum of the tokens' log-probabilities under the sampler's weights at temperature 1, in nats.
+        reward: 1.0 for right and 0.0 for wrong; graded feedback may use any finite number. It has no meaning when the
+            verdict is undecided.
+        reason: Why the verdict is undecided; empty otherwise.
     """
 
     token_ids: list[int]
@@ -55,7 +57,7 @@ class Candidate:
 
     @property
     def score(self) -> float:
-        """Mean token log-probability, nats per token (METHOD: s(c))."""
+        """The mean token log-probability, nats per token: s(c) of arXiv 2309.02144."""
         return self.logprob_sum / len(self.token_ids) if self.token_ids else -math.inf
 
 
@@ -63,8 +65,10 @@ class Candidate:
 class Group:
     """One question with its k labelled candidates, sampled in `round` by the weights of `policy_version`.
 
-    Round 0 (VFT) and objectives that need no samples have groups without candidates.
-    reference_token_ids: the reference response, end-of-sequence included.
+    Groups of round 0 (VFT) and of objectives that need no samples have no candidates.
+
+    Attributes:
+        reference_token_ids: The tokens of the reference response, with the end-of-sequence token.
     """
 
     round: int
@@ -76,7 +80,7 @@ class Group:
 
     @property
     def has_signal(self) -> bool:
-        """Whether two candidates differ in reward, so that a ranking objective has a pair to work on."""
+        """Whether two decided candidates differ in reward, so that a ranking objective has a pair to compare."""
         return len({c.reward for c in self.candidates if c.verdict is not Verdict.UNDECIDED}) > 1
 
 
@@ -114,12 +118,12 @@ GROUP_SCHEMA = pa.schema(
 
 
 def groups_to_table(groups: Iterable[Group]) -> pa.Table:
-    """Groups as an Arrow table of `GROUP_SCHEMA`, one row a group."""
+    """An Arrow table of `GROUP_SCHEMA` with one row per group."""
     return pa.Table.from_pylist([_row(group) for group in groups], schema=GROUP_SCHEMA)
 
 
 def table_to_groups(table: pa.Table) -> list[Group]:
-    """The inverse of `groups_to_table`. Raises ValueError when a column is missing."""
+    """The groups in a table that `groups_to_table` made. Raises ValueError when a column is missing."""
     missing = set(GROUP_SCHEMA.names) - set(table.column_names)
     if missing:
         raise ValueError(f"not a table of groups: the columns {sorted(missing)} are missing")
@@ -127,7 +131,7 @@ def table_to_groups(table: pa.Table) -> list[Group]:
 
 
 def _row(group: Group) -> dict[str, Any]:
-    # `dataclasses.asdict` copies every token one by one; the one process that all questions pass through has no time.
+    # `dataclasses.asdict` copies every token, which is too slow for the one process that handles all questions.
     row = _fields(group)
     return {**row, "question": _fields(group.question), "candidates": [_fields(one) for one in group.candidates]}
 
@@ -142,7 +146,7 @@ def _group(row: dict[str, Any]) -> Group:
 
 
 def unique_ids(questions: Sequence[Question]) -> Sequence[Question]:
-    """The questions themselves. Raises ValueError naming an id that occurs twice: the ledger counts by id."""
+    """The questions, unchanged. Raises ValueError when two have the same id, because the ledger counts by id."""
     seen: set[str] = set()
     for question in questions:
         if question.id in seen:

@@ -1,6 +1,6 @@
-"""The models that a run has published, as directories that can be loaded.
+"""Finds runs, their configs, and the versions that they have published.
 
-Invariant: only a version whose training the ledger records as done is ever named.
+Invariant: a version is returned only if the ledger records that its round is trained.
 """
 
 from __future__ import annotations
@@ -18,23 +18,26 @@ from aft_ray.storage.run_dir import CONFIG, RunDir, local_model
 
 @dataclass(frozen=True, slots=True)
 class PublishedVersion:
-    """A policy version and its model: a directory, a hub name, or a URI in a run directory on an object store."""
+    """A policy version and its model.
+
+    model: a local directory, a hub name, or a URI in a run directory on an object store.
+    """
 
     version: int
     model: str
 
 
 def find_run(argument: str) -> tuple[RunDir, int | None] | None:
-    """The run directory that RUN or RUN@VERSION names, and which version of it; None when it names none."""
-    place, at, version = argument.rpartition("@")
-    if at and version.isdigit() and (run_dir := RunDir(place)).exists(CONFIG):
+    """The run directory and the version that RUN or RUN@VERSION names; None when there is no run directory there."""
+    directory, at, version = argument.rpartition("@")
+    if at and version.isdigit() and (run_dir := RunDir(directory)).exists(CONFIG):
         return run_dir, int(version)
     run_dir = RunDir(argument)
     return (run_dir, None) if run_dir.exists(CONFIG) else None
 
 
 def read_config(run_dir: RunDir, overrides: Sequence[str] = ()) -> RunConfig:
-    """The resolved config of a run, with overrides. Raises ConfigError when there is no run there."""
+    """The resolved config of a run with `key.sub=value` overrides. Raises ConfigError when it is no run directory."""
     if not run_dir.exists(CONFIG):
         raise ConfigError(f"{run_dir.uri()} is not a run directory: it has no {CONFIG}")
     return parse_section(RunConfig, yaml.safe_load(run_dir.read_bytes(CONFIG)), overrides)
@@ -43,9 +46,14 @@ def read_config(run_dir: RunDir, overrides: Sequence[str] = ()) -> RunConfig:
 def find_version(
     run_dir: RunDir, config: RunConfig, version: int | None, trained: Sequence[int] | None = None
 ) -> PublishedVersion:
-    """A version of the run; None: the last. Raises ConfigError when it has not published it.
+    """A version that the run has published.
 
-    trained: the versions to choose from; None: all that the ledger knows.
+    Args:
+        version: The number of the version; None for the latest.
+        trained: The versions to choose from; None for all that the ledger records.
+
+    Raises:
+        ConfigError: The run has not published the version.
     """
     trained = Ledger(run_dir).trained_rounds() if trained is None else trained
     if version is None:
@@ -58,5 +66,5 @@ def find_version(
         known = ", ".join(map(str, trained)) or "none"
         raise ConfigError(f"{run_dir.uri()} has no version {version}; it has published: {known}")
     model = run_dir.uri(run_dir.model(version))
-    local_model(model)  # raises while somebody is there to read it
+    local_model(model)  # downloads it now, so that an error is raised here and not in an actor
     return PublishedVersion(version, model)

@@ -1,3 +1,5 @@
+import hashlib
+import json
 import random
 import shutil
 import signal
@@ -121,6 +123,47 @@ def test_the_policy_version_of_a_round_is_written_once(run_dir):
     assert Ledger(run_dir).policy_version(1) == 0
     with pytest.raises(ValueError, match="round 1 is being sampled with policy version 0, not 1"):
         ledger.record_policy_version(1, 1)
+
+
+def test_the_ledger_of_an_earlier_release_is_read(run_dir):
+    entries = [
+        ("sampling", {"body": {"attempts": 3, "question_id": "a", "reason": "no answer", "round": 1}, "kind": "park"}),
+        ("sampling", {"body": {"round": 1}, "kind": "unpark"}),
+        ("sampling", {"body": {"attempts": 3, "question_id": "b", "reason": "no answer", "round": 1}, "kind": "park"}),
+        (
+            "sampling",
+            {
+                "body": {"groups": 0, "parked": 1, "policy_version": 0, "round": 1, "stats": {"tokens": 12}},
+                "kind": "sampled",
+            },
+        ),
+    ]
+    for number, (log, entry) in enumerate(entries):
+        payload = json.dumps({"kind": entry["kind"], "body": entry["body"]}, sort_keys=True)
+        data = json.dumps({**entry, "sha256": hashlib.sha256(payload.encode()).hexdigest()}, sort_keys=True).encode()
+        run_dir.write_bytes(f"ledger/{log}-{number:08d}-{hashlib.sha256(data).hexdigest()[:8]}.json", data)
+    ledger = Ledger(run_dir)
+    assert ledger.corrupt_entries == []
+    assert ledger.failed_questions(1) == [FailedQuestion(1, "b", "no answer", 3)]
+    assert ledger.sampled(1) == SampledRound(1, 0, 0, 1, {"tokens": 12})
+    names = run_dir.listdir("ledger")
+    again = Ledger(RunDir(run_dir.local_path("again")))
+    again.record_failed(FailedQuestion(1, "a", "no answer", 3))
+    again.retry_failed(1)
+    again.record_failed(FailedQuestion(1, "b", "no answer", 3))
+    again.complete_sampling(1, 0, {"tokens": 12})
+    assert again.run_dir.listdir("ledger") == names  # the names contain digests, so the contents are the same, too
+
+
+def test_training_begins_with_the_first_round_that_is_not_trained(run_dir):
+    ledger = Ledger(run_dir)
+    assert (ledger.first_untrained_round(has_vft=True), ledger.first_untrained_round(has_vft=False)) == (0, 1)
+    run_dir.write_bytes("c/shard", b"1")
+    run_dir.write_manifest("c")
+    ledger.record_checkpoint(CheckpointRecord(2, 3, "c", True))
+    assert ledger.first_untrained_round(has_vft=True) == 3
+    run_dir.delete("c")
+    assert ledger.first_untrained_round(has_vft=True) == 0
 
 
 def test_training_states(run_dir):
