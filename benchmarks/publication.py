@@ -1,11 +1,12 @@
 """Claim: new weights reach running engines many times faster than an engine can be started from a checkpoint.
 
-One trainer with the live weights of a random Llama, one running engine. In every turn the weights change, the model
-directory is written as each round writes it, and each transport in its turn brings the same version to the engine,
-which proves it by four probes. Beside them, in the same turn: a plain copy of the same bytes in memory, and an engine
-started from the directory in a new process. Handing over is what an engine waits for: from the call to the proof.
-Writing the directory comes before it, and is the same for all, but for the offer to the object store. The stream goes
-over gloo without GPUs (`--gpu`: NCCL, with a GPU for the trainer and one for the engine).
+One trainer holds the live weights of a random Llama; one engine runs. In every repetition the weights change, the model
+directory is written as each round writes it, and one transport after the other brings the same version to the engine,
+which verifies it by four probes. The same repetition measures two references: a plain copy of the same bytes in
+memory, and the start of an engine from the directory in a new process. An update's seconds are what the engine waits
+for: from the call until the probes are verified. Writing the directory comes before that, and is the same for all
+transports, except that `object_store` also copies the shards into the object store. The broadcast uses gloo without
+GPUs (`--gpu`: NCCL, with a GPU for the trainer and one for the engine).
 
     python benchmarks/publication.py --parameters 50 --repeats 3 --output publication.json
 """
@@ -40,8 +41,11 @@ TITLES = {
 
 
 @dataclass(frozen=True, slots=True)
-class HandOver:
-    """seconds: from the call to the proof. fetch_s, load_s: of them, as the engine says."""
+class Update:
+    """One weight update: seconds from the call until the probes are verified, and those of each phase.
+
+    `prove_s` is the phase verify; it keeps its name in the output file.
+    """
 
     seconds: float
     rendezvous_s: float = 0.0
@@ -51,26 +55,27 @@ class HandOver:
 
 
 class Trainer:
-    """Train worker 0 with the whole model, as `training/publisher.py` has it, without DeepSpeed."""
+    """Train worker 0 with the whole model, as in `training/weight_publisher.py`, without DeepSpeed."""
 
     def __init__(self, model: str, dtype: str, bucket_mib: int, gpu: bool, coordinator: Any) -> None:
         import torch
         from transformers import AutoModelForCausalLM
 
-        from aft_ray.training.weight_publisher import CoordinatorBroadcasts
-        from aft_ray.weights.publish import Broadcast, ObjectStore, SharedStorage
+        from aft_ray.training.weight_publisher import CoordinatorControl
+        from aft_ray.weights.broadcast.sender import Broadcast
+        from aft_ray.weights.publish import ObjectStore, SharedStorage
 
         self._dtype = getattr(torch, dtype)
         self._model = AutoModelForCausalLM.from_pretrained(model, dtype=self._dtype).to("cuda" if gpu else "cpu")
-        meetings = CoordinatorBroadcasts(coordinator, 600)
+        control = CoordinatorControl(coordinator, 600)
         self._transports = {
             "checkpoint": SharedStorage(),
             "object_store": ObjectStore(),
-            "nccl": Broadcast(meetings, 0, self._dtype, bucket_mib << 20, 600, gpu),
+            "nccl": Broadcast(control, 0, self._dtype, bucket_mib << 20, 600, gpu),
         }
 
     def train(self, factor: float) -> None:
-        """Other weights."""
+        """Changes every weight."""
         import torch
 
         with torch.no_grad():
@@ -78,29 +83,29 @@ class Trainer:
                 parameter.mul_(factor)
 
     def publish(self, version: int, directory: str, transport: str) -> tuple[Any, float]:
-        """Writes and offers a version; the seconds that it took."""
+        """Writes a version; returns its manifest and the seconds that writing took."""
         from aft_ray.weights.export import write_model
         from aft_ray.weights.version_manifest import VersionManifest
 
-        end = self._transports[transport]
+        used = self._transports[transport]
         started = time.monotonic()
-        written = write_model(self._model, Path(directory), 1 << 30, end.put_shard, 0, self._dtype)
+        written = write_model(self._model, Path(directory), 1 << 30, used.put_shard, 0, self._dtype)
         seconds = time.monotonic() - started
         manifest = VersionManifest(version, directory, tuple(written.shards), self._probes(), bytes=written.bytes)
-        return end.add_to_manifest(manifest, written.handles, self._model), seconds
+        return used.add_to_manifest(manifest, written.handles, self._model), seconds
 
-    def deliver(self, version: int, transport: str) -> None:
-        self._transports[transport].deliver(self._model, version)
+    def transfer(self, version: int, transport: str) -> None:
+        self._transports[transport].transfer(self._model, version)
 
     def copy(self) -> float:
-        """Seconds for a copy of all weights into memory that is there already."""
+        """Seconds for a copy of all weights into memory that is allocated already."""
         import torch
 
         parameters = [parameter.detach() for parameter in self._model.parameters()]
-        places = [torch.empty_like(parameter).zero_() for parameter in parameters]
+        copies = [torch.empty_like(parameter).zero_() for parameter in parameters]
         started = time.monotonic()
-        for place, parameter in zip(places, parameters, strict=True):
-            place.copy_(parameter)
+        for copy, parameter in zip(copies, parameters, strict=True):
+            copy.copy_(parameter)
         if parameters[0].is_cuda:
             torch.cuda.synchronize()
         return time.monotonic() - started
@@ -121,13 +126,13 @@ class Trainer:
 
 
 def main(
-    parameters: Annotated[int, typer.Option(help="of the model, millions")] = 50,
-    dtype: Annotated[str, typer.Option(help="of the weights: float32 or bfloat16")] = "float32",
-    repeats: Annotated[int, typer.Option(help="turns of each, after one that is not counted")] = 3,
-    bucket_mib: Annotated[int, typer.Option(help="size of the stream's buckets")] = 64,
-    starts: Annotated[int, typer.Option(help="turns in which an engine is started too")] = 2,
+    parameters: Annotated[int, typer.Option(help="parameters of the model, millions")] = 50,
+    dtype: Annotated[str, typer.Option(help="dtype of the weights: float32 or bfloat16")] = "float32",
+    repeats: Annotated[int, typer.Option(help="repetitions, after one that is not counted")] = 3,
+    bucket_mib: Annotated[int, typer.Option(help="size of the broadcast's buckets")] = 64,
+    starts: Annotated[int, typer.Option(help="repetitions in which an engine is started too")] = 2,
     gpu: Annotated[bool, typer.Option(help="a GPU for the trainer and one for the engine")] = False,
-    output: Annotated[Path | None, typer.Option(help="write the figures to this file")] = None,
+    output: Annotated[Path | None, typer.Option(help="write the results to this file")] = None,
 ) -> None:
     """Seconds and GB/s of every transport, beside a copy in memory and a start from a checkpoint."""
     from jobs.tiny_model import build_tiny_model
@@ -136,11 +141,11 @@ def main(
     with tempfile.TemporaryDirectory(prefix="aft-ray-benchmark-") as scratch:
         model = str(build_tiny_model(f"{scratch}/model", 0, hidden, LAYERS, hidden // HEAD, True, LENGTH))
         spec = EngineSpec(model, 1, dtype, LENGTH, 8, gpu, kv_cache_gib=0.25, receives_broadcasts=True)
-        figures = _measure(spec, Path(scratch), repeats, starts, bucket_mib)
-    figures |= {"benchmark": "publication", "dtype": dtype, "bucket_mib": bucket_mib, "gpu": gpu}
-    _show(figures)
+        results = _measure(spec, Path(scratch), repeats, starts, bucket_mib)
+    results |= {"benchmark": "publication", "dtype": dtype, "bucket_mib": bucket_mib, "gpu": gpu}
+    _show(results)
     if output:
-        output.write_text(json.dumps(figures, indent=1))
+        output.write_text(json.dumps(results, indent=1))
 
 
 def _hidden_size(parameters: int) -> int:
@@ -165,56 +170,60 @@ def _measure(spec: EngineSpec, scratch: Path, repeats: int, starts: int, bucket_
     )
     engine = ray.remote(Sampler).options(num_gpus=gpus)
     tolerance = 1e-3 if spec.dtype == "float32" else 0.1
-    samplers = SamplerHandles((engine.remote(0, spec, None, 900, None),), (), (None,), 1, 900, 600, tolerance)
-    pool = SamplerPool(samplers)
+    handles = SamplerHandles((engine.remote(0, spec, None, 900, None),), (), (None,), 1, 900, 600, tolerance)
+    pool = SamplerPool(handles)
     pool.wait_ready()
-    turns: dict[str, list[Any]] = {"copy": [], "write": [], "start": [], **{name: [] for name in TRANSPORTS}}
+    repetitions: dict[str, list[Any]] = {"copy": [], "write": [], "start": [], **{name: [] for name in TRANSPORTS}}
     version, size = 0, 0
-    for turn in range(repeats + 1):
-        ray.get(trainer.train.remote(1.01 if turn % 2 else 0.99))
-        turns["copy"].append(ray.get(trainer.copy.remote()))
+    for number in range(repeats + 1):
+        ray.get(trainer.train.remote(1.01 if number % 2 else 0.99))
+        repetitions["copy"].append(ray.get(trainer.copy.remote()))
         for name in TRANSPORTS:
             version += 1
             directory = scratch / f"version-{version}"
             manifest, seconds = ray.get(trainer.publish.remote(version, str(directory), name))
             size = manifest.bytes
-            turns["write"].append(seconds)
+            repetitions["write"].append(seconds)
             ray.get(coordinator.publish.remote(manifest))
-            turns[name].append(_hand_over(coordinator, pool, trainer, manifest, name))
-            typer.echo(f"turn {turn} {name:12} {turns[name][-1].seconds:.3f} s{'' if turn else ' (warm-up)'}")
-        if 0 < turn <= starts:
-            turns["start"].append(_start(engine, replace(spec, model=str(_whole(directory, spec.model)))))
-            typer.echo(f"turn {turn} an engine starts {turns['start'][-1]:.1f} s")
+            repetitions[name].append(_update(coordinator, pool, trainer, manifest, name))
+            typer.echo(
+                f"repetition {number} {name:12} {repetitions[name][-1].seconds:.3f} s{'' if number else ' (warm-up)'}"
+            )
+        if 0 < number <= starts:
+            repetitions["start"].append(
+                _start(engine, replace(spec, model=str(_with_tokenizer(directory, spec.model))))
+            )
+            typer.echo(f"repetition {number} an engine starts {repetitions['start'][-1]:.1f} s")
         for old in scratch.glob("version-*"):
             for file in old.iterdir():
                 file.unlink()
             old.rmdir()
     pool.close()
     ray.shutdown()
-    return _figures(turns, size)
+    return _results(repetitions, size)
 
 
-def _hand_over(coordinator: Any, pool: Any, trainer: Any, manifest: Any, name: str) -> HandOver:
+def _update(coordinator: Any, pool: Any, trainer: Any, manifest: Any, name: str) -> Update:
     import ray
 
-    from aft_ray.sampling.broadcast import meet
+    from aft_ray.sampling.broadcast import broadcast_version
 
-    delivered = trainer.deliver.remote(manifest.version, name)
+    transferred = trainer.transfer.remote(manifest.version, name)
     started = time.monotonic()
     if manifest.broadcast is not None:
-        met = meet(coordinator, pool, manifest, 1)
-        if met.missed or not met.loaded:
-            raise RuntimeError(f"the meeting failed: {met.missed}")
-        (loaded,) = met.loaded
+        result = broadcast_version(coordinator, pool, manifest, 1)
+        if result.missed or not result.loaded:
+            raise RuntimeError(f"the broadcast failed: {result.missed}")
+        (report,) = result.loaded
     else:
-        (loaded,) = pool.load(manifest)
+        (report,) = pool.load(manifest)
     seconds = time.monotonic() - started
-    ray.get(delivered)
-    return HandOver(seconds, loaded.rendezvous_s, loaded.fetch_s, loaded.load_s, loaded.verify_s)
+    ray.get(transferred)
+    return Update(seconds, report.rendezvous_s, report.fetch_s, report.load_s, report.verify_s)
 
 
-def _whole(directory: Path, model: str) -> Path:
-    """The directory with its tokenizer, as a round's model directory has it."""
+def _with_tokenizer(directory: Path, model: str) -> Path:
+    """Adds the tokenizer to a model directory, as the directory of a round has it."""
     for file in Path(model).glob("tokenizer*"):
         (directory / file.name).write_bytes(file.read_bytes())
     return directory
@@ -224,18 +233,18 @@ def _start(engine: Any, spec: EngineSpec) -> float:
     import ray
 
     started = time.monotonic()
-    fresh = engine.remote(1, spec, None, 900, 0)
-    ray.get(fresh.status.remote())
+    started_engine = engine.remote(1, spec, None, 900, 0)
+    ray.get(started_engine.status.remote())
     seconds = time.monotonic() - started
-    ray.kill(fresh)
+    ray.kill(started_engine)
     return seconds
 
 
-def _figures(turns: dict[str, list[Any]], size: int) -> dict[str, Any]:
-    counted = {name: of[1:] if name in (*TRANSPORTS, "copy") else of for name, of in turns.items()}
-    counted["write"] = turns["write"][len(TRANSPORTS) :]
+def _results(repetitions: dict[str, list[Any]], size: int) -> dict[str, Any]:
+    counted = {name: of[1:] if name in (*TRANSPORTS, "copy") else of for name, of in repetitions.items()}
+    counted["write"] = repetitions["write"][len(TRANSPORTS) :]
     seconds = {
-        name: statistics.median(one.seconds if isinstance(one, HandOver) else one for one in of)
+        name: statistics.median(one.seconds if isinstance(one, Update) else one for one in of)
         for name, of in counted.items()
         if of
     }
@@ -244,32 +253,32 @@ def _figures(turns: dict[str, list[Any]], size: int) -> dict[str, Any]:
         "seconds": seconds,
         "gb_per_s": {name: size / 1e9 / took for name, took in seconds.items()},
         "times_a_copy": {name: took / seconds["copy"] for name, took in seconds.items()},
-        "turns": {name: [asdict(o) if isinstance(o, HandOver) else o for o in of] for name, of in counted.items()},
+        "turns": {name: [asdict(o) if isinstance(o, Update) else o for o in of] for name, of in counted.items()},
     }
 
 
-def _show(figures: dict[str, Any]) -> None:
+def _show(results: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    seconds = figures["seconds"]
+    seconds = results["seconds"]
     restart = seconds["write"] + seconds["start"] if "start" in seconds else None
-    columns = ("", "s (median)", "GB/s", "x a copy", "write + start / this", "rendezvous, fetch, load, prove")
-    table = Table(*columns, title=f"{figures['bytes'] / 1e6:,.0f} MB")
+    columns = ("", "s (median)", "GB/s", "x a copy", "write + start / this", "rendezvous, fetch, load, verify")
+    table = Table(*columns, title=f"{results['bytes'] / 1e6:,.0f} MB")
     for name, title in TITLES.items():
         if name not in seconds:
             continue
         parts = ""
         if name in TRANSPORTS:
-            of = figures["turns"][name]
+            of = results["turns"][name]
             parts = ", ".join(
                 f"{statistics.median(one[key] for one in of):.3f}"
                 for key in ("rendezvous_s", "fetch_s", "load_s", "prove_s")
             )
         ratio = f"{restart / seconds[name]:.0f}" if restart and name in TRANSPORTS else ""
-        speed, copies = figures["gb_per_s"][name], figures["times_a_copy"][name]
+        speed, copies = results["gb_per_s"][name], results["times_a_copy"][name]
         table.add_row(title, f"{seconds[name]:.3f}", f"{speed:.2f}", f"{copies:.1f}", ratio, parts)
-    table.add_row("writing the directory", f"{seconds['write']:.3f}", f"{figures['gb_per_s']['write']:.2f}", "", "", "")
+    table.add_row("writing the directory", f"{seconds['write']:.3f}", f"{results['gb_per_s']['write']:.2f}", "", "", "")
     Console(width=130).print(table)
 
 

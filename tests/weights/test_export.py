@@ -1,4 +1,4 @@
-"""The trainer's end of a publication: what is written is the model, whole, in Hugging Face's own form."""
+"""The model directory that the trainer writes is the whole model in the format of Hugging Face."""
 
 import json
 import os
@@ -95,7 +95,7 @@ def test_the_config_says_in_which_precision_the_weights_are(model, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path).dtype == torch.bfloat16
 
 
-def test_a_publication_is_read_back_from_its_directory(model, tmp_path):
+def test_a_version_manifest_is_read_from_a_model_directory(model, tmp_path):
     written = write(model, tmp_path, SMALL)
     probes = (Probe([1, 2], [3], -0.1 - 1e-17), Probe([4], [5, 6], -2.5))
     assert read_version_manifest(3, tmp_path).probes == ()

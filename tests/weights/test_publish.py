@@ -1,4 +1,4 @@
-"""The way of shards from the trainer to an engine: over the object store, and from disk when that has lost them."""
+"""Shards reach an engine over the object store, and from disk when the object store has lost them."""
 
 import time
 from pathlib import Path
@@ -18,15 +18,15 @@ pytestmark = pytest.mark.usefixtures("ray_here")
 
 @ray.remote(num_cpus=0)
 class Trainer:
-    """Owns what it offers, as rank 0 of training does."""
+    """Owns the objects that it publishes, as rank 0 of training does."""
 
     def publish(self, source: str, directory: str, transport: str, shard_bytes: int) -> VersionManifest:
         import torch
 
         model = AutoModelForCausalLM.from_pretrained(source)
-        end = TRANSPORTS[transport]()
-        written = write_model(model, Path(directory), shard_bytes, end.put_shard, 0, torch.float32)
-        return end.add_to_manifest(VersionManifest(1, directory, tuple(written.shards), ()), written.handles, model)
+        used = TRANSPORTS[transport]()
+        written = write_model(model, Path(directory), shard_bytes, used.put_shard, 0, torch.float32)
+        return used.add_to_manifest(VersionManifest(1, directory, tuple(written.shards), ()), written.handles, model)
 
 
 def publish(model, directory, transport, shard_bytes=40_000):
@@ -36,7 +36,7 @@ def publish(model, directory, transport, shard_bytes=40_000):
 
 
 def contents(manifest) -> tuple[list[str], list[bytes]]:
-    """The paths that the engine would be given, and what is in each file at that moment."""
+    """The paths that the engine is given, and the content of each file at that moment."""
     paths, data, methods = [], [], []
     for call in manifest.calls(30):
         methods.append(call.method)

@@ -201,11 +201,7 @@ class NcclSender:
     def __init__(self, timeout_s: float) -> None:
         del timeout_s
         self.device = torch.device("cuda", torch.cuda.current_device())
-        # vLLM opens the store, on a port that it is given, when the group forms. Until then this socket reserves the
-        # port: it is bound, so that no other program gets the port, and does not listen, so that vLLM can.
-        self._reservation = socket.socket()
-        self._reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self._reservation.bind(("", 0))
+        self._reservation = reserve_port()  # vLLM opens the store itself, when the group forms
         self.port = self._reservation.getsockname()[1]
         self._stream: Any = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         self._communicator: Any = None
@@ -257,6 +253,16 @@ class NcclSender:
         if self._communicator is not None:
             self._communicator.destroy()
             self._communicator = None
+
+
+def reserve_port() -> socket.socket:
+    """A socket that is bound to a free port, so that no other program gets the port, but does not listen, so that the
+    store which vLLM opens on it can.
+    """
+    reservation = socket.socket()
+    reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reservation.bind(("", 0))
+    return reservation
 
 
 class _PhaseErrors:

@@ -1,4 +1,4 @@
-"""Buckets: what goes in comes out, in order, and no end holds more than two of them."""
+"""What is sent in buckets is what is received, in order, and neither end holds more than two buckets."""
 
 import math
 import os
@@ -24,7 +24,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Pipe:
-    """Both ends of a group in one process: what rank 0 sends is copied at once, and may then be overwritten."""
+    """Both ranks of a process group in one process. What rank 0 sends is copied at once and may be overwritten then."""
 
     def __init__(self) -> None:
         self.sent: queue.Queue[torch.Tensor] = queue.Queue()
@@ -36,7 +36,7 @@ class Pipe:
             self.sent.put(bucket.clone())
             return lambda: None
 
-        return _End(broadcast)
+        return _Rank(broadcast)
 
     def receiver(self):
         def broadcast(bucket):
@@ -47,10 +47,10 @@ class Pipe:
 
             return wait
 
-        return _End(broadcast)
+        return _Rank(broadcast)
 
 
-class _End:
+class _Rank:
     def __init__(self, broadcast) -> None:
         self.broadcast = broadcast
 
@@ -97,7 +97,7 @@ def test_weights_that_are_not_those_announced_are_refused_by_name():
 
 
 class Memory(TorchDispatchMode):
-    """The most bytes that tensors made meanwhile held at once."""
+    """Measures the most bytes that tensors created inside it have held at one time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -125,22 +125,22 @@ def test_each_end_holds_two_buckets_and_the_receiver_one_layer(bucket):
     kept: list[torch.Tensor] = []
 
     def load(tensors):
-        """As vLLM loads: tensors are kept until their layer is whole."""
+        """Keeps tensors until their layer is complete, as vLLM does."""
         for _, tensor in tensors:
             kept.append(tensor)
             if len(kept) == 8:
                 kept.clear()
 
     with Memory() as sending:
-        # What the pipe copies is the network's.
+        # The copies in the pipe stand for the network's memory.
         sender = pipe.sender()
-        send(iter(weights), layout, _End(lambda tensor: _outside(sending, sender.broadcast, tensor)), CPU)
+        send(iter(weights), layout, _Rank(lambda tensor: _outside(sending, sender.broadcast, tensor)), CPU)
     with Memory() as receiving:
         receive(layout, pipe.receiver(), load, CPU)
     largest = max(bucket, 1024)  # a tensor larger than a bucket travels alone
     assert 0 < sending.peak <= 2 * largest
     assert 0 < receiving.peak <= 2 * largest + layer
-    with Memory() as naive:  # what the measurement says of an end that holds everything
+    with Memory() as naive:  # an end that holds all weights, to test the measurement itself
         held = [tensor.clone() for _, tensor in weights]
     assert naive.peak == layout.bytes == sum(tensor.nbytes for tensor in held)
 
