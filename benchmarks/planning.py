@@ -1,11 +1,13 @@
-"""Claim: after it is calibrated on one run, `aft-ray plan` foretells the others of a machine within a factor of 1.5.
+"""Claim: calibrated on one run of a machine, `aft-ray plan` predicts other runs there within a factor of 1.5.
 
-Small real runs (`aft_ray.run.launch.run`, one sampler and one train worker on the CPU, in turns) that differ in k, in the
-length of responses, in the steps they take and in the size of the model; or run directories that are there already.
-The last round of the first calibrates the machine's two constants: the training FLOP/s that its CPU reaches, and the
-seconds that its engine needs for a token beside the model's own arithmetic. Every round of every run is then planned
-with these two, and with the mean lengths and the share of groups with a signal that the round itself reports, and set
-beside what it took by the run's metrics. The ratio of the calibrating round is 1 by construction, all others are
+The benchmark makes small real runs on the CPU, with one sampler and one train worker that alternate. They differ in k,
+in the length of responses, in the number of optimiser steps and in the size of the model. Existing run directories can
+be given instead.
+
+The last round of the first run calibrates two constants of the machine: the FLOP/s that its CPU reaches in training,
+and the seconds that its engine needs for a token outside the model. Every round of every run is then planned with these
+two constants and with the mean lengths and the share of groups with a signal that the round reports. The planned times
+are compared with those in the run's metrics. The ratio of the calibrating round is 1 by construction; all others are
 predictions.
 
     python benchmarks/planning.py --json planning.json             # about 8 minutes
@@ -26,13 +28,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import typer
 
 from aft_ray.config.run import RunConfig, parse_config
-from aft_ray.planning import Plan, plan
+from aft_ray.planning import RunPlan, plan
 from aft_ray.planning.plan.assumptions import PlanAssumptions
 from aft_ray.planning.plan.hardware import NODES, ClusterShape
 from aft_ray.storage.run_dir import RunDir
 
 TARGET = 1.5
-# Name, and what it changes: of the config, and of the model (hidden size, layers, heads).
+# Name of a run, what it changes in the config, and the model's hidden size, layers and heads.
 BASE_MODEL = (128, 4, 4)
 VARIANTS: list[tuple[str, dict[str, dict[str, Any]], tuple[int, int, int]]] = [
     ("calibration", {}, BASE_MODEL),
@@ -45,9 +47,15 @@ VARIANTS: list[tuple[str, dict[str, dict[str, Any]], tuple[int, int, int]]] = [
 
 @dataclass(frozen=True)
 class Round:
-    """Seconds of a round and what it did. response: mean tokens of a candidate. row: mean tokens of a trained row.
+    """A round that was measured.
 
-    sampling is None for round 0, which trains on references alone.
+    Attributes:
+        name: The run and the round.
+        sampling: Seconds of sampling; None for round 0, which trains on references alone.
+        training: Seconds of training.
+        response: Mean tokens of a candidate.
+        row: Mean tokens of a trained row.
+        signal: Share of groups with right and wrong candidates.
     """
 
     name: str
@@ -59,12 +67,14 @@ class Round:
 
 
 def main(
-    runs: Annotated[list[Path] | None, typer.Argument(help="run directories; none: runs of its own")] = None,
-    questions: Annotated[int, typer.Option(help="in a round of its own runs")] = 240,
-    epochs: Annotated[int, typer.Option(help="passes of training over a round's groups in them")] = 4,
-    json_file: Annotated[Path | None, typer.Option("--json", help="write the figures to this file")] = None,
+    runs: Annotated[
+        list[Path] | None, typer.Argument(help="existing run directories; none: the benchmark makes its own")
+    ] = None,
+    questions: Annotated[int, typer.Option(help="questions in a round of its own runs")] = 240,
+    epochs: Annotated[int, typer.Option(help="passes over a round's groups in its own runs")] = 4,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write the results to this file")] = None,
 ) -> None:
-    """Planned beside measured seconds of sampling and training."""
+    """Prints planned and measured seconds of sampling and training."""
     from aft_ray.storage.versions import read_config
     from jobs.tiny_model import build_tiny_model
 
@@ -72,17 +82,17 @@ def main(
     with tempfile.TemporaryDirectory(prefix="aft-ray-benchmark-") as scratch:
         for path in runs or []:
             config = read_config(RunDir(str(path)))
-            made += [(one, config) for one in _rounds("/".join(path.parts[-3:]), RunDir(str(path)), config)]
+            made += [(measured, config) for measured in _rounds("/".join(path.parts[-3:]), RunDir(str(path)), config)]
         for number, (name, sections, (hidden, layers, heads)) in enumerate(VARIANTS if not runs else []):
             model = build_tiny_model(f"{scratch}/model-{number}", 0, hidden, layers, heads)
             config = _config(f"{scratch}/run-{number}", str(model), questions, epochs, sections)
             _run(config)
-            made += [(one, config) for one in _rounds(name, RunDir(config.run_dir), config)]
+            made += [(measured, config) for measured in _rounds(name, RunDir(config.run_dir), config)]
             typer.echo(f"{name}: done")
-        figures = _compare(made)
-    _show(figures)
+        results = _compare(made)
+    _show(results)
     if json_file:
-        json_file.write_text(json.dumps(figures, indent=1))
+        json_file.write_text(json.dumps(results, indent=1))
 
 
 def _config(run_dir: str, model: str, questions: int, epochs: int, sections: dict[str, dict[str, Any]]) -> RunConfig:
@@ -111,7 +121,7 @@ def _run(config: RunConfig) -> None:
 
 
 def _rounds(name: str, run_dir: RunDir, config: RunConfig) -> list[Round]:
-    """The rounds of a run by its metrics."""
+    """The rounds of a run, read from its metrics."""
     from aft_ray.observe.summary import read_events
 
     events = read_events(run_dir)
@@ -136,12 +146,12 @@ def _rounds(name: str, run_dir: RunDir, config: RunConfig) -> list[Round]:
     return found
 
 
-def _plan(one: Round, config: RunConfig, response: float, gflops: float, token_overhead_s: float) -> Plan:
-    """A plan whose only unknowns are the two constants; half of a trained row is taken to be its prompt."""
-    assumed = PlanAssumptions(
-        prompt_tokens=one.row / 2,
+def _plan(measured: Round, config: RunConfig, response: float, gflops: float, token_overhead_s: float) -> RunPlan:
+    """A plan whose only unknowns are the two constants. It assumes that the prompt is half of a trained row."""
+    assumptions = PlanAssumptions(
+        prompt_tokens=measured.row / 2,
         response_tokens=response,
-        signal=one.signal,
+        signal=measured.signal,
         distinct=1,
         filling=0.9,
         mfu=1,
@@ -153,21 +163,21 @@ def _plan(one: Round, config: RunConfig, response: float, gflops: float, token_o
         round_overhead_s=2,
     )
     node = NODES["cpu"].model_copy(update={"cpu_gflops": gflops})
-    return plan(config, ClusterShape(node, 1), assumed)
+    return plan(config, ClusterShape(node, 1), assumptions)
 
 
-def _planned(one: Round, config: RunConfig, gflops: float, token_overhead_s: float) -> tuple[float, float]:
-    """Seconds of sampling and of training; samples may be longer than what is trained on."""
-    training = _plan(one, config, one.row / 2, gflops, token_overhead_s)
-    if one.sampling is None:
+def _planned(measured: Round, config: RunConfig, gflops: float, token_overhead_s: float) -> tuple[float, float]:
+    """The planned seconds of sampling and of training. Candidates may be longer than the rows that are trained on."""
+    training = _plan(measured, config, measured.row / 2, gflops, token_overhead_s)
+    if measured.sampling is None:
         return 0.0, training.vft.seconds
-    sampling = _plan(one, config, one.response, gflops, token_overhead_s)
+    sampling = _plan(measured, config, measured.response, gflops, token_overhead_s)
     assert sampling.sampling is not None
-    return sampling.sampling.seconds + sampling.planner.assumed.round_overhead_s, training.training.seconds
+    return sampling.sampling.seconds + sampling.planner.assumptions.round_overhead_s, training.training.seconds
 
 
 def _compare(made: list[tuple[Round, RunConfig]]) -> dict[str, Any]:
-    of_first = [one for one, config in made if config is made[0][1] and one.sampling is not None]
+    of_first = [measured for measured, config in made if config is made[0][1] and measured.sampling is not None]
     first, config = of_first[-1], made[0][1]
     assert first.sampling is not None
     gflops, token = 50.0, 1e-4
@@ -175,21 +185,21 @@ def _compare(made: list[tuple[Round, RunConfig]]) -> dict[str, Any]:
         sampling, training = _planned(first, config, gflops, token)
         gflops, token = gflops * training / first.training, token * first.sampling / sampling
     rows = []
-    for one, its_config in made:
-        sampling, training = _planned(one, its_config, gflops, token)
-        rows.append({**asdict(one), "planned_sampling": sampling, "planned_training": training})
+    for measured, its_config in made:
+        sampling, training = _planned(measured, its_config, gflops, token)
+        rows.append({**asdict(measured), "planned_sampling": sampling, "planned_training": training})
     constants = {"training_gflops": gflops, "token_overhead_s": token}
     return {
         "benchmark": "planning", "calibrated_on": first.name, "constants": constants, "target": TARGET, "rounds": rows
     }  # fmt: skip
 
 
-def _show(figures: dict[str, Any]) -> None:
+def _show(results: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table("", "sampling", "planned", "ratio", "training", "planned", "ratio", title="seconds of a round")
-    for row in figures["rounds"]:
+    for row in results["rounds"]:
         cells = [row["name"]]
         for side in ("sampling", "training"):
             measured, planned = row[side], row[f"planned_{side}"]
@@ -198,9 +208,9 @@ def _show(figures: dict[str, Any]) -> None:
             ]  # fmt: skip
         table.add_row(*cells)
     Console(width=140).print(table)
-    constants = figures["constants"]
+    constants = results["constants"]
     typer.echo(
-        f"calibrated on {figures['calibrated_on']}: {constants['training_gflops']:.1f} GFLOP/s in training, "
+        f"calibrated on {results['calibrated_on']}: {constants['training_gflops']:.1f} GFLOP/s in training, "
         f"{constants['token_overhead_s'] * 1e6:.0f} us a sampled token"
     )
 

@@ -1,4 +1,7 @@
-"""Which GPUs engines share with the train workers when the two take turns (`sampling.colocate`). Pure."""
+"""Which of the train workers' GPUs each engine uses when both share GPUs (`sampling.colocate`). Pure, without Ray.
+
+Invariant: the GPUs of an engine lie in one node, and no GPU belongs to two engines.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class WorkerPlacement:
-    """Where a train worker sits. gpus: the ids that Ray gave it, unique in its node; none on the CPU."""
+    """Where a train worker runs.
+
+    Attributes:
+        rank: The worker's rank.
+        workers: The number of all train workers.
+        node: Ray's id of its node.
+        gpus: The GPU ids that Ray gave it, unique in its node; empty on the CPU.
+    """
 
     rank: int
     workers: int
@@ -18,30 +28,39 @@ class WorkerPlacement:
 
 @dataclass(frozen=True, slots=True)
 class EnginePlacement:
-    """Where an engine goes: a node, and those GPUs in it."""
+    """Where an engine is to run: the id of a node and the ids of GPUs in it."""
 
     node: str
     gpus: tuple[str, ...]
 
 
-def engine_placements(placements: Sequence[WorkerPlacement], engines: int, gpus: int) -> tuple[EnginePlacement, ...]:
-    """A seat for every engine: `gpus` of the workers' GPUs, all in one node; with 0, a node that has workers.
+def engine_placements(workers: Sequence[WorkerPlacement], engines: int, gpus: int) -> tuple[EnginePlacement, ...]:
+    """Chooses the GPUs of every engine among those of the train workers.
 
-    Raises ValueError when the workers lie so that fewer engines fit.
+    Args:
+        workers: The placements of all train workers, in any order.
+        engines: The number of engines.
+        gpus: The number of GPUs of one engine. With 0 the engines are spread over the workers' nodes in turn.
+
+    Returns:
+        One placement for each engine; the same for any order of `workers`.
+
+    Raises:
+        ValueError: The workers' GPUs lie on nodes so that fewer engines fit.
     """
-    by_node: dict[str, list[str]] = {}
-    for seat in sorted(placements, key=lambda one: one.rank):
-        by_node.setdefault(seat.node, []).extend(seat.gpus)
+    gpus_of_node: dict[str, list[str]] = {}
+    for worker in sorted(workers, key=lambda worker: worker.rank):
+        gpus_of_node.setdefault(worker.node, []).extend(worker.gpus)
     if gpus == 0:
-        nodes = list(by_node)
+        nodes = list(gpus_of_node)
         return tuple(EnginePlacement(nodes[index % len(nodes)], ()) for index in range(engines))
     found = [
-        EnginePlacement(node, tuple(there[start : start + gpus]))
-        for node, there in by_node.items()
-        for start in range(0, len(there) - gpus + 1, gpus)
+        EnginePlacement(node, tuple(ids[start : start + gpus]))
+        for node, ids in gpus_of_node.items()
+        for start in range(0, len(ids) - gpus + 1, gpus)
     ]
     if len(found) < engines:
-        counts = ", ".join(str(len(there)) for there in by_node.values())
+        counts = ", ".join(str(len(ids)) for ids in gpus_of_node.values())
         raise ValueError(
             f"{engines} colocated samplers need {gpus} GPUs in one node each, and the train workers' GPUs lie on nodes "
             f"as {counts}: {len(found)} fit; lower sampling.samplers or sampling.tensor_parallel_size"

@@ -1,17 +1,14 @@
 """What fits where: every bundle inside one node, nothing twice, and a refusal that says the numbers."""
 
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import tiny_config
 
-from aft_ray.cluster.connect import evaluation_placement, launcher_groups, serving_placement, training_placement
-from aft_ray.cluster.placement import Bundle, Node, NodeGroup, Placement, Reservation, place
+from aft_ray.cluster.connect import launcher_groups
+from aft_ray.cluster.placement import Bundle, Node, NodeGroup, Reservation, Reservations, place
 from aft_ray.config.run import ConfigError
-from aft_ray.config.serve import ServeConfig
 
 FOR_DATA = Reservation("Ray Data task", 2, (Bundle(1),))
 
@@ -20,8 +17,8 @@ def samplers(count: int, gpus: int) -> Reservation:
     return Reservation("sampler", count, (Bundle(2, gpus),), "sampling.tensor_parallel_size")
 
 
-def plan(*parts: Reservation) -> Placement:
-    return Placement((*parts, FOR_DATA), "Add nodes")
+def job(*parts: Reservation) -> Reservations:
+    return Reservations((*parts, FOR_DATA), "Add nodes")
 
 
 bundles = st.builds(Bundle, st.sampled_from([0.5, 1, 2, 8]), st.sampled_from([0, 0, 0.5, 1, 2, 4, 8]))
@@ -37,7 +34,7 @@ nodes = st.lists(st.builds(Node, st.just("n"), st.integers(0, 64), st.sampled_fr
 
 @given(st.lists(parts, min_size=1, max_size=4), nodes)
 def test_what_is_accepted_has_every_bundle_in_a_node_and_no_node_holds_more_than_it_has(parts, nodes):
-    placement = Placement(tuple(parts), "Add nodes")
+    placement = Reservations(tuple(parts), "Add nodes")
     try:
         places = place(placement, nodes)
     except ConfigError:
@@ -57,10 +54,10 @@ def test_what_is_accepted_has_every_bundle_in_a_node_and_no_node_holds_more_than
 def test_alike_engines_fit_exactly_when_there_are_nodes_enough(count, gpus, nodes):
     there = [Node(f"n{i}", 100, 8) for i in range(nodes)]
     if count <= nodes * (8 // gpus):
-        assert len(place(plan(samplers(count, gpus)), there)) == nodes
+        assert len(place(job(samplers(count, gpus)), there)) == nodes
     else:
         with pytest.raises(ConfigError, match="GPUs are needed and the cluster has"):
-            place(plan(samplers(count, gpus)), there)
+            place(job(samplers(count, gpus)), there)
 
 
 @pytest.mark.parametrize(
@@ -77,60 +74,23 @@ def test_alike_engines_fit_exactly_when_there_are_nodes_enough(count, gpus, node
 def test_a_refusal_says_the_numbers_and_the_way_out(gpus_of_nodes, sentence):
     there = [Node(f"n{i}", 8, gpus) for i, gpus in enumerate(gpus_of_nodes)]
     with pytest.raises(ConfigError, match=sentence):
-        place(plan(samplers(2, 8)), there)
+        place(job(samplers(2, 8)), there)
 
 
 def test_engines_keep_off_the_cpus_and_cpus_off_the_gpu_nodes():
     head, worker = Node("head", 4, 0), Node("worker", 96, 8)
-    on_head, on_worker = place(plan(samplers(2, 4)), [head, worker])
+    on_head, on_worker = place(job(samplers(2, 4)), [head, worker])
     assert (dict(on_head.bundles), dict(on_worker.bundles)) == ({"Ray Data task": 2}, {"sampler": 2})
     assert on_worker.line().split() == ["worker", "4", "of", "96", "CPU", "8", "of", "8", "GPU", "2", "samplers"]
 
 
-def test_the_stages_of_an_engine_may_lie_on_different_nodes_but_the_processes_of_a_stage_may_not(tmp_path):
-    config = tiny_config(
-        tmp_path,
-        Path("m"),
-        sampling={
-            "tensor_parallel_size": 4, "pipeline_parallel_size": 2, "gpus_per_sampler": 8, "cpus_per_sampler": 8
-        },
-    )  # fmt: skip
-    placement = training_placement(config)
-    assert (placement.cpus, placement.gpus) == (8 + 1 + 2, 8)
-    assert any("2 stages of 4 in one node" in line for line in placement.lines())
-    places = place(placement, [Node("a", 8, 4), Node("b", 8, 4)])
-    assert [dict(one.bundles)["sampler"] for one in places] == [1, 1]
-    with pytest.raises(ConfigError, match="one sampler needs 4 GPUs and 4 CPUs in one node"):
-        place(placement, [Node(f"n{i}", 8, 3) for i in range(4)])
-
-
-def test_colocated_samplers_take_no_gpus_beside_the_train_workers_but_have_their_own_in_an_evaluation(tmp_path):
-    config = tiny_config(
-        tmp_path,
-        Path("m"),
-        sampling={"colocate": True, "samplers": 2, "tensor_parallel_size": 2, "gpus_per_sampler": 2},
-        training={"workers": 4, "gpus_per_worker": 1, "zero_stage": 2},
-    )
-    assert (training_placement(config).gpus, training_placement(config).cpus) == (4, 2 + 4 + 2)
-    assert evaluation_placement(config).gpus == 4
-
-
-def test_a_service_reserves_whole_engines():
-    serve = ServeConfig.model_validate(
-        {"model": "m", "engine": {"replicas": 2, "tensor_parallel_size": 2, "cpus": 1, "gpus": 1}}
-    )
-    assert serving_placement(serve).gpus == 4
-    with pytest.raises(ConfigError, match="one engine needs 2 GPUs and 2 CPUs in one node"):
-        place(serving_placement(serve), [Node(f"n{i}", 8, 1) for i in range(8)])
-
-
 def test_nodes_that_may_still_come_count_up_to_the_autoscalers_limit():
     group = NodeGroup("h100", Bundle(96, 8), 3)
-    assert len(group.to_come(1, 10)) == 2
-    assert len(group.to_come(5, 10)) == 0
-    assert len(NodeGroup("any", Bundle(1), None).to_come(5, 10)) == 10
+    assert len(group.startable(1, 10)) == 2
+    assert len(group.startable(5, 10)) == 0
+    assert len(NodeGroup("any", Bundle(1), None).startable(5, 10)) == 10
     with pytest.raises(ConfigError, match="32 GPUs are needed and the cluster can grow to 24"):
-        place(plan(samplers(4, 8)), group.to_come(0, 10), "can grow to")
+        place(job(samplers(4, 8)), group.startable(0, 10), "can grow to")
 
 
 def test_the_launchers_config_says_which_groups_may_grow():

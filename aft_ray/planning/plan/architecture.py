@@ -1,7 +1,7 @@
-"""What the arithmetic needs to know of a model: the sizes of a decoder of Llama's shape, and the counts they give.
+"""The sizes of a decoder model of Llama's architecture, and the numbers of parameters that follow from them.
 
 Invariant: `parameters` is exact; a test compares every preset with the model that transformers builds on the meta
-device. A model of another shape is refused, never guessed.
+device. A model of another architecture is refused, never guessed.
 """
 
 from __future__ import annotations
@@ -17,10 +17,25 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """A decoder: `layers` times grouped-query attention and a gated MLP, RMSNorm before each, an embedding and a head.
+    """A decoder: an embedding, layers of grouped-query attention and a gated MLP with an RMSNorm before each, a last
+    norm and a head.
 
-    attention_bias: bias vectors of the layer's linear maps, counted in outputs (0 without). head_norms: RMSNorm on
-    every query and key head, as Qwen3 has.
+    Attributes:
+        name: The model's name or directory.
+        family: transformers' model_type.
+        layers: Number of layers.
+        hidden: Hidden size.
+        intermediate: Width of the MLP.
+        heads: Query heads.
+        kv_heads: Key and value heads.
+        vocabulary: Entries of the embedding.
+        context: Longest sequence, tokens.
+        head_size: Size of a head.
+        tied: Whether the head shares the embedding's weight.
+        attention_bias: Whether the query, key and value maps have biases.
+        output_bias: Whether the output map of attention has a bias.
+        mlp_bias: Whether the maps of the MLP have biases.
+        head_norms: Whether every query and key head has an RMSNorm, as in Qwen3.
     """
 
     name: str
@@ -60,19 +75,20 @@ class Architecture:
 
     @property
     def embedding_parameters(self) -> int:
-        """Of the token embedding; the head has as many, or none of its own when they are tied."""
+        """Parameters of the token embedding. The head has as many, or none of its own when the two are tied."""
         return self.vocabulary * self.hidden
 
     @property
     def body_parameters(self) -> int:
-        """All but embedding and head: what every token is multiplied with."""
+        """Parameters of all but the embedding and the head."""
         return self.layers * self.layer_parameters + self.hidden
 
     @property
     def parameters(self) -> int:
         return self.body_parameters + self.embedding_parameters * (1 if self.tied else 2)
 
-    def parameters_how(self) -> str:
+    def parameters_formula(self) -> str:
+        """How `parameters` is computed, with the numbers."""
         ends = "1 x" if self.tied else "2 x"
         return (
             f"{self.layers} layers x {self.layer_parameters:,} + {self.hidden:,} (last norm) + {ends} "
@@ -80,7 +96,7 @@ class Architecture:
         )
 
     def linears(self) -> dict[str, tuple[int, int]]:
-        """The linear maps of a layer by the names transformers gives them: (inputs, outputs)."""
+        """The linear layers of a decoder layer: transformers' name -> (inputs, outputs)."""
         h, f, q, kv = self.hidden, self.intermediate, self.query_width, self.kv_width
         return {
             "q_proj": (h, q),
@@ -93,7 +109,11 @@ class Architecture:
         }
 
     def lora_parameters(self, rank: int, targets: list[str]) -> int:
-        """Of the adapters: two matrices, inputs x rank and rank x outputs, for every target (arXiv 2106.09685)."""
+        """Parameters of LoRA adapters (arXiv 2106.09685): inputs x rank and rank x outputs for every target.
+
+        Raises:
+            ConfigError: A target is no linear layer of the model.
+        """
         linears = self.linears()
         if unknown := set(targets) - linears.keys():
             raise ConfigError(
@@ -102,17 +122,15 @@ class Architecture:
             )
         return self.layers * sum(rank * sum(linears[target]) for target in set(targets))
 
-    def kv_bytes_per_token(self, element_bytes: int) -> int:
-        """A key and a value of every layer and KV head."""
-        return 2 * self.layers * self.kv_width * element_bytes
-
 
 def _llama(name: str, layers: int, hidden: int, intermediate: int, heads: int, **others: Any) -> Architecture:
-    facts = {"family": "llama", "kv_heads": heads, "vocabulary": 32_000, "context": 4096, **others}
-    return Architecture(name=name, layers=layers, hidden=hidden, intermediate=intermediate, heads=heads, **facts)
+    sizes = {"family": "llama", "kv_heads": heads, "vocabulary": 32_000, "context": 4096, **others}
+    return Architecture(name=name, layers=layers, hidden=hidden, intermediate=intermediate, heads=heads, **sizes)
 
 
-def _qwen2(name: str, layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int, **o: Any) -> Architecture:
+def _qwen2(
+    name: str, layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int, **others: Any
+) -> Architecture:
     return _llama(
         name,
         layers,
@@ -125,14 +143,14 @@ def _qwen2(name: str, layers: int, hidden: int, intermediate: int, heads: int, k
             "context": 32_768,
             "attention_bias": True,
             "vocabulary": 152_064,
-            **o,
+            **others,
         },
     )
 
 
 def _qwen3(name: str, layers: int, hidden: int, intermediate: int, heads: int, **others: Any) -> Architecture:
-    facts = {"family": "qwen3", "kv_heads": 8, "context": 40_960, "head_norms": True, "vocabulary": 151_936}
-    return _llama(name, layers, hidden, intermediate, heads, **{**facts, **others})
+    sizes = {"family": "qwen3", "kv_heads": 8, "context": 40_960, "head_norms": True, "vocabulary": 151_936}
+    return _llama(name, layers, hidden, intermediate, heads, **{**sizes, **others})
 
 
 _LLAMA3 = {"kv_heads": 8, "vocabulary": 128_256, "context": 8192}
@@ -173,48 +191,56 @@ _PRESETS = (
 )  # fmt: skip
 
 
-def _plain(name: str) -> str:
-    """A hub name without what tells a model's tuned variant from its base, whose sizes are the same."""
+def _base_name(name: str) -> str:
+    """A hub name in lower case, without the suffix of a tuned variant, whose sizes are those of its base model."""
     return name.lower().replace("-instruct", "").replace("-chat", "")
 
 
-PRESETS = {_plain(preset.name): preset for preset in _PRESETS}
+PRESETS = {_base_name(preset.name): preset for preset in _PRESETS}
 
 
 def architecture_of(config: RunConfig) -> Architecture:
-    """The model's sizes: of its directory's config.json, of a preset, or of the hub. Raises ConfigError."""
+    """The sizes of a run's model: those of its directory's config.json, of a preset, or of the hub.
+
+    Raises:
+        ConfigError: The model is not found, or it is of another architecture.
+    """
     name = config.model.name
-    preset = PRESETS.get(_plain(name))
+    preset = PRESETS.get(_base_name(name))
     if preset is not None and not Path(name).is_dir():
         return replace(preset, name=name)
-    from aft_ray.run.preflight import load_model_config
+    from aft_ray.storage.model_files import load_model_config
 
     return from_transformers(name, load_model_config(config))
 
 
-def from_transformers(name: str, given: Any) -> Architecture:
-    """The sizes of a Hugging Face config. Raises ConfigError for a model of another shape."""
-    family = given.model_type
+def from_transformers(name: str, config: Any) -> Architecture:
+    """The sizes in a Hugging Face config.
+
+    Raises:
+        ConfigError: The model is of another architecture.
+    """
+    family = config.model_type
     if family not in FAMILIES:
         raise ConfigError(
             f"aft-ray plan cannot size {name}: its model_type is {family}, and the formulas are those of "
             f"{', '.join(FAMILIES)}"
         )
-    biased = family == "qwen2" or getattr(given, "attention_bias", False)
+    biased = family == "qwen2" or getattr(config, "attention_bias", False)
     return Architecture(
         name=name,
         family=family,
-        layers=given.num_hidden_layers,
-        hidden=given.hidden_size,
-        intermediate=given.intermediate_size,
-        heads=given.num_attention_heads,
-        kv_heads=given.num_key_value_heads,
-        vocabulary=given.vocab_size,
-        context=given.max_position_embeddings,
-        head_size=getattr(given, "head_dim", None) or given.hidden_size // given.num_attention_heads,
-        tied=given.tie_word_embeddings,
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        intermediate=config.intermediate_size,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        vocabulary=config.vocab_size,
+        context=config.max_position_embeddings,
+        head_size=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        tied=config.tie_word_embeddings,
         attention_bias=biased,
         output_bias=biased and family != "qwen2",
-        mlp_bias=getattr(given, "mlp_bias", False),
+        mlp_bias=getattr(config, "mlp_bias", False),
         head_norms=family == "qwen3",
     )

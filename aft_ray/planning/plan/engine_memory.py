@@ -1,9 +1,10 @@
-"""Memory of an engine: its share of the weights, what is left for the KV cache, and how many sequences that holds.
+"""Memory of a sampler's engine: its weights, what is left for the KV cache, and how many sequences the cache holds.
 
-Sources: vLLM's own account (`gpu_memory_utilization` of the GPU, less weights and what a profiling pass needs), and
-PagedAttention (arXiv 2309.06180), by which nothing but the last block of a sequence is lost. Invariant: a token of the
-cache costs a key and a value of every layer and KV head; a tensor-parallel process holds its share of the heads, and
-at least one.
+Sources: vLLM takes `gpu_memory_utilization` of a GPU and subtracts the weights and what a profiling pass needs; the
+rest is the KV cache. With PagedAttention (arXiv 2309.06180) a sequence wastes no more than a part of its last block.
+
+Invariant: a token in the cache costs a key and a value for every layer and KV head. A tensor-parallel process holds its
+share of the KV heads, and at least one.
 """
 
 from __future__ import annotations
@@ -17,13 +18,23 @@ from aft_ray.planning.plan.hardware import NodeType, device
 from aft_ray.planning.plan.quantities import GB, Quantity, giga
 from aft_ray.planning.plan.workload import Workload
 
-BLOCK = 16  # tokens
+BLOCK = 16  # tokens of a block of vLLM's KV cache
 
 
 @dataclass(frozen=True, slots=True)
 class EngineMemory:
-    """Bytes are of one of the engine's processes. host: of the whole engine. running: sequences at once; longest: how
-    many of model.max_length fit. kv_token: bytes a token of the cache, of one process."""
+    """Memory of an engine. Bytes are those of one of its processes unless said otherwise.
+
+    Attributes:
+        weights: Bytes of the weights.
+        cache: Bytes left for the KV cache; negative when the weights do not fit.
+        device: Bytes on the GPU beside the KV cache.
+        host: Bytes of host memory of the whole engine.
+        kv_token: Bytes of one token in the KV cache.
+        longest: How many sequences of model.max_length the cache holds.
+        running: How many sequences the engine runs at the same time.
+        lines: The arithmetic.
+    """
 
     weights: float
     cache: float
@@ -35,21 +46,21 @@ class EngineMemory:
     lines: tuple[Quantity, ...]
 
 
-def splits(model: Architecture, parts: int) -> bool:
-    """Whether vLLM can split the model's layers over so many processes: heads evenly, KV heads evenly or repeated."""
+def can_be_sharded(model: Architecture, processes: int) -> bool:
+    """Whether vLLM can split every layer over so many processes: heads evenly, KV heads evenly or by copies."""
     kv_heads = model.kv_heads
-    return model.heads % parts == 0 and (kv_heads % parts == 0 or parts % kv_heads == 0)
+    return model.heads % processes == 0 and (kv_heads % processes == 0 or processes % kv_heads == 0)
 
 
 def engine_memory(
     config: RunConfig,
     model: Architecture,
     work: Workload,
-    assumed: PlanAssumptions,
+    assumptions: PlanAssumptions,
     node: NodeType,
     tensor_parallel: int,
 ) -> EngineMemory:
-    """Of an engine with `tensor_parallel` processes a stage. A cache below one sequence shows as longest=0."""
+    """The memory of an engine with `tensor_parallel` processes in a stage."""
     sampling, gpu = config.sampling, config.sampling.gpus_per_sampler > 0
     width = 2 if config.model.dtype == "bfloat16" else 4
     stages = sampling.pipeline_parallel_size
@@ -64,7 +75,7 @@ def engine_memory(
         share = min(1.0, sampling.gpus_per_sampler)
         total = device(node, sampling.gpus_per_sampler, 0).memory or 0.0
         usable = sampling.gpu_memory_utilization * total
-        reserve = assumed.engine_reserve * GB
+        reserve = assumptions.engine_reserve * GB
         cache = usable - weights - reserve
         lines.append(Quantity("CUDA graphs, one step's activations", reserve, "bytes", "assumed (engine_reserve)"))
         part = f" x {share:g} of a GPU" if share < 1 else ""
@@ -75,14 +86,18 @@ def engine_memory(
     lines.append(Quantity("left for the KV cache", cache, "bytes", how))
     tokens = max(0.0, cache / kv_token)
 
-    def fitting(length: float) -> int:
+    def sequences(length: float) -> int:
         return int(tokens // (-(-length // BLOCK) * BLOCK))
 
     mean = work.prompt + work.response
-    asked = sampling.in_flight * sampling.batch_size * sampling.k
-    limits = {"max_num_seqs": sampling.max_num_seqs, "KV cache": fitting(mean), "in_flight x batch_size x k": asked}
+    requested = sampling.in_flight * sampling.batch_size * sampling.k
+    limits = {
+        "max_num_seqs": sampling.max_num_seqs,
+        "KV cache": sequences(mean),
+        "in_flight x batch_size x k": requested,
+    }
     binding = min(limits, key=lambda name: limits[name])
-    longest = fitting(config.model.max_length)
+    longest = sequences(config.model.max_length)
     lines += [
         Quantity("KV cache of a token", kv_token, "bytes", f"2 x {layers} layers x {kv_heads} heads x {model.head_size}"
                f" x {width} bytes, in each process"),
@@ -90,8 +105,8 @@ def engine_memory(
         Quantity("sequences at once", limits[binding], "", ", ".join(f"{n}={v:,}" for n, v in limits.items())
                + f": {binding} binds"),
     ]  # fmt: skip
-    host = assumed.process_memory * GB * processes + (0 if gpu else weights * processes + cache)
+    host = assumptions.process_memory * GB * processes + (0 if gpu else weights * processes + cache)
     return EngineMemory(
-        weights, cache, weights + (assumed.engine_reserve * GB if gpu else 0.0), host, kv_token, longest,
+        weights, cache, weights + (assumptions.engine_reserve * GB if gpu else 0.0), host, kv_token, longest,
         max(0, limits[binding]), tuple(lines),
     )  # fmt: skip

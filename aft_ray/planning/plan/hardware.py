@@ -1,8 +1,9 @@
-"""What a cluster is made of: nodes of one kind, by a preset or a YAML file.
+"""The hardware that a plan is made for: nodes of one kind, described by a preset or a YAML file.
 
-Units: memory in GB of 10^9 bytes as a process sees it, bandwidths in GB/s in one direction, of a GPU unless a
-description says of a node. Figures of the presets are the makers' (data sheets of A100, H100 and H200; AWS p4d, p4de,
-p5 and p5en for CPUs, host memory and network), peaks without sparsity; what is reached of them is an assumption.
+Units: memory is in GB of 10^9 bytes, as a process sees it. Bandwidths are in GB/s in one direction, and of one GPU
+unless a description says that they are of the node. The presets have the manufacturers' numbers: the data sheets of
+A100, H100 and H200, and those of AWS p4d, p4de, p5 and p5en for CPUs, host memory and network. Speeds are peaks without
+sparsity; the share of them that is reached is an assumption (`assumptions`).
 """
 
 from __future__ import annotations
@@ -13,29 +14,29 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from aft_ray.config.loader import parse_section, read_tree
+from aft_ray.cluster.placement import Bundle
+from aft_ray.config.loader import parse_section, read_yaml
 from aft_ray.config.run import ConfigError
 from aft_ray.config.section import Natural, Positive, Section
-
-GB = 1e9
+from aft_ray.planning.plan.quantities import GB
 
 
 class NodeType(Section):
-    """One machine."""
+    """One machine of a cluster whose machines are all alike."""
 
-    name: str = Field(description="what to call it")
-    gpus: Natural = Field(description="GPUs")
-    cpus: Positive = Field(description="CPUs that Ray counts")
+    name: str = Field(description="name of this kind of node")
+    gpus: Natural = Field(description="number of GPUs")
+    cpus: Positive = Field(description="number of CPUs that Ray counts")
     host_memory: float = Field(gt=0, description="host memory, GB")
     gpu_memory: float = Field(0, ge=0, description="memory of a GPU, GB")
     gpu_tflops: float = Field(0, ge=0, description="bfloat16 TFLOP/s of a GPU, dense")
     gpu_bandwidth: float = Field(0, ge=0, description="memory bandwidth of a GPU, GB/s")
-    nvlink: float = Field(0, ge=0, description="a GPU to the others of its node, GB/s; 0: over PCIe")
-    pcie: float = Field(25, gt=0, description="a GPU to host memory, GB/s")
-    network: float = Field(gt=0, description="node to node, all adapters together, GB/s")
-    storage: float = Field(gt=0, description="node to shared storage, GB/s")
-    host_bandwidth: float = Field(200, gt=0, description="host memory, GB/s")
-    cpu_gflops: float = Field(50, gt=0, description="GFLOP/s of a CPU, for runs without GPUs")
+    nvlink: float = Field(0, ge=0, description="from a GPU to the others of its node, GB/s; 0: they are joined by PCIe")
+    pcie: float = Field(25, gt=0, description="from a GPU to host memory, GB/s")
+    network: float = Field(gt=0, description="from node to node, all adapters together, GB/s")
+    storage: float = Field(gt=0, description="from a node to shared storage, GB/s")
+    host_bandwidth: float = Field(200, gt=0, description="bandwidth of host memory, GB/s")
+    cpu_gflops: float = Field(50, gt=0, description="GFLOP/s of one CPU, for runs without GPUs")
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
@@ -45,14 +46,19 @@ class NodeType(Section):
         return self
 
     @property
-    def between_gpus(self) -> float:
-        """GB/s of a GPU to another of its node."""
+    def resources(self) -> Bundle:
+        """What Ray can reserve of the node."""
+        return Bundle(self.cpus, self.gpus)
+
+    @property
+    def gpu_link(self) -> float:
+        """GB/s from a GPU to another GPU of its node."""
         return self.nvlink or self.pcie
 
 
 @dataclass(frozen=True, slots=True)
 class ClusterShape:
-    """So many nodes of a kind."""
+    """A number of nodes of one kind."""
 
     node: NodeType
     nodes: int
@@ -71,9 +77,12 @@ class ClusterShape:
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """What one process computes on: a GPU, or the CPUs it reserves. memory in bytes, flops a second, bandwidth bytes/s.
+    """What one process computes on: its GPU, or the CPUs that it reserves.
 
-    memory is None on the CPU, where processes share their node's.
+    Attributes:
+        memory: Bytes; None on the CPU, where all processes of a node share its memory.
+        flops: FLOP/s at peak.
+        bandwidth: Bytes a second between the device and its memory, at peak.
     """
 
     memory: float | None
@@ -82,7 +91,13 @@ class Device:
 
 
 def device(node: NodeType, gpus: float, cpus: float) -> Device:
-    """The device of a process that reserves so many GPUs (a share of one, or 0) and CPUs."""
+    """The device of a process.
+
+    Args:
+        node: The node on which it runs.
+        gpus: The GPUs that it reserves: 1 or more for a whole GPU, a share of one GPU, or 0.
+        cpus: The CPUs that it reserves; they count only without a GPU.
+    """
     if gpus:
         return Device(min(gpus, 1) * node.gpu_memory * GB, node.gpu_tflops * 1e12, node.gpu_bandwidth * GB)
     share = min(1.0, cpus / node.cpus)
@@ -117,9 +132,13 @@ NODES = {
 
 
 def load_node(name: str) -> NodeType:
-    """A preset by its name, or the YAML file at a path. Raises ConfigError."""
+    """The preset of this name, or the node that a YAML file at this path describes.
+
+    Raises:
+        ConfigError: There is neither, or the file's description is not valid.
+    """
     if name in NODES:
         return NODES[name]
     if Path(name).suffix in {".yaml", ".yml"}:
-        return parse_section(NodeType, {"name": Path(name).stem, **read_tree(name)})
+        return parse_section(NodeType, {"name": Path(name).stem, **read_yaml(name)})
     raise ConfigError(f"--node={name} is none of {', '.join(NODES)}, and no .yaml file that describes a node")

@@ -1,8 +1,8 @@
-"""How long new weights take from the trainer to the engines, by transport, and a training state to shared storage.
+"""How long a new version takes from the train workers to the engines, by transport, and a training state to storage.
 
-Invariant: what the train workers do alone (gathering, the model directory) belongs to training; what the engines wait
-for (the transport, loading) stands between two rounds of sampling. The training state is saved while the next round
-trains, and belongs to neither. Bytes over bandwidths alone: nothing else is assumed to overlap.
+Invariant: what the train workers do alone (gather the weights, write the model directory) counts as training; what the
+engines wait for (the transport, loading) counts as sampling. The training state is saved while the next round trains,
+and counts as neither. Every time is bytes divided by a bandwidth, and no two of them overlap.
 """
 
 from __future__ import annotations
@@ -21,9 +21,14 @@ TRANSPORTS: tuple[str, ...] = get_args(WeightsConfig.model_fields["transport"].a
 
 @dataclass(frozen=True, slots=True)
 class PublishTime:
-    """Seconds. trainer: until the version is offered. engines: from then until the last engine has loaded it.
+    """Seconds of publishing one version.
 
-    saving: of the training state, beside the next round.
+    Attributes:
+        trainer: From the end of training until the version is announced to the engines.
+        engines: From then until the last engine has loaded it.
+        saving: Saving of the training state, which happens beside the next round.
+        trainer_lines: The parts of `trainer`.
+        engine_lines: The parts of `engines`.
     """
 
     trainer: float
@@ -35,7 +40,13 @@ class PublishTime:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Bytes: of the model directory, of the adapter if there is one, of the training state (weights, master, Adam)."""
+    """Bytes of what a round writes.
+
+    Attributes:
+        weights: The model directory.
+        adapter: The LoRA adapter; 0 without one.
+        checkpoint: The training state: weights, float32 master weights and Adam's moments.
+    """
 
     weights: float
     adapter: float
@@ -43,7 +54,7 @@ class Sizes:
 
 
 def sizes(config: RunConfig, model: Architecture) -> Sizes:
-    """What a round writes. LoRA: the state is of the adapter alone."""
+    """The sizes of what a round writes. With LoRA the training state is that of the adapter alone."""
     width = 2 if config.model.dtype == "bfloat16" else 4
     adapter = 0
     if config.lora is not None:
@@ -55,16 +66,27 @@ def sizes(config: RunConfig, model: Architecture) -> Sizes:
 def publish_time(
     config: RunConfig,
     model: Architecture,
-    assumed: PlanAssumptions,
+    assumptions: PlanAssumptions,
     node: NodeType,
     transport: str,
     workers: int,
     sampler_nodes: int,
     engine_processes: int,
 ) -> PublishTime:
-    """Of one version to engines of `engine_processes` processes on `sampler_nodes` nodes."""
+    """The time of publishing one version.
+
+    Args:
+        config: The run.
+        model: Its model.
+        assumptions: What the plan assumes.
+        node: The kind of node.
+        transport: One of `TRANSPORTS`.
+        workers: The number of train workers.
+        sampler_nodes: The number of nodes with samplers.
+        engine_processes: The number of processes of one engine.
+    """
     size = sizes(config, model)
-    efficiency, gpu = assumed.link_efficiency, config.training.gpus_per_worker > 0
+    efficiency, gpu = assumptions.link_efficiency, config.training.gpus_per_worker > 0
     worker_nodes = -(-workers // node.gpus) if gpu else 1
     lines = []
     if gpu:
@@ -74,12 +96,12 @@ def publish_time(
     writing = size.weights / (node.storage * GB)
     how = f"{gigabytes(size.weights)} / storage {node.storage:g} GB/s of one node"
     lines.append(Quantity("writing the model directory", writing, "s", how))
-    storage = min(worker_nodes * node.storage, assumed.shared_storage)
+    storage = min(worker_nodes * node.storage, assumptions.shared_storage)
     how = f"{gigabytes(size.checkpoint)} / storage {storage:g} GB/s of {counted(worker_nodes, 'node')}"
     saving = Quantity(
         "saving the training state", size.checkpoint / (storage * GB), "s", f"{how}, beside the next round"
     )
-    moved, bandwidth, how = _transport(size, assumed, node, transport, max(1, sampler_nodes))
+    moved, bandwidth, how = _transport(size, assumptions, node, transport, max(1, sampler_nodes))
     arriving = [Quantity(f"to the engines by {transport}", moved / bandwidth, "s", how)]
     if gpu and transport in {"object_store", "checkpoint"}:
         share = size.weights / engine_processes
@@ -90,21 +112,21 @@ def publish_time(
 
 
 def _transport(
-    size: Sizes, assumed: PlanAssumptions, node: NodeType, transport: str, nodes: int
+    size: Sizes, assumptions: PlanAssumptions, node: NodeType, transport: str, nodes: int
 ) -> tuple[float, float, str]:
-    """Bytes, bytes a second, and the formula."""
+    """The bytes that are moved, the bandwidth in bytes a second, and the formula."""
     if transport == "nccl":
-        rate = (min(node.network, node.between_gpus) if node.gpus else node.network) * assumed.link_efficiency
+        rate = (min(node.network, node.gpu_link) if node.gpus else node.network) * assumptions.link_efficiency
         return size.weights, rate * GB, f"{gigabytes(size.weights)} broadcast once / {rate:.0f} GB/s"
     if transport == "checkpoint":
-        rate = min(nodes * node.storage, assumed.shared_storage)
+        rate = min(nodes * node.storage, assumptions.shared_storage)
         return (
             nodes * size.weights,
             rate * GB,
             f"{counted(nodes, 'node')} x {gigabytes(size.weights)} / storage {rate:g} GB/s in all",
         )
     each = size.adapter if transport == "lora" else size.weights
-    rate = assumed.object_store
+    rate = assumptions.object_store
     return (
         nodes * each,
         rate * GB,

@@ -1,6 +1,6 @@
-"""A figure of a plan: a number, its unit, and how it came about, so that every line of a plan can be checked by hand.
+"""The numbers of a plan: each has a unit and the formula that gave it, so that every line can be checked by hand.
 
-Units: bytes, s, tokens, tokens/s, FLOP, GPU-hours, or a plain count. GB are 10^9 bytes.
+Units are bytes, s, tokens, tokens/s, FLOP, GPU-hours, or none for a count. A GB is 10^9 bytes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,15 @@ GB = 1e9
 
 @dataclass(frozen=True, slots=True)
 class Quantity:
-    """how: the formula with its numbers. total: whether the lines above add up to it."""
+    """One line of a plan.
+
+    Attributes:
+        label: What the number is.
+        value: The number.
+        unit: Its unit; empty for a count.
+        how: The formula with its numbers.
+        total: Whether it is the sum of the lines above it.
+    """
 
     label: str
     value: float
@@ -20,20 +28,21 @@ class Quantity:
     how: str
     total: bool = False
 
-    def shown(self) -> str:
-        return show(self.value, self.unit)
+    def text(self) -> str:
+        """The number with its unit, rounded for reading."""
+        return format_value(self.value, self.unit)
 
 
 @dataclass(frozen=True, slots=True)
 class QuantityTable:
-    """Figures that belong together, under a title."""
+    """Quantities under a common title."""
 
     title: str
-    figures: tuple[Quantity, ...]
+    quantities: tuple[Quantity, ...]
 
 
-def show(value: float, unit: str) -> str:
-    """A number as a person reads it."""
+def format_value(value: float, unit: str) -> str:
+    """A number with its unit, rounded for reading."""
     if unit == "bytes":
         return gigabytes(value)
     if unit == "s":
@@ -45,6 +54,7 @@ def show(value: float, unit: str) -> str:
 
 
 def gigabytes(value: float) -> str:
+    """Bytes as `138.0 GB`; small numbers as MB or bytes."""
     size = value / GB
     if size >= 0.1:
         return f"{size:,.1f} GB"
@@ -52,6 +62,7 @@ def gigabytes(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
+    """Seconds as ms, s, min or h."""
     if seconds < 0.1:
         return f"{seconds * 1000:.3g} ms"
     if seconds < 120:
@@ -62,10 +73,10 @@ def duration(seconds: float) -> str:
 
 
 def giga(value: float) -> str:
-    """A count in thousands of millions, for formulas."""
+    """A count as `68.98e9`, for formulas."""
     return f"{value / 1e9:.4g}e9"
 
 
-def counted(number: int, what: str) -> str:
+def counted(number: int, noun: str) -> str:
     """`1 sampler`, `2 samplers`."""
-    return f"{number:,} {what}" + ("" if number == 1 else "s")
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")

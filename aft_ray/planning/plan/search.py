@@ -1,7 +1,8 @@
-"""The fastest split of a cluster between engines and train workers, with the config's other settings as they are.
+"""Searches the fastest split of a cluster between samplers and train workers, with the config's other settings kept.
 
-Invariant: none that fits is faster, by the arithmetic of a plan; of equally fast ones it takes the fewest GPUs. The
-two sides of a round do not depend on each other, so each number of workers and each set of engines is timed once.
+Invariant: no split that fits is faster, by the arithmetic of a plan; of equally fast splits it reserves the fewest
+GPUs. The two sides of a round do not depend on each other, so the time of each number of workers and of each set of
+samplers is computed once.
 """
 
 from __future__ import annotations
@@ -10,43 +11,41 @@ import math
 from collections.abc import Iterator
 from itertools import count
 
-from aft_ray.cluster.connect import needs_samplers
-from aft_ray.planning.plan import splits as placing
+from aft_ray.cluster.reservations import Split
 from aft_ray.planning.plan.planner import Planner, RoundTime
 from aft_ray.planning.plan.problems import engine_fits, host_problem, trainer_fits
-from aft_ray.planning.plan.splits import Split
 
 TENSOR_PARALLEL = (1, 2, 4, 8, 16)
 
 
 def best_split(planner: Planner) -> tuple[Split, RoundTime] | None:
-    """None when nothing fits."""
-    config = planner.config
+    """The fastest split and the time of its round; None when no split fits."""
+    colocate = planner.config.sampling.colocate
     training = _training_seconds(planner)
     best: tuple[float, float, Split, RoundTime] | None = None
-    for samplers, size in _engines(planner, len(training) - 1):
-        least = samplers * size if config.sampling.colocate else 1
+    for samplers, size in _sampler_sets(planner, len(training) - 1):
+        least = samplers * size if colocate else 1
         most = _most_workers(planner, samplers, size, least, len(training) - 1)
         if most < least:
             continue
         workers = min(range(least, most + 1), key=training.__getitem__)
-        # Without GPUs, engines and workers share host memory too: then fewer workers may do.
+        # Without GPUs samplers and workers share host memory too: then fewer workers may fit.
         while workers > least and host_problem(planner, Split(samplers, size, workers)):
             workers = min(range(least, workers), key=training.__getitem__)
         split = Split(samplers, size, workers)
         if math.isinf(training[workers]) or host_problem(planner, split):
             continue
-        time = planner.meet(planner.sampling_side(split), training[workers])
-        rank = (time.round, placing.gpus(config, split), split, time)
-        if best is None or rank[:2] < best[:2]:
-            best = rank
+        time = planner.combine(planner.sampling_seconds(split), training[workers])
+        candidate = (time.round, planner.reservations(split).gpus, split, time)
+        if best is None or candidate[:2] < best[:2]:
+            best = candidate
     return (best[2], best[3]) if best else None
 
 
-def _engines(planner: Planner, most_workers: int) -> Iterator[tuple[int, int]]:
-    """Engines that could be: (samplers, processes a stage)."""
+def _sampler_sets(planner: Planner, most_workers: int) -> Iterator[tuple[int, int]]:
+    """Pairs that fit: the number of samplers, and the processes in a stage of their engines."""
     config, cluster = planner.config, planner.cluster
-    if not needs_samplers(config):
+    if not config.needs_samplers:
         yield 0, 1
         return
     sizes = [config.sampling.tensor_parallel_size]
@@ -55,18 +54,18 @@ def _engines(planner: Planner, most_workers: int) -> Iterator[tuple[int, int]]:
     for size in sizes:
         for samplers in count(1):
             workers = samplers * size if config.sampling.colocate else 1
-            fitting = workers <= most_workers and placing.fits(config, Split(samplers, size, workers), cluster)
+            fitting = workers <= most_workers and planner.fits(Split(samplers, size, workers))
             if not fitting or not engine_fits(planner, size):
                 break
             yield samplers, size
 
 
 def _most_workers(planner: Planner, samplers: int, size: int, least: int, most: int) -> int:
-    """The largest number of workers from `least` to `most` that fits beside so many engines, or `least` - 1."""
+    """The largest number of workers from `least` to `most` that fits beside the samplers, or `least` - 1."""
     low, high = least - 1, most
     while low < high:
         middle = (low + high + 1) // 2
-        if placing.fits(planner.config, Split(samplers, size, middle), planner.cluster):
+        if planner.fits(Split(samplers, size, middle)):
             low = middle
         else:
             high = middle - 1
@@ -74,12 +73,12 @@ def _most_workers(planner: Planner, samplers: int, size: int, least: int, most: 
 
 
 def _training_seconds(planner: Planner) -> list[float]:
-    """At index w, the seconds of a round with w workers; infinite where they cannot train it."""
+    """At index w the seconds of training on a round with w workers; infinite where they cannot train the model."""
     training, cluster = planner.config.training, planner.cluster
     most = cluster.gpus if training.gpus_per_worker else cluster.cpus
     seconds = [math.inf]
     for workers in range(1, min(most, training.groups_per_step) + 1):
         split = Split(0, 1, workers)
         possible = trainer_fits(planner, workers) and host_problem(planner, split) is None
-        seconds.append(planner.training_side(split) if possible else math.inf)
+        seconds.append(planner.training_seconds(split) if possible else math.inf)
     return seconds

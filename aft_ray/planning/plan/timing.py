@@ -1,13 +1,14 @@
-"""How long the parts of a round take: sampling, training, publication, evaluation.
+"""How long sampling, evaluation and training take in a round.
 
-Sources. Sampling: the roofline of Pope et al. (arXiv 2211.05102): a step reads the weights and every running
-sequence's cache, or is bound by its FLOPs; prompts are read at 2 FLOPs a parameter and token. The last response of a
-batch adds at most its own length (Graham 1969, list scheduling). Training: 6 FLOPs a parameter and token (Kaplan et
-al., arXiv 2001.08361; Hoffmann et al., arXiv 2203.15556), a third more with recomputed layers, 12 x layers x width x
-length for attention (PaLM, arXiv 2204.02311, appendix B); ZeRO-3 moves three times the weights a pass (arXiv
-1910.02054, section 7).
+Sources for sampling: the roofline of Pope et al. (arXiv 2211.05102). A decoding step reads the weights and the KV cache
+of every running sequence, or is limited by its FLOPs; reading a prompt takes 2 FLOPs a parameter and token. The last
+response of a round adds at most its own length (list scheduling, Graham 1969).
 
-Invariant: G (all that samplers do for a round) and T (all that train workers do) are sums of the parts that are shown.
+Sources for training: 6 FLOPs a parameter and token (Kaplan et al., arXiv 2001.08361; Hoffmann et al., arXiv
+2203.15556), a third more with recomputed activations, and 12 x layers x width x length for attention (PaLM, arXiv
+2204.02311, appendix B). ZeRO-3 moves three times the weights in a pass (arXiv 1910.02054, section 7).
+
+Invariant: each time is the sum of the parts that are shown.
 """
 
 from __future__ import annotations
@@ -25,8 +26,15 @@ from aft_ray.planning.plan.workload import Workload
 
 @dataclass(frozen=True, slots=True)
 class SamplingTime:
-    """seconds: of all questions of a round. step: of an engine with all its places taken. tokens_per_s: of an engine,
-    decoding."""
+    """Time of sampling, of the engine with the most questions.
+
+    Attributes:
+        seconds: Seconds for all its questions.
+        step: Seconds of a decoding step with `running` sequences.
+        running: Sequences that it runs at the same time.
+        tokens_per_s: Tokens that it decodes in a second.
+        lines: The arithmetic.
+    """
 
     seconds: float
     step: float
@@ -37,8 +45,14 @@ class SamplingTime:
 
 @dataclass(frozen=True, slots=True)
 class TrainingTime:
-    """seconds: of all steps. tokens_per_s: over all workers, without padding. communication: share of the seconds that
-    waits for other workers."""
+    """Time of training.
+
+    Attributes:
+        seconds: Seconds of all optimiser steps.
+        tokens_per_s: Tokens in a second over all workers, without padding.
+        communication: Share of the seconds in which a worker waits for others.
+        lines: The arithmetic.
+    """
 
     seconds: float
     tokens_per_s: float
@@ -46,57 +60,58 @@ class TrainingTime:
     lines: tuple[Quantity, ...]
 
 
-class Speeds:
-    """The times of a config's parts on a kind of node, as functions of how many processes do them."""
+class TimeModel:
+    """The times of a config's parts on a kind of node, as functions of the number of processes."""
 
     def __init__(
-        self, config: RunConfig, model: Architecture, work: Workload, assumed: PlanAssumptions, node: NodeType
+        self, config: RunConfig, model: Architecture, work: Workload, assumptions: PlanAssumptions, node: NodeType
     ) -> None:
-        self.config, self.model, self.work, self.assumed, self.node = config, model, work, assumed, node
+        self.config, self.model, self.work, self.assumptions, self.node = config, model, work, assumptions, node
         self.width = 2 if config.model.dtype == "bfloat16" else 4
 
     # --- sampling
 
     def step(self, running: float, memory: EngineMemory, tensor_parallel: int) -> Quantity:
-        """One step of an engine in which `running` sequences get a token each, seconds."""
-        assumed, sampling, model = self.assumed, self.config.sampling, self.model
+        """The seconds of one decoding step, in which each of `running` sequences gets a token."""
+        assumptions, sampling, model = self.assumptions, self.config.sampling, self.model
         stages = sampling.pipeline_parallel_size
         one = device(self.node, sampling.gpus_per_sampler, sampling.cpus_per_sampler)
-        # Stages work on different parts of the batch at the same time; one stage's time is the step of its part.
+        # Pipeline stages work on different parts of the batch at the same time: a step takes one stage's time for its
+        # part.
         part = running / stages
         mean = self.work.prompt + self.work.response / 2
-        reading = (memory.weights + part * mean * memory.kv_token) / (one.bandwidth * assumed.memory_efficiency)
+        reading = (memory.weights + part * mean * memory.kv_token) / (one.bandwidth * assumptions.memory_efficiency)
         flops = 2 * (model.body_parameters + model.embedding_parameters) / (stages * tensor_parallel) * part
-        computing = flops / (one.flops * assumed.prefill_mfu)
-        overhead = assumed.step_overhead_s + part * assumed.token_overhead_s
+        computing = flops / (one.flops * assumptions.prefill_mfu)
+        overhead = assumptions.step_overhead_s + part * assumptions.token_overhead_s
         if reading > computing:
             how = (
                 f"({gigabytes(memory.weights)} + {part:,.0f} x {mean:.0f} tokens x {gigabytes(memory.kv_token)}) / "
-                f"({one.bandwidth / GB:,.0f} GB/s x {assumed.memory_efficiency:g})"
+                f"({one.bandwidth / GB:,.0f} GB/s x {assumptions.memory_efficiency:g})"
             )
         else:
-            how = f"{flops:.3g} FLOP / ({one.flops:.3g} FLOP/s x {assumed.prefill_mfu:g})"
+            how = f"{flops:.3g} FLOP / ({one.flops:.3g} FLOP/s x {assumptions.prefill_mfu:g})"
         how += f" = {duration(max(reading, computing))} + overheads {duration(overhead)}"
         reduces = 0.0
         if tensor_parallel > 1:
             volume = part * model.hidden * self.width * 2 * (tensor_parallel - 1) / tensor_parallel
             count = 2 * model.layers / stages
-            reduces = count * (assumed.all_reduce_s + volume / self._link(tensor_parallel, inside=True))
+            reduces = count * (assumptions.all_reduce_s + volume / self._link_bandwidth(tensor_parallel, inside=True))
             how += f" + {count:.0f} all-reduces {duration(reduces)}"
         return Quantity("a step", max(reading, computing) + overhead + reduces, "s", how)
 
     def sampling(self, samplers: int, memory: EngineMemory, tensor_parallel: int) -> SamplingTime:
-        """A round's questions, k candidates each."""
+        """The time in which `samplers` engines answer a round's questions with k candidates each."""
         questions = -(-self.work.questions // samplers)
-        return self._answering(questions, self.work.k, memory, tensor_parallel)
+        return self._generation(questions, self.work.k, memory, tensor_parallel)
 
     def evaluation(self, samplers: int, memory: EngineMemory, tensor_parallel: int) -> SamplingTime:
-        """The validation split, a greedy answer and `during_training_k` samples each."""
+        """The time in which they answer the validation split: a greedy answer and `during_training_k` samples each."""
         k = 1 + self.config.evaluation.during_training_k
-        return self._answering(-(-self.work.validation // samplers), k, memory, tensor_parallel)
+        return self._generation(-(-self.work.validation // samplers), k, memory, tensor_parallel)
 
-    def _answering(self, questions: int, k: int, memory: EngineMemory, tensor_parallel: int) -> SamplingTime:
-        sampling, work, assumed = self.config.sampling, self.work, self.assumed
+    def _generation(self, questions: int, k: int, memory: EngineMemory, tensor_parallel: int) -> SamplingTime:
+        sampling, work, assumptions = self.config.sampling, self.work, self.assumptions
         running = max(1, min(memory.running, questions * k))
         full = self.step(running, memory, tensor_parallel)
         step = full.value
@@ -105,13 +120,13 @@ class Speeds:
         one = device(self.node, sampling.gpus_per_sampler, sampling.cpus_per_sampler)
         processes = sampling.pipeline_parallel_size * tensor_parallel
         flops = questions * work.prompt * self._forward_flops(work.prompt)
-        reading = flops / (processes * one.flops * assumed.prefill_mfu)
+        reading = flops / (processes * one.flops * assumptions.prefill_mfu)
         last = self.step(1, memory, tensor_parallel).value
         tail = sampling.max_tokens * last if questions else 0.0
         lines = (
             Quantity("reading prompts", reading, "s", f"{questions:,} questions x {work.prompt:.0f} tokens (their k "
                    f"candidates share them) = {flops:.3g} FLOP / ({processes} x {one.flops:.3g} FLOP/s x "
-                   f"{assumed.prefill_mfu:g})"),
+                   f"{assumptions.prefill_mfu:g})"),
             replace(full, label=f"a step of {running:,} sequences"),
             Quantity("decoding", decoding, "s", f"{questions:,} x k={k} x {work.response:.0f} tokens / {running:,} at "
                    f"once x {duration(step)}"),
@@ -122,65 +137,69 @@ class Speeds:
     # --- training
 
     def _forward_flops(self, length: float, response_share: float = 0.0) -> float:
-        """Of one token in a row of `length`; the head only for response tokens."""
+        """FLOPs of one token's forward pass, on average over a row.
+
+        Args:
+            length: Tokens of the row.
+            response_share: Share of its tokens that belong to the response; only they pass the output layer.
+        """
         model = self.model
         body = 2 * model.body_parameters + 4 * model.layers * model.query_width * length
         return body + 2 * model.embedding_parameters * response_share
 
     def training(self, workers: int) -> TrainingTime:
-        """One round's passes over its groups."""
+        """The time of training on a round's groups."""
         training = self.config.training
         steps = self.work.steps
-        return self._passes(
+        return self._training(
             workers, self.work.questions, self.work.rows, training.groups_per_step, training.epochs, steps
         )
 
     def vft(self, workers: int) -> TrainingTime:
-        """Round 0: reference responses alone."""
+        """The time of round 0, which trains on the reference responses alone."""
         vft = self.config.vft
-        return self._passes(
+        return self._training(
             workers, self.work.vft_questions, 1.0, vft.questions_per_step, vft.epochs, self.work.vft_steps
         )
 
-    def _passes(
+    def _training(
         self, workers: int, questions: int, rows: float, per_step: int, epochs: int, steps: int
     ) -> TrainingTime:
-        config, work, assumed = self.config, self.work, self.assumed
+        config, work, assumptions = self.config, self.work, self.assumptions
         if not steps:
             return TrainingTime(0.0, 0.0, 0.0, ())
         training = config.training
         one = device(self.node, training.gpus_per_worker, training.cpus_per_worker)
-        length = work.row / assumed.filling
+        length = work.row / assumptions.filling
         group = rows * length
         groups = -(-min(per_step, questions) // workers)
         in_a_pass = max(1, int(training.tokens_per_microbatch // group))
         passes = -(-groups // in_a_pass)
-        # Backward is twice forward; with frozen weights once, as their gradients are not needed.
+        # A backward pass costs two forward passes; with frozen weights only one, as their gradients are not needed.
         factor = (2 if config.lora is not None else 3) + (1 if training.activation_checkpointing else 0)
         forward = self._forward_flops(length, work.response / work.row)
-        computing = groups * group * factor * forward / (one.flops * assumed.mfu)
-        moved, how = self._communicated(workers, passes)
-        link = self._link(workers)
+        computing = groups * group * factor * forward / (one.flops * assumptions.mfu)
+        moved, how = self._communicated_bytes(workers, passes)
+        link = self._link_bandwidth(workers)
         moving = moved / link
-        waiting = max(moving - assumed.overlap * computing, (1 - assumed.overlap) * moving)
-        offloaded, update = self._offloaded(workers, passes), self._update(workers)
-        step = computing + waiting + offloaded + update + passes * assumed.pass_overhead_s
+        waiting = max(moving - assumptions.overlap * computing, (1 - assumptions.overlap) * moving)
+        offloaded, update = self._offload_seconds(workers, passes), self._optimizer_seconds(workers)
+        step = computing + waiting + offloaded + update + passes * assumptions.pass_overhead_s
         seconds = steps * step
         lines = [
             Quantity("steps", steps, "", f"{epochs} x {questions:,} groups / {per_step}, rounded up"),
             Quantity("computing, a step", computing, "s", f"{groups} groups of the busiest worker x {rows:.3g} rows x "
-                   f"{work.row:.0f} tokens / {assumed.filling:g} = {groups * group:,.0f} tokens x {factor} x "
-                   f"{giga(forward)} FLOP / ({one.flops:.3g} FLOP/s x {assumed.mfu:g})"),
+                   f"{work.row:.0f} tokens / {assumptions.filling:g} = {groups * group:,.0f} tokens x {factor} x "
+                   f"{giga(forward)} FLOP / ({one.flops:.3g} FLOP/s x {assumptions.mfu:g})"),
         ]  # fmt: skip
         if workers > 1:
-            how += (
-                f" = {gigabytes(moved)} / {link / GB:.0f} GB/s = {duration(moving)}, {assumed.overlap:.0%} of it hidden"
-            )
-            lines.append(Quantity("waiting for others, a step", waiting, "s", f"{how} if it can be"))
+            how += f" = {gigabytes(moved)} / {link / GB:.0f} GB/s = {duration(moving)}"
+            how += f", {assumptions.overlap:.0%} of it hidden if it can be"
+            lines.append(Quantity("waiting for others, a step", waiting, "s", how))
         if offloaded:
-            how = f"PCIe at {self.node.pcie:g} GB/s x {assumed.link_efficiency:g}"
+            how = f"PCIe at {self.node.pcie:g} GB/s x {assumptions.link_efficiency:g}"
             lines.append(Quantity("to and from host memory, a step", offloaded, "s", how))
-        overhead = duration(assumed.pass_overhead_s)
+        overhead = duration(assumptions.pass_overhead_s)
         lines += [
             Quantity("optimizer, a step", update, "s", "42 bytes a parameter of the worker's share"),
             Quantity("passes, a step", passes, "", f"{groups} groups, {in_a_pass} in tokens_per_microbatch="
@@ -190,8 +209,8 @@ class Speeds:
         tokens = questions * epochs * rows * work.row
         return TrainingTime(seconds, tokens / seconds, steps * waiting / seconds, tuple(lines))
 
-    def _communicated(self, workers: int, passes: int) -> tuple[float, str]:
-        """Bytes that pass a worker's link in a step, and why (ZeRO, section 7)."""
+    def _communicated_bytes(self, workers: int, passes: int) -> tuple[float, str]:
+        """The bytes that a worker exchanges with others in a step, and the formula (arXiv 1910.02054, section 7)."""
         stage = self.config.training.zero_stage
         trained = self.trained
         share = (workers - 1) / workers
@@ -205,7 +224,8 @@ class Speeds:
             return (passes + 1) * gradients, how
         return 2 * gradients, f"gradients of {giga(trained)} reduced to all once"
 
-    def _offloaded(self, workers: int, passes: int) -> float:
+    def _offload_seconds(self, workers: int, passes: int) -> float:
+        """The seconds of a step in which offloaded states travel between a GPU and host memory."""
         training, share = self.config.training, self.trained / workers
         if not training.gpus_per_worker:
             return 0.0
@@ -214,28 +234,36 @@ class Speeds:
             moved += share * (4 * (2 * passes - 1) + 4 + self.width)
         if training.offload_parameters:
             moved += 2 * passes * self.width * self.model.parameters / workers
-        return moved / (self.node.pcie * GB * self.assumed.link_efficiency)
+        return moved / (self.node.pcie * GB * self.assumptions.link_efficiency)
 
-    def _update(self, workers: int) -> float:
-        """Norm, clipping and Adam read and write 42 bytes of a float32 share of the trained parameters."""
+    def _optimizer_seconds(self, workers: int) -> float:
+        """The seconds of an optimizer step: norm, clipping and Adam move 42 bytes for each parameter of the worker."""
         training = self.config.training
         stage = training.zero_stage or (1 if self.width == 2 else 0)
         share = self.trained / (workers if stage else 1)
         bandwidth = device(self.node, training.gpus_per_worker, training.cpus_per_worker).bandwidth
         if training.offload_optimizer and training.gpus_per_worker:
             bandwidth = self.node.host_bandwidth * GB / min(workers, max(1, self.node.gpus))
-        return 42 * share / (bandwidth * self.assumed.memory_efficiency)
+        return 42 * share / (bandwidth * self.assumptions.memory_efficiency)
 
     @property
     def trained(self) -> int:
+        """The number of parameters that are trained."""
         lora = self.config.lora
         return self.model.parameters if lora is None else self.model.lora_parameters(lora.rank, lora.targets)
 
-    def _link(self, processes: int, inside: bool = False) -> float:
-        """What collectives reach, bytes/s: NVLink in a node; what goes round nodes passes the network of each once."""
-        node, efficiency = self.node, self.assumed.link_efficiency
+    def _link_bandwidth(self, processes: int, inside: bool = False) -> float:
+        """The bandwidth that collectives reach, bytes/s.
+
+        Inside a node it is that of NVLink. A ring over several nodes passes the network of each node once.
+
+        Args:
+            processes: The number of processes that communicate.
+            inside: Whether they certainly share a node.
+        """
+        node, efficiency = self.node, self.assumptions.link_efficiency
         if not node.gpus:
             return (node.host_bandwidth if inside or processes <= node.cpus else node.network) * GB * efficiency
         if inside or processes <= node.gpus:
-            return node.between_gpus * GB * efficiency
-        return min(node.between_gpus, node.network) * GB * efficiency
+            return node.gpu_link * GB * efficiency
+        return min(node.gpu_link, node.network) * GB * efficiency

@@ -1,13 +1,12 @@
-"""Memory of a train worker, line by line, as DeepSpeed 0.19 under `training.deepspeed.ds_config` and `training.step`
-allocate it.
+"""Memory of a train worker, as DeepSpeed 0.19 allocates it for `training.deepspeed.ds_config` and `training.step`.
 
-Sources. States: ZeRO (Rajbhandari et al., arXiv 1910.02054), 2 bytes of bfloat16 weights, gradients, 12 bytes of
-float32 master weights and Adam moments; here gradients are accumulated in float32, so stages 2 and 3 hold 4 bytes of
-them instead of 2, and stage 1 (`BF16_Optimizer`) 4 beside the 2 of bfloat16, unsharded. Offloading: ZeRO-Offload
-(arXiv 2101.06840). Activations: the tensors that autograd saves in transformers' Llama, in the manner of Korthikanti et
-al. (arXiv 2205.05198) for this layer; tests hold states and activations to real ones, to the byte.
+Sources. States: ZeRO (Rajbhandari et al., arXiv 1910.02054): 2 bytes of bfloat16 weights, gradients, and 12 bytes of
+float32 master weights and Adam moments for each parameter. Gradients are accumulated in float32 here, so stages 2 and 3
+hold 4 bytes of them instead of 2, and stage 1 (`BF16_Optimizer`) holds 4 beside the 2 of bfloat16, unsharded.
+Offloading: ZeRO-Offload (arXiv 2101.06840). Activations: the tensors that autograd saves in transformers' Llama,
+counted in the manner of Korthikanti et al. (arXiv 2205.05198). Tests compare states and activations with real ones.
 
-Invariant: GPU and host memory are upper bounds of what a run at the edge of its limits needs, not means.
+Invariant: GPU and host memory are upper bounds for a run that uses the limits of its config fully, not means.
 """
 
 from __future__ import annotations
@@ -20,14 +19,22 @@ from aft_ray.planning.plan.assumptions import PlanAssumptions
 from aft_ray.planning.plan.quantities import GB, Quantity, giga
 from aft_ray.planning.plan.workload import Workload
 
-# aft_ray.training.deepspeed._BUCKET, and DeepSpeed's stage3_max_live_parameters and sub_group_size: elements.
+# Numbers of elements: aft_ray.training.deepspeed._BUCKET, and the defaults of DeepSpeed's stage3_max_live_parameters
+# and sub_group_size.
 BUCKET, MAX_LIVE, SUB_GROUP = 50_000_000, 1_000_000_000, 1_000_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingMemory:
-    """Bytes of one worker. device: on what it computes. host: beside that, in its node's memory. The first, when the
-    worker has no GPU, is host memory too. lines and host_lines: the arithmetic of each."""
+    """Memory of one train worker.
+
+    Attributes:
+        device: Bytes on its GPU; without a GPU, bytes of host memory.
+        host: Bytes of host memory beside `device`.
+        states: Bytes of weights, gradients and optimizer states in `device`.
+        lines: The parts of `device`.
+        host_lines: The parts of `host`.
+    """
 
     device: float
     host: float
@@ -37,8 +44,16 @@ class TrainingMemory:
 
 
 @dataclass(frozen=True, slots=True)
-class States:
-    """Bytes a parameter that a worker keeps, by what it is: whole of all N, or a share of N / workers."""
+class ModelState:
+    """A value that a worker keeps for each parameter, such as a gradient.
+
+    Attributes:
+        label: What it is.
+        bytes: Bytes for a parameter.
+        count: The number of parameters that have it.
+        sharded: Whether each worker keeps only its share of the parameters.
+        on_host: Whether it is offloaded to host memory.
+    """
 
     label: str
     bytes: float
@@ -46,13 +61,14 @@ class States:
     sharded: bool
     on_host: bool
 
-    def figure(self, workers: int) -> Quantity:
+    def quantity(self, workers: int) -> Quantity:
+        """The bytes that one of `workers` workers keeps."""
         how = f"{self.bytes:g} bytes x {giga(self.count)}" + (f" / {workers} workers" if self.sharded else "")
         return Quantity(self.label, self.bytes * self.count / (workers if self.sharded else 1), "bytes", how)
 
 
-def states(config: RunConfig, model: Architecture) -> list[States]:
-    """What DeepSpeed keeps of weights, gradients and optimizer. Frozen weights of a LoRA run have the weights alone."""
+def model_states(config: RunConfig, model: Architecture) -> list[ModelState]:
+    """The weights, gradients and optimizer states that DeepSpeed keeps. Weights that LoRA freezes have no others."""
     training, half = config.training, config.model.dtype == "bfloat16"
     stage = max(training.zero_stage, 1) if half else training.zero_stage
     width = 2 if half else 4
@@ -62,30 +78,36 @@ def states(config: RunConfig, model: Architecture) -> list[States]:
         trained = model.lora_parameters(config.lora.rank, config.lora.targets)
         everything += trained
     offload = training.offload_optimizer
-    kept = [States("weights", width, everything, stage == 3, stage == 3 and training.offload_parameters)]
+    kept = [ModelState("weights", width, everything, stage == 3, stage == 3 and training.offload_parameters)]
     if stage == 0:
-        kept.append(States("gradients, float32", 4, trained, False, False))
+        kept.append(ModelState("gradients, float32", 4, trained, False, False))
     elif stage == 1 and half:
-        kept.append(States("gradients, bfloat16", 2, trained, False, False))
-        kept.append(States("gradients accumulated in float32", 4, trained, False, False))
+        kept.append(ModelState("gradients, bfloat16", 2, trained, False, False))
+        kept.append(ModelState("gradients accumulated in float32", 4, trained, False, False))
     elif stage == 1:
-        kept.append(States("gradients, float32", 4, trained, False, False))
+        kept.append(ModelState("gradients, float32", 4, trained, False, False))
     else:
-        kept.append(States("gradients accumulated in float32", 4, trained, True, offload))
+        kept.append(ModelState("gradients accumulated in float32", 4, trained, True, offload))
         if offload:
-            kept.append(States("gradients as the optimizer reads them", 4, trained, True, True))
-    # Without ZeRO, Adam updates the weights themselves; with it a copy of a share of them, in float32 too.
+            kept.append(ModelState("gradients as the optimizer reads them", 4, trained, True, True))
+    # Without ZeRO, Adam updates the weights themselves. With ZeRO it updates a copy of the worker's share, also when
+    # the weights are in float32.
     if stage > 0:
-        kept.append(States("master weights, float32", 4, trained, True, offload))
-    kept.append(States("Adam's two moments, float32", 8, trained, stage > 0, offload))
+        kept.append(ModelState("master weights, float32", 4, trained, True, offload))
+    kept.append(ModelState("Adam's two moments, float32", 8, trained, stage > 0, offload))
     return kept
 
 
 def activation_bytes(model: Architecture, row: int, half: bool) -> float:
-    """What autograd saves of one layer, bytes a token; `row` is the tokens of a row.
+    """The bytes that autograd saves of one layer, for each token.
 
-    Two RMSNorms (input and its norm in float32 and the model's type, output), queries, keys and values repeated for
-    all heads, output and log-sum-exp of attention, its mask, and four tensors of the MLP.
+    These are: of two RMSNorms the input in float32, the normalised input and the output; queries, and keys and values
+    repeated for all heads; output, log-sum-exp and mask of attention; and four tensors of the MLP.
+
+    Args:
+        model: The model.
+        row: Tokens of a row, padding included.
+        half: Whether the model is in bfloat16 instead of float32.
     """
     h, q, f, a = model.hidden, model.query_width, model.intermediate, model.heads
     width = 2 if half else 4
@@ -95,29 +117,29 @@ def activation_bytes(model: Architecture, row: int, half: bool) -> float:
 
 
 def training_memory(
-    config: RunConfig, model: Architecture, work: Workload, assumed: PlanAssumptions, workers: int
+    config: RunConfig, model: Architecture, work: Workload, assumptions: PlanAssumptions, workers: int
 ) -> TrainingMemory:
-    """The peak of one of `workers` train workers."""
+    """The peak memory of one of `workers` train workers."""
     training, half = config.training, config.model.dtype == "bfloat16"
-    kept = states(config, model)
-    lines = [one.figure(workers) for one in kept if not one.on_host]
+    kept = model_states(config, model)
+    lines = [state.quantity(workers) for state in kept if not state.on_host]
     state_bytes = sum(line.value for line in lines)
-    host_lines = [one.figure(workers) for one in kept if one.on_host]
+    host_lines = [state.quantity(workers) for state in kept if state.on_host]
     lines += _buffers(config, model)
-    lines += _working(config, model, work, workers, half)
+    lines += _activations(config, model, work, workers, half)
     if training.gpus_per_worker:
-        reserve = assumed.training_reserve * GB
+        reserve = assumptions.training_reserve * GB
         lines.append(Quantity("CUDA, NCCL, fragmentation", reserve, "bytes", "assumed (training_reserve)"))
     if config.sampling.colocate:
         host_lines.append(Quantity("states while engines have the GPU", state_bytes, "bytes", "sampling.colocate"))
-    process = assumed.process_memory * GB
+    process = assumptions.process_memory * GB
     host_lines.append(Quantity("the process", process, "bytes", "assumed (process_memory)"))
     device, host = sum(line.value for line in lines), sum(line.value for line in host_lines)
     return TrainingMemory(device, host, state_bytes, tuple(lines), tuple(host_lines))
 
 
 def _buffers(config: RunConfig, model: Architecture) -> list[Quantity]:
-    """DeepSpeed's own buffers, and at stage 3 the weights that are whole at one time."""
+    """DeepSpeed's own buffers and, at stage 3, the weights that are gathered at the same time."""
     half = config.model.dtype == "bfloat16"
     stage = max(config.training.zero_stage, 1) if half else config.training.zero_stage
     width = 2 if half else 4
@@ -137,7 +159,10 @@ def _buffers(config: RunConfig, model: Architecture) -> list[Quantity]:
 
 
 def microbatch_tokens(config: RunConfig, workers: int) -> tuple[int, str]:
-    """Padded tokens of the largest forward pass: the budget, a single group that is larger, or all of a step."""
+    """The padded tokens of the largest forward pass, and what limits them.
+
+    It is the config's limit, one group that is larger than the limit, or a worker's whole share of a step.
+    """
     training, longest = config.training, config.model.max_length
     candidates = config.sampling.k if config.samples else 0
     group = (1 + candidates) * longest
@@ -149,8 +174,8 @@ def microbatch_tokens(config: RunConfig, workers: int) -> tuple[int, str]:
     return training.tokens_per_microbatch, "tokens_per_microbatch"
 
 
-def _working(config: RunConfig, model: Architecture, work: Workload, workers: int, half: bool) -> list[Quantity]:
-    """Activations, logits, and the larger of what they and the optimizer's step need only for a while."""
+def _activations(config: RunConfig, model: Architecture, work: Workload, workers: int, half: bool) -> list[Quantity]:
+    """Saved activations, and the largest of the needs that arise only for a part of a step."""
     tokens, source = microbatch_tokens(config, workers)
     longest, width = config.model.max_length, 2 if half else 4
     layer = activation_bytes(model, longest, half)
@@ -163,17 +188,17 @@ def _working(config: RunConfig, model: Architecture, work: Workload, workers: in
     lines = [Quantity("saved activations", saved, "bytes", how)]
     columns: float = min(1.0, config.sampling.max_tokens / min(longest, work.prompt + config.sampling.max_tokens))
     responses = tokens * columns
-    # Logits, their float32 copy and log-softmax forward; log-softmax and two gradients of it backward.
+    # Forward: logits, their float32 copy, and the log-softmax. Backward: the log-softmax and two gradients of it.
     logits = (width + 10) * model.vocabulary * responses
-    passing = {
+    temporary = {
         f"logits: {responses:,.0f} response tokens x {model.vocabulary:,} x {width + 10} bytes": logits,
         f"a layer recomputed or its gradients: {tokens:,} x {layer:,.0f} bytes": layer * tokens,
     }
     training = config.training
     if training.zero_stage == 3 and not training.offload_optimizer and config.lora is None:
         share = min(SUB_GROUP, model.parameters // workers)
-        what = f"the optimizer's step: 2 x 4 bytes x {giga(share)}, in the activations' place"
-        passing[what] = max(0.0, 8.0 * share - saved)
-    what, peak = max(passing.items(), key=lambda item: item[1])
-    lines.append(Quantity("largest passing need", peak, "bytes", what))
+        name = f"the optimizer's step: 2 x 4 bytes x {giga(share)}, in the activations' place"
+        temporary[name] = max(0.0, 8.0 * share - saved)
+    name, peak = max(temporary.items(), key=lambda item: item[1])
+    lines.append(Quantity("largest passing need", peak, "bytes", name))
     return lines

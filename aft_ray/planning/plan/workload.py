@@ -1,6 +1,6 @@
-"""How much there is to do in a round: questions, rows and tokens, from config, the task's known size and assumptions.
+"""How much there is to do in a round: questions, rows and tokens, from the config, the task and the assumptions.
 
-Invariant: sizes of rounds are computed by the very function that a run uses (`aft_ray.tasks.dataset.round_size`).
+Invariant: the sizes of rounds are computed by the function that a run uses (`aft_ray.tasks.dataset.round_size`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,14 @@ from aft_ray.tasks.dataset import round_size
 
 @dataclass(frozen=True, slots=True)
 class TaskFacts:
-    """Questions of a split, and mean tokens of a prompt and a reference response under a tokenizer like Llama's."""
+    """What is known of a task's data.
+
+    Attributes:
+        train: Questions of the training split; 0 when that is not known.
+        validation: Questions of the validation split.
+        prompt: Mean tokens of a prompt, under a tokenizer like Llama's.
+        response: Mean tokens of a reference response, under the same tokenizer.
+    """
 
     train: int
     validation: int
@@ -24,10 +31,9 @@ class TaskFacts:
     response: float
 
 
-# Splits: those that aft_ray.tasks makes of the public data. Lengths of gsm8k, aqua_rat and ecqa: means over their
-# training questions under SmolLM2's tokenizer, which like Llama's splits numbers into digits (docs/planning.md);
-# arithmetic: under its own.
-KNOWN = {
+# The splits are those that aft_ray.tasks makes of the public data. The lengths of gsm8k, aqua_rat and ecqa are means
+# over their training questions under SmolLM2's tokenizer, which splits numbers into digits like Llama's.
+KNOWN_TASKS = {
     "gsm8k": TaskFacts(7473, 400, 65, 93),
     "aqua_rat": TaskFacts(96_321, 400, 87, 54),
     "ecqa": TaskFacts(7598, 1090, 49, 29),
@@ -37,8 +43,20 @@ KNOWN = {
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Tokens are means. rows: of a group in training, its reference and the candidates that train, of k. counted: how
-    the number of questions is known."""
+    """The work of a round.
+
+    Attributes:
+        questions: Questions of a round after round 0.
+        vft_questions: Questions of round 0.
+        validation: Questions of the validation split.
+        counted: How the number of questions is known.
+        prompt: Mean tokens of a prompt.
+        response: Mean tokens of a response.
+        rows: Mean rows of a group in training: the reference and the candidates that are trained on.
+        k: Candidates of a question.
+        steps: Optimiser steps of a round after round 0.
+        vft_steps: Optimiser steps of round 0.
+    """
 
     questions: int
     vft_questions: int
@@ -53,60 +71,67 @@ class Workload:
 
     @property
     def row(self) -> float:
-        """Tokens of a prompt with a response."""
+        """Mean tokens of a prompt and a response together."""
         return self.prompt + self.response
 
 
-def workload(config: RunConfig, assumed: PlanAssumptions) -> Workload:
-    """What a round of the run amounts to. Raises ConfigError when the number of questions is not known."""
-    facts = {name: _facts(name, data, assumed) for name, data in config.task_configs.items()}
+def workload(config: RunConfig, assumptions: PlanAssumptions) -> Workload:
+    """The work of a run's rounds.
+
+    Raises:
+        ConfigError: The number of training questions is not known.
+    """
+    facts = {name: _facts(data) for name, data in config.task_configs.items()}
     counts = {name: fact.train for name, fact in facts.items()}
-    if assumed.questions is not None:
-        counts = _scaled(counts, assumed.questions)
+    if assumptions.questions is not None:
+        counts = _scaled(counts, assumptions.questions)
     if missing := [name for name, count in counts.items() if not count]:
         raise ConfigError(
             f"how many training questions {', '.join(missing)} has is not known before its data is read; say "
             f"--assume questions=NUMBER, or set train_limit"
         )
-    vft, a_round = round_size(config, counts, 0), round_size(config, counts, min(1, config.rounds.count))
-    room = config.model.max_length
+    vft, questions = round_size(config, counts, 0), round_size(config, counts, min(1, config.rounds.count))
+    longest = config.model.max_length
     share = {name: config.task_weights[name] / sum(config.task_weights.values()) for name in facts}
-    prompt = assumed.prompt_tokens or sum(share[name] * fact.prompt for name, fact in facts.items())
-    response = assumed.response_tokens or sum(share[name] * fact.response for name, fact in facts.items())
-    response = min(response, config.sampling.max_tokens, max(1.0, room - prompt))
+    prompt = assumptions.prompt_tokens or sum(share[name] * fact.prompt for name, fact in facts.items())
+    response = assumptions.response_tokens or sum(share[name] * fact.response for name, fact in facts.items())
+    response = min(response, config.sampling.max_tokens, max(1.0, longest - prompt))
     training = config.training
     validation = sum(fact.validation for fact in facts.values())
     return Workload(
-        questions=a_round,
+        questions=questions,
         vft_questions=vft,
-        validation=assumed.validation_questions if assumed.validation_questions is not None else validation,
-        counted=_counted(config, counts, assumed),
+        validation=assumptions.validation_questions if assumptions.validation_questions is not None else validation,
+        counted=_counted(config, counts, assumptions),
         prompt=prompt,
         response=response,
-        rows=_rows(config, assumed),
+        rows=_rows(config, assumptions),
         k=config.sampling.k,
-        steps=-(-a_round // training.groups_per_step) * training.epochs,
+        steps=-(-questions // training.groups_per_step) * training.epochs,
         vft_steps=-(-vft // config.vft.questions_per_step) * config.vft.epochs,
     )
 
 
-def _rows(config: RunConfig, assumed: PlanAssumptions) -> float:
-    """Rows of a group: the reference, and the distinct candidates of groups whose rewards differ; `rft` trains on the
-    right ones of every group, about half."""
+def _rows(config: RunConfig, assumptions: PlanAssumptions) -> float:
+    """Mean rows of a group in training: the reference, and the distinct candidates if their rewards differ.
+
+    An objective that trains on right candidates alone takes about half of the candidates of every group.
+    """
     objective = config.objective.spec
     if not objective.uses_candidates:
         return 1.0
-    share = 0.5 if objective.right_candidates_only else assumed.signal
-    return 1 + share * assumed.distinct * config.sampling.k
+    share = 0.5 if objective.right_candidates_only else assumptions.signal
+    return 1 + share * assumptions.distinct * config.sampling.k
 
 
-def _facts(name: str, data: DataConfig, assumed: PlanAssumptions) -> TaskFacts:
+def _facts(data: DataConfig) -> TaskFacts:
+    """What is known of a task's data, with the limits of its config."""
     if data.task == "arithmetic":
         sizes = data.arithmetic
         steps = (sizes.min_steps + sizes.max_steps) / 2
         facts = TaskFacts(sizes.train_size, sizes.validation_size, 13 + 9 * steps, 4 + 9 * steps)
     else:
-        facts = KNOWN.get(data.task, TaskFacts(0, 0, 80, 100))
+        facts = KNOWN_TASKS.get(data.task, TaskFacts(0, 0, 80, 100))
     limits = (data.train_limit, data.validation_limit)
     train, validation = (
         limit if known == 0 and limit else min(known, limit or known)
@@ -116,15 +141,16 @@ def _facts(name: str, data: DataConfig, assumed: PlanAssumptions) -> TaskFacts:
 
 
 def _scaled(counts: Mapping[str, int], questions: int) -> dict[str, int]:
-    """So many questions, shared by the tasks like those that are known; equally when none is."""
+    """Divides a number of questions among the tasks in proportion to `counts`; equally when none is known."""
     weights = {name: count or (0 if any(counts.values()) else 1) for name, count in counts.items()}
     return {name: max(1, round(questions * weight / sum(weights.values()))) for name, weight in weights.items()}
 
 
-def _counted(config: RunConfig, counts: Mapping[str, int], assumed: PlanAssumptions) -> str:
+def _counted(config: RunConfig, counts: Mapping[str, int], assumptions: PlanAssumptions) -> str:
+    """The number of each task's questions and where it comes from, in words."""
     parts = []
     for name, data in config.task_configs.items():
-        if assumed.questions is not None:
+        if assumptions.questions is not None:
             source = "assumed"
         elif data.train_limit is not None and counts[name] == data.train_limit:
             source = f"{config.task_key(name)}.train_limit"

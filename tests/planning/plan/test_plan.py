@@ -6,27 +6,25 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import assume as suppose
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tiny import tiny_tree
 
 from aft_ray.cli import main
-from aft_ray.cluster.connect import training_placement
+from aft_ray.cluster import uniform_nodes
 from aft_ray.cluster.placement import Node as PlacementNode
 from aft_ray.cluster.placement import place
+from aft_ray.cluster.reservations import Split, split_of, training_reservations
 from aft_ray.config.run import ConfigError, load_config, parse_config
 from aft_ray.planning import plan
-from aft_ray.planning.plan import splits as placing
 from aft_ray.planning.plan.architecture import architecture_of
-from aft_ray.planning.plan.assumptions import PlanAssumptions, assume
+from aft_ray.planning.plan.assumptions import PlanAssumptions, parse_assumptions
 from aft_ray.planning.plan.hardware import NODES, ClusterShape, load_node
 from aft_ray.planning.plan.plan import fewest_nodes
 from aft_ray.planning.plan.planner import Planner
 from aft_ray.planning.plan.problems import engine_fits, problems
 from aft_ray.planning.plan.report import overrides
 from aft_ray.planning.plan.search import TENSOR_PARALLEL, best_split
-from aft_ray.planning.plan.splits import Split
 from aft_ray.planning.plan.workload import workload
 
 CONFIGS = Path(__file__).parents[3] / "jobs/configs"
@@ -54,9 +52,11 @@ def config_of(**sections):
     return parse_config(tree)
 
 
-def planner_of(config, nodes=4, node=H100, assumed=None):
-    assumed = assumed or PlanAssumptions()
-    return Planner(config, ClusterShape(node, nodes), assumed, architecture_of(config), workload(config, assumed))
+def planner_of(config, nodes=4, node=H100, assumptions=None):
+    assumptions = assumptions or PlanAssumptions()
+    return Planner(
+        config, ClusterShape(node, nodes), assumptions, architecture_of(config), workload(config, assumptions)
+    )
 
 
 # --- the configs that come along
@@ -149,7 +149,7 @@ def test_a_task_whose_size_is_not_known_asks_for_it():
     config = config_of(data={"task": "custom", "path": "x", "custom": {"train": "a.jsonl"}})
     with pytest.raises(ConfigError, match=r"--assume questions=NUMBER, or set train_limit"):
         plan(config, ClusterShape(H100, 4))
-    assert plan(config, ClusterShape(H100, 4), assume(["questions=1000"])).planner.work.questions == 1000
+    assert plan(config, ClusterShape(H100, 4), parse_assumptions(["questions=1000"])).planner.work.questions == 1000
 
 
 def test_a_context_that_the_model_has_not_is_refused():
@@ -161,7 +161,7 @@ def test_unknown_nodes_and_assumptions_are_named(tmp_path):
     with pytest.raises(ConfigError, match="--node=h100 is none of a100-40gb"):
         load_node("h100")
     with pytest.raises(ConfigError, match="unknown key mfuu; did you mean mfu"):
-        assume(["mfuu=0.5"])
+        parse_assumptions(["mfuu=0.5"])
     described = tmp_path / "ours.yaml"
     described.write_text("gpus: 4\ncpus: 64\nhost_memory: 512\ngpu_memory: 80\nnetwork: 25\nstorage: 2\n")
     with pytest.raises(ConfigError, match="the node ours has 4 GPUs, so it needs gpu_tflops"):
@@ -263,17 +263,17 @@ def test_a_larger_k_never_takes_less_time(config):
     tree = config.model_dump()
     tree["sampling"]["k"] += 1
     before, after = planner_of(config), planner_of(parse_config(tree))
-    split = placing.split_of(config)
-    suppose(engine_fits(before, split.tensor_parallel))
-    assert after.speeds.training(split.workers).seconds >= before.speeds.training(split.workers).seconds * 0.999
-    assert after.sampling_side(split) >= before.sampling_side(split) * 0.999
+    split = split_of(config)
+    assume(engine_fits(before, split.tensor_parallel))
+    assert after.times.training(split.workers).seconds >= before.times.training(split.workers).seconds * 0.999
+    assert after.sampling_seconds(split) >= before.sampling_seconds(split) * 0.999
 
 
 @settings(deadline=None)
 @given(configs())
 def test_overlapping_is_between_its_bounds(config):
-    planner, split = planner_of(config), placing.split_of(config)
-    suppose(engine_fits(planner, split.tensor_parallel))
+    planner, split = planner_of(config), split_of(config)
+    assume(engine_fits(planner, split.tensor_parallel))
     time = planner.round_time(split)
     assert max(time.sampling, time.training) <= time.round <= time.sampling + time.training
 
@@ -285,7 +285,7 @@ def test_a_config_that_fits_is_no_faster_than_the_best_split(config, gpus, name)
     tree["model"]["name"] = name
     tree["sampling"] |= {"tensor_parallel_size": 3 if gpus == 3 else 1, "gpus_per_sampler": gpus}
     made = plan(parse_config(tree), ClusterShape(H100, 1))
-    suppose(not made.problems)
+    assume(not made.problems)
     assert made.best[1].round <= made.time.round
 
 
@@ -298,7 +298,7 @@ def test_no_split_is_faster_than_the_best_one(config, nodes, gpus):
     fastest = None
     for size, samplers, workers in itertools.product(TENSOR_PARALLEL, range(1, cluster.gpus), range(1, cluster.gpus)):
         split = Split(samplers, size, workers)
-        if not placing.fits(config, split, cluster) or problems(planner, split):
+        if not planner.fits(split) or problems(planner, split):
             continue
         time = planner.round_time(split)
         fastest = min(fastest or time.round, time.round)
@@ -327,13 +327,13 @@ def test_what_is_said_to_fit_is_what_a_run_would_place(samplers, size, workers, 
     )
     node = H100.model_copy(update={"cpus": 32})
     try:
-        place(training_placement(config), [PlacementNode(str(number), 32, 8) for number in range(nodes)])
+        place(training_reservations(config), [PlacementNode(str(number), 32, 8) for number in range(nodes)])
     except ConfigError:
         placed = False
     else:
         placed = True
-    assert placing.fits(config, placing.split_of(config), ClusterShape(node, nodes)) == placed
-    needed = placing.nodes_needed(config, placing.split_of(config), node)
+    assert uniform_nodes.fits(config, split_of(config), node.resources, nodes) == placed
+    needed = uniform_nodes.nodes_needed(config, split_of(config), node.resources)
     assert (needed is not None and needed <= nodes) == placed
 
 
@@ -363,7 +363,7 @@ def test_the_words_for_a_split_are_overrides_that_make_it():
     made = plan(config_of(), ClusterShape(H100, 4))
     split = Split(2, 4, 16)
     changed = load_like(made.planner.config, overrides(made, split))
-    assert placing.split_of(changed) == split
+    assert split_of(changed) == split
 
 
 def load_like(config, changes):
@@ -394,7 +394,9 @@ def test_questions_come_from_the_config_or_the_task():
 def test_responses_are_no_longer_than_the_config_allows():
     config = config_of(sampling={"max_tokens": 40})
     assert workload(config, PlanAssumptions()).response == 40
-    assert workload(config, assume(["response_tokens=20", "prompt_tokens=500"])).response == 12  # of max_length=512
+    assert (
+        workload(config, parse_assumptions(["response_tokens=20", "prompt_tokens=500"])).response == 12
+    )  # of max_length=512
 
 
 def test_several_tasks_share_a_round():
@@ -407,7 +409,7 @@ def test_several_tasks_share_a_round():
 
 def test_only_what_an_objective_trains_on_is_counted():
     def rows(name):
-        return workload(config_of(objective={"name": name}), assume(["signal=0.5", "distinct=1"])).rows
+        return workload(config_of(objective={"name": name}), parse_assumptions(["signal=0.5", "distinct=1"])).rows
 
     assert (rows("vft"), rows("aft_boundary"), rows("rft")) == (1, 4, 4)
     assert (
@@ -419,5 +421,5 @@ def test_adapters_need_less_memory_and_less_time_to_publish():
     whole = plan(config_of(), ClusterShape(H100, 4))
     adapted = plan(config_of(lora={"rank": 16}, weights={"transport": "lora"}), ClusterShape(H100, 4))
     assert adapted.trainer.states < 0.2 * whole.trainer.states
-    assert adapted.manifests["lora"].engines < 0.02 * adapted.manifests["object_store"].engines
-    assert "lora" not in whole.manifests
+    assert adapted.publish_times["lora"].engines < 0.02 * adapted.publish_times["object_store"].engines
+    assert "lora" not in whole.publish_times

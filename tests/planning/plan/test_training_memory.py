@@ -9,7 +9,7 @@ import torch.distributed as dist
 from architectures import config_of, hugging_face_config
 
 from aft_ray.planning.plan.architecture import Architecture, from_transformers
-from aft_ray.planning.plan.training_memory import BUCKET, activation_bytes, states
+from aft_ray.planning.plan.training_memory import BUCKET, activation_bytes, model_states
 
 SIZES = {
     "hidden": 96,
@@ -105,6 +105,6 @@ def test_states_are_what_a_deepspeed_engine_keeps(stage, dtype, alone, tmp_path)
             engine.step()
     sizes_kept = [storage.nbytes() for address, storage in live_storages().items() if address not in before]
     kept = sum(size for size in sizes_kept if size % BUCKET)  # without DeepSpeed's communication buckets
-    expected = sum(one.bytes * one.count for one in states(config, sizes))
+    expected = sum(one.bytes * one.count for one in model_states(config, sizes))
     engine.destroy()
     assert kept == pytest.approx(expected, rel=0.002)

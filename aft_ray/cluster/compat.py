@@ -1,0 +1,193 @@
+"""Every private or internal name of Ray and vLLM that `aft_ray` uses, with the reason.
+
+These names may change with any release. Each function says what it is needed for, which public way is missing, and is
+checked against Ray 2.60.0 and vLLM 0.32.0. After an upgrade, this is the only module to compare with the new sources,
+together with the subclasses that the docstrings name.
+
+Invariant: importing this module imports neither Ray nor vLLM; each function imports what it needs when it is called.
+"""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+# --- Ray Core
+
+
+def kill_failed_start(error: BaseException) -> None:
+    """Ends the processes that a failed `ray.init` has left running.
+
+    When a process of the cluster starts too late, `ray.init` raises and leaves the others running, among them the
+    GCS server; `ray.shutdown` does not know them, because no connection was made. The started `Node` object is
+    reachable only through the frames of the traceback.
+
+    Args:
+        error: What `ray.init` raised.
+    """
+    from ray._private.node import Node
+
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if isinstance(node := frame.f_locals.get("self"), Node):
+            node.kill_all_processes(check_alive=False, allow_graceful=False)
+
+
+def autoscaler_config() -> Any:
+    """The autoscaler's `ClusterConfig` message, or None when no autoscaler has reported one.
+
+    Its `node_group_configs` say which nodes may still be started. Ray publishes the nodes that run (`ray.nodes`), but
+    not those that its autoscaler may add.
+    """
+    from ray._private.state import state
+
+    return state.get_cluster_config()
+
+
+def free_resources_by_node() -> dict[str, dict[str, float]]:
+    """What each live node has free: node id -> resource -> amount.
+
+    `ray.available_resources` is public, but gives only the sum over all nodes.
+    """
+    from ray._private.state import available_resources_per_node
+
+    free: dict[str, dict[str, float]] = available_resources_per_node()
+    return free
+
+
+def session_parent() -> Path:
+    """The directory below which Ray keeps the logs and spilled objects of its sessions on this machine.
+
+    Ray has no public call for it, and `--temp-dir` may have moved it. Needs a connection to a cluster.
+    """
+    from ray._private.worker import global_worker
+
+    return Path(global_worker.node.get_session_dir_path()).parent
+
+
+# --- Ray Jobs: the upload of a working directory
+
+
+def upload_filter(directory: Path, patterns: Sequence[str]) -> Callable[[Path], bool]:
+    """Returns a function that says whether Ray leaves a path out of the upload of a job's working directory.
+
+    Only Ray itself knows how it reads its patterns of excluded files; it has no call that lists what it would send.
+    """
+    from ray._private.runtime_env import packaging
+
+    excludes: Callable[[Path], bool] = packaging._get_excludes(directory, list(patterns))
+    return excludes
+
+
+def visit_upload(directory: Path, patterns: Sequence[str], visit: Callable[[Path], None]) -> None:
+    """Calls `visit` with every path that Ray would upload of a working directory.
+
+    This also applies `.gitignore` and `.rayignore`, in the way that Ray does; see `upload_filter`.
+    """
+    from ray._private.runtime_env import packaging
+
+    packaging._dir_travel(
+        directory,
+        [upload_filter(directory, patterns)],
+        visit,
+        include_gitignore=True,
+        logger=logging.getLogger(__name__),
+    )
+
+
+def upload_size_limits() -> tuple[int, int]:
+    """Bytes of a working directory that the dashboard takes in one request, and that the GCS stores.
+
+    Ray checks both only during the upload, and does not publish the numbers.
+    """
+    from ray._private import ray_constants
+    from ray._private.runtime_env import packaging
+
+    return int(ray_constants.DASHBOARD_CLIENT_MAX_SIZE), int(packaging.GCS_STORAGE_MAX_SIZE)
+
+
+# --- Ray Serve
+
+
+def start_serve_application(application: Any, name: str) -> None:
+    """Deploys an application at the path `/` and returns at once.
+
+    `serve.run` waits until the application is healthy, without a deadline and without a way to stop waiting on a
+    signal. `serve._run` with `_blocking=False` does not wait, so that the caller can.
+    """
+    from ray import serve
+
+    serve._run(application, name=name, route_prefix="/", _blocking=False)
+
+
+def ray_vllm_engine() -> Any:
+    """`VLLMEngine`, the engine class of Ray's `LLMServer`, as the base class of `serving.engine.server.PolicyEngine`.
+
+    `LLMServer` takes an engine class (`engine_cls`), but Ray publishes none to derive from. The subclass overrides
+    `_start_async_llm_engine`, the only place where vLLM's configuration can be changed before the engine starts, and
+    reads `_engine_client`, the `AsyncLLM` that takes new weights; `LLMServer` has no method for either.
+    """
+    from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
+
+    return VLLMEngine
+
+
+# --- vLLM
+
+
+def layerwise_reload() -> Any:
+    """The module by which vLLM reloads weights in place: `initialize_layerwise_reload`, `finalize_layerwise_reload`
+    and `get_layerwise_info`.
+
+    A worker's `reload_weights` takes all weights in one call. Files that arrive one after the other from an object
+    store need the three steps apart, and an update that was interrupted must be found and dropped.
+    """
+    from vllm.model_executor.model_loader.reload import layerwise
+
+    return layerwise
+
+
+def embedding_classes() -> tuple[Any, Any]:
+    """`VocabParallelEmbedding` and `ParallelLMHead`, the layers at the two ends of a model.
+
+    On the CPU a head that shares the embedding's weight multiplies by a packed copy of it. No reload of vLLM refreshes
+    this copy, so `inference.vllm_worker.weight_loader` finds these layers and calls
+    `quant_method.process_weights_after_loading` of the head.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+    return VocabParallelEmbedding, ParallelLMHead
+
+
+def lora_ranks() -> Any:
+    """The type `Literal[1, 8, ...]` of the adapter ranks that vLLM has kernels for; only its annotation lists them."""
+    from vllm.config.lora import MaxLoRARanks
+
+    return MaxLoRARanks
+
+
+def nccl_weight_transfer() -> tuple[Any, Any, Any]:
+    """`NCCLWeightTransferEngine` and the classes of its initial and of its update message.
+
+    They are the base classes of `inference.vllm_worker.transfer_engines`. vLLM's registry of transfer engines is
+    public, but its NCCL engine takes neither a deadline nor a group other than NCCL. The subclasses override
+    `init_transfer_engine`, `update_weights`, `receive_weights` and `finish_weight_update`, and set
+    `model_update_group` and `packed_buffer_size_bytes`.
+    """
+    from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitInfo
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine, NCCLWeightTransferUpdateInfo
+
+    return NCCLWeightTransferEngine, NCCLWeightTransferInitInfo, NCCLWeightTransferUpdateInfo
+
+
+def nccl_process_group(address: str, port: int, rank: int, world_size: int, device: Any) -> Any:
+    """Joins a NCCL group that is independent of torch's default process group, as vLLM's engines join theirs.
+
+    The trainer's end must form the group in exactly the way of vLLM's engine, and vLLM's public trainer interface
+    does not return the group.
+    """
+    from vllm.distributed.weight_transfer.nccl_common import stateless_init_process_group
+
+    return stateless_init_process_group(address, port, rank, world_size, device)
