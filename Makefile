@@ -2,16 +2,16 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# arguments of pytest or of the demo: make test ARGS="tests/test_ledger.py -x", make demo ARGS="--seed 1"
+# Arguments of pytest, which then choose the tests, or of the demo: make test ARGS="tests/chaos -x", make demo ARGS="--seed 1"
 ARGS ?=
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format clean
+.PHONY: help install demo test test-all lint format clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo 'PYTHON=python3.12      which Python makes the virtual environment (3.11 or newer)'
 	@echo 'VENV=DIR               where it lies (default .venv)'
@@ -27,8 +27,14 @@ $(STAMP): pyproject.toml tools/install.sh
 demo: $(STAMP)  ## train a tiny reasoner in minutes
 	@$(BIN)/python jobs/demo.py $(ARGS)
 
-test: lint  ## lint, types and the whole test suite
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+# Two files at a time. A file with a long run comes early in its directory's order, and so starts early.
+PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test: lint  ## lint, types and every test that needs no whole run
+	$(PYTEST) $(or $(ARGS),-m "not slow and not browser")
+
+test-all: test  ## the same, then whole runs, failures of processes and nodes, and a real browser
+	$(PYTEST) -m "slow or browser"
 
 lint: $(STAMP)  ## style and types
 	$(BIN)/ruff check .

@@ -15,7 +15,7 @@ from aft_ray.evaluation.evaluator import answer_questions, unanswered_groups
 from aft_ray.evaluation.report.summary import EvaluatedModel
 from aft_ray.evaluation.targets import Target
 from aft_ray.observe.reporter import Reporter
-from aft_ray.run.preflight import check_model
+from aft_ray.storage.model_files import check_model
 from aft_ray.storage.run_dir import LOGS, RunDir
 from aft_ray.tasks.dataset import load_tokenizer, tokenize_split
 

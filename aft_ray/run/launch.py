@@ -24,7 +24,7 @@ from aft_ray.coordination.coordinator import PeerFailed, start_coordinator
 from aft_ray.evaluation.during_run import EvaluationDuringRun, evaluate_version, evaluation_due
 from aft_ray.observe.reporter import Reporter
 from aft_ray.run.orchestrator import Orchestrator
-from aft_ray.run.preflight import check_model
+from aft_ray.run.preflight import check_run
 from aft_ray.run.resume import adopt_config, version_on_disk
 from aft_ray.run.samplers import NoSamplers, RunSamplers
 from aft_ray.sampling.judge_actor import check_judge, start_judge
@@ -34,7 +34,7 @@ from aft_ray.sampling.stream import sample_round
 from aft_ray.storage.ledger import Ledger
 from aft_ray.storage.records import Group
 from aft_ray.storage.run_dir import LOGS, RunDir
-from aft_ray.tasks.dataset import count_by_task, load_tokenizer, tokenize_split, round_shares
+from aft_ray.tasks.dataset import count_by_task, load_tokenizer, round_shares, tokenize_split
 
 if TYPE_CHECKING:
     from aft_ray.storage.lease import HeldLock
@@ -80,7 +80,7 @@ def run(config: RunConfig, reporter: Reporter) -> bool:
 
 def _prepare(config: RunConfig, run_dir: RunDir, reporter: Reporter) -> RunData:
     """Checks the model and the judge, and renders the questions."""
-    check_model(config)
+    check_run(config)
     if config.samples:
         check_judge(config.feedback, run_dir)
     tokenizer = load_tokenizer(config)

@@ -1,7 +1,7 @@
-"""In what order a run samples its rounds, and with which policy version at the least. Pure: nothing happens here.
+"""The order in which a run samples its rounds, and the oldest policy version that may sample each round.
 
-Invariant: a round is sampled by a version at most `max_staleness` behind the one it trains, version n - 1 for round n.
-The conductor follows this order with real samplers, `planning/simulation.py` with simulated ones.
+Invariant: round n trains version n - 1 into version n, and is sampled by a version that is at most `max_staleness`
+older than version n - 1.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class SampleRound:
-    """Sample a round with the newest version there is, once there is `version`; then it is ready for training."""
+    """Sample a round with the newest version, as soon as there is `version` or a newer one."""
 
     round: int
     version: int
@@ -20,15 +20,15 @@ class SampleRound:
 
 @dataclass(frozen=True, slots=True)
 class AwaitVersion:
-    """Bring the samplers to a version, to measure it: nothing is left to sample."""
+    """Load a version into the samplers so that it can be evaluated; no round is left to sample."""
 
     version: int
 
 
 def order_of_rounds(first: int, last: int, max_staleness: int) -> Iterator[SampleRound | AwaitVersion]:
-    """What the conductor does, one after the other, from round `first` to the version of round `last`."""
+    """The steps of the orchestrator, from round `first` to the version that round `last` publishes."""
     for number in range(first, last + 1):
         yield SampleRound(number, max(0, number - 1 - max_staleness))
-    # What is still in training is measured as it comes; the last wait ends the run.
+    # Versions that are still in training are evaluated when they come. The last wait ends the run.
     for version in range(max(0, last - max_staleness), last + 1):
         yield AwaitVersion(version)

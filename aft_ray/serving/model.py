@@ -10,7 +10,7 @@ from pathlib import Path
 
 from aft_ray.config.run import ConfigError, RunConfig, parse_config
 from aft_ray.config.serve import ServeConfig
-from aft_ray.run.preflight import check_model
+from aft_ray.storage.model_files import check_model
 from aft_ray.storage.versions import find_run, find_version, read_config
 from aft_ray.weights.version_manifest import VersionManifest, read_version_manifest
 

@@ -47,7 +47,7 @@ def test_a_worker_that_is_killed_while_its_checkpoint_is_saved(tiny_model, tmp_p
     killer.join()
     assert published["durable"] is False
     ledger = Ledger(run_dir)
-    assert [(one.round, one.complete) for one in ledger.trained()] == [(0, True), (1, True), (2, True)]
+    assert [(one.round, one.complete) for one in ledger.checkpoints()] == [(0, True), (1, True), (2, True)]
     # Version 1 is what it was, though its round was trained twice.
     assert run_dir.local_path(run_dir.model(1)).stat().st_ino == published["made"]
     assert run_dir.verify_manifest(run_dir.model(1)) == []

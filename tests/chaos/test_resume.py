@@ -144,7 +144,7 @@ def test_a_killed_run_takes_the_same_steps(runs):
     assert killed.items() <= whole.items()
     timeless = ("loss", "vft_loss", "alignment_loss", "grad_norm", "right_score", "wrong_score", "tokens", "steps")
     trained = [
-        [(state.round, [state.metrics[name] for name in timeless]) for state in Ledger(run_dir).trained()]
+        [(state.round, [state.metrics[name] for name in timeless]) for state in Ledger(run_dir).checkpoints()]
         for run_dir in runs
     ]
     assert [number for number, _ in trained[0]] == [0, 1]

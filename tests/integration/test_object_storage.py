@@ -20,7 +20,8 @@ from aft_ray.observe.summary import read_events
 from aft_ray.storage import lease
 from aft_ray.storage.ledger import Ledger
 from aft_ray.storage.run_dir import METRICS, RunDir, RunDirError, local_model
-from aft_ray.weights.adapter import ADAPTER_FILE, FromAdapter
+from aft_ray.weights.adapter import ADAPTER_FILE
+from aft_ray.weights.receive_plan import FromAdapter
 
 pytestmark = pytest.mark.timeout(1500)
 

@@ -12,7 +12,7 @@ from aft_ray.config.run import ConfigError
 from aft_ray.observe.reporter import Reporter
 from aft_ray.observe.summary import read_events
 from aft_ray.run import orchestrator as rounds
-from aft_ray.run.orchestrator import adopt_config
+from aft_ray.run.resume import adopt_config
 from aft_ray.sampling.sampler_pool import SamplerPool
 from aft_ray.storage.ledger import Ledger
 from aft_ray.storage.run_dir import RunDir

@@ -1,4 +1,4 @@
-"""The tiny model's tokenizer loses nothing, and the model directory loads as any other."""
+"""The tiny model's tokenizer loses nothing, and the model directory loads like any other."""
 
 from pathlib import Path
 

@@ -116,14 +116,14 @@ def test_a_node_that_dies_during_the_sum_is_named(cluster):
     ray.init(address=cluster.gcs, log_to_driver=False)
     ray.cloudpickle.register_pickle_by_value(module.probe_module)
     try:
-        before = {module._name(node) for node in ray.nodes()}
+        before = {module._node_name(node) for node in ray.nodes()}
         process = cluster.add_node()
-        nodes = {module._name(node): node for node in ray.nodes() if node["Alive"]}
+        nodes = {module._node_name(node): node for node in ray.nodes() if node["Alive"]}
         (newest,) = nodes.keys() - before
         killer = threading.Timer(20, lambda: os.killpg(process.pid, signal.SIGKILL))
         killer.start()
         started = time.monotonic()
-        found = module.ping("gloo", nodes, 10_000, 15)
+        found = module.measure_all_reduce("gloo", nodes, 10_000, 15)
         assert found.absent == [newest]
         assert time.monotonic() - started < 200
         killer.join()

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from aft_ray.config.run import parse_config
 from aft_ray.operations import report
-from aft_ray.operations.checks import CLOCK_FAIL_S, CLOCK_WARN_S, GIB, judge
-from aft_ray.operations.doctor import what_to_ask
-from aft_ray.operations.findings import ClusterFacts, Finding, Gpu, NodeFacts, PingFacts, StorageFacts, Upload
+from aft_ray.operations.checks import CLOCK_FAIL_S, CLOCK_WARN_S, GIB, check_all
+from aft_ray.operations.doctor import requirements_of
+from aft_ray.operations.findings import AllReduceFacts, ClusterFacts, Finding, Gpu, NodeFacts, StorageFacts, Upload
 
 HERE = {"python": "3.11.7", "ray": "2.60.0", "torch": "2.13.0", "vllm": "0.33.0", "deepspeed": "0.19.8", "aft_ray": "1"}
 H100 = Gpu("H100", "580.1", 81920, 4, 0)
@@ -44,7 +44,7 @@ def cluster(*nodes, **changes) -> ClusterFacts:
         nodes=nodes,
         here=HERE,
         storage=StorageFacts("/shared/run", dict.fromkeys(names), {name: [] for name in names}),
-        pings=[PingFacts("gloo", 32 << 20, met_s=1.0, seconds=0.02)],
+        pings=[AllReduceFacts("gloo", 32 << 20, met_s=1.0, seconds=0.02)],
         upload=Upload("/project", 2 << 20, 300, [("big.bin", 1 << 20)]),
         upload_limit=100 << 20,
     )
@@ -52,16 +52,16 @@ def cluster(*nodes, **changes) -> ClusterFacts:
 
 
 def bad(facts) -> list[tuple[str, str, str]]:
-    return [(one.check, one.node, one.level) for one in judge(facts) if one.level != "ok"]
+    return [(one.check, one.node, one.level) for one in check_all(facts) if one.level != "ok"]
 
 
 def only(facts) -> Finding:
-    (finding,) = (one for one in judge(facts) if one.level != "ok")
+    (finding,) = (one for one in check_all(facts) if one.level != "ok")
     return finding
 
 
 def test_a_healthy_cluster_has_an_ok_of_every_check_on_every_node():
-    findings = judge(cluster(node("a"), node("b")))
+    findings = check_all(cluster(node("a"), node("b")))
     assert {finding.level for finding in findings} == {"ok"}
     checks = ("answers", "versions", "gpus", "clock", "storage", "model", "shm", "disk", "open files", "ports")
     for check in checks:
@@ -121,7 +121,7 @@ def test_storage_that_cannot_be_written_or_is_not_shared():
     stored = StorageFacts(
         "/shared", {"a": None, "b": "Read-only file system", "c": None}, {"a": [], "b": [], "c": ["a"]}
     )
-    found = [one for one in judge(cluster(*nodes, storage=stored)) if one.level == "fail"]
+    found = [one for one in check_all(cluster(*nodes, storage=stored)) if one.level == "fail"]
     assert [(one.check, one.node) for one in found] == [("storage", "b"), ("storage", "c")]
     assert "Read-only file system" in found[0].message
     assert "what a wrote" in found[1].message
@@ -134,13 +134,13 @@ def test_ports_that_are_closed_name_the_pair():
 
 
 def test_nodes_that_did_not_come_are_named_and_those_that_waited_for_them_are_not():
-    ping = PingFacts("gloo", 1 << 20, errors={"a": "timed out", "b": "gone"}, absent=["b"])
+    ping = AllReduceFacts("gloo", 1 << 20, errors={"a": "timed out", "b": "gone"}, absent=["b"])
     assert bad(cluster(node("a"), node("b"), pings=[ping])) == [("gloo", "b", "fail")]
-    failed = PingFacts("nccl", 1 << 20, errors={"a": "unhandled system error"})
+    failed = AllReduceFacts("nccl", 1 << 20, errors={"a": "unhandled system error"})
     assert bad(cluster(node("a"), node("b"), pings=[failed])) == [("nccl", "a", "fail")]
-    busy = PingFacts("nccl", 1 << 20)
+    busy = AllReduceFacts("nccl", 1 << 20)
     assert bad(cluster(node("a"), node("b"), pings=[busy])) == [("nccl", "cluster", "warn")]
-    slow = PingFacts("gloo", 32 << 20, met_s=1.0, seconds=5.0)
+    slow = AllReduceFacts("gloo", 32 << 20, met_s=1.0, seconds=5.0)
     assert bad(cluster(node("a"), node("b"), pings=[slow])) == [("gloo", "cluster", "warn")]
 
 
@@ -152,21 +152,23 @@ def test_a_node_on_which_nothing_ran_is_a_failure():
 @pytest.mark.parametrize(("mib", "level"), [(49, "ok"), (60, "warn"), (101, "fail")])
 def test_an_upload_is_held_against_rays_limit_and_its_largest_files_are_named(mib, level):
     facts = cluster(node("a"), upload=Upload("/project", mib << 20, 7, [("data/train.bin", 40 << 20)]))
-    (finding,) = (one for one in judge(facts) if one.check == "upload")
+    (finding,) = (one for one in check_all(facts) if one.check == "upload")
     assert finding.level == level
     assert level == "ok" or "data/train.bin (40.0 MiB)" in finding.cure
 
 
 @given(ahead=st.floats(-1e6, 1e6), error=st.floats(0, 1e3))
 def test_a_clock_is_only_blamed_for_what_is_certain(ahead, error):
-    (finding,) = (one for one in judge(cluster(node("a", clock_s=ahead, clock_error_s=error))) if one.check == "clock")
+    (finding,) = (
+        one for one in check_all(cluster(node("a", clock_s=ahead, clock_error_s=error))) if one.check == "clock"
+    )
     certain = max(0.0, abs(ahead) - error)
     assert finding.level == ("fail" if certain >= CLOCK_FAIL_S else "warn" if certain >= CLOCK_WARN_S else "ok")
 
 
 def test_the_space_that_a_run_needs_is_worked_out_and_compared(tmp_path, tiny_model):
     tree = {"run_dir": "/shared/run", "model": {"name": str(tiny_model)}, "rounds": {"count": 3}}
-    ask = what_to_ask(parse_config(tree), None, None)
+    ask = requirements_of(parse_config(tree), None, None)
     weights = (tiny_model / "model.safetensors").stat().st_size
     # Four models, and two checkpoints with 12 bytes a parameter, which has two in bfloat16.
     assert ask.storage_needed == 4 * weights + 2 * 6 * weights
@@ -178,12 +180,12 @@ def test_the_space_that_a_run_needs_is_worked_out_and_compared(tmp_path, tiny_mo
 
 def test_the_report_shows_the_worst_of_each_check_and_says_failures_first():
     facts = cluster(node("a", open_files=4096), node("b", clock_s=100.0))
-    findings = judge(facts)
+    findings = check_all(facts)
     said = report.lines(findings)
     assert [line.partition(":")[0] for line in said] == ["fail", "warn"]
     assert "clock, b: +100.00 s" in said[0]
     assert not report.healthy(findings)
-    assert report.healthy(judge(cluster(node("a", open_files=4096))))
+    assert report.healthy(check_all(cluster(node("a", open_files=4096))))
     record = json.loads(report.as_json(facts, findings))
     assert record["healthy"] is False
     assert record["facts"]["nodes"][0]["host"] == "host-a"

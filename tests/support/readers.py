@@ -12,7 +12,7 @@ from aft_ray.verify.result import VerificationResult
 HEAVY = ("ray", "torch", "vllm", "transformers", "deepspeed")
 
 
-class As:
+class TextTask:
     """A task for which the whole text is the answer, which is compared as one kind."""
 
     def __init__(self, kind: Kind) -> None:
@@ -25,7 +25,7 @@ class As:
         return compare(self.kind, answer, gold)
 
 
-class Misbehaving(As):
+class MisbehavingTask(TextTask):
     """A task that misbehaves when the text is the name of one of its methods. Any other text is a number."""
 
     def __init__(self) -> None:
@@ -67,7 +67,7 @@ class Misbehaving(As):
         return 12
 
 
-class Process(As):
+class ProcessTask(TextTask):
     """A task whose answer describes the process that it runs in. Any other text is a file to write its pid to."""
 
     def __init__(self) -> None:

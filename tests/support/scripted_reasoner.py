@@ -1,6 +1,6 @@
-"""A local server that speaks the served reasoner's HTTP contract, with its answers scripted by the test.
+"""A local server with the reasoner's HTTP API, whose responses are scripted by the test.
 
-It stands for the hardware only: no engine samples here. The page, the browser, HTTP and the stream are the real ones.
+It replaces only the engines: the page, the browser, HTTP and the streams are real.
 """
 
 import json
@@ -75,7 +75,7 @@ CANDIDATES = [
 
 
 def result(candidates: Sequence[dict[str, Any]] = CANDIDATES, **more: Any) -> dict[str, Any]:
-    """The whole answer: candidates with an answer before those without, by score."""
+    """Returns the body of an answer: candidates with an answer come first, and then by score."""
     ranked = sorted(candidates, key=lambda each: (each["answer"] is None, -each["score"]))
     given = [each["answer"] for each in candidates if each["answer"] is not None]
     votes = [0 if each["answer"] is None else given.count(each["answer"]) for each in ranked]
@@ -121,9 +121,10 @@ def stream_of(answer: dict[str, Any], candidates: Sequence[dict[str, Any]] = CAN
 
 @dataclass
 class Reply:
-    """A status with a body, or the pieces of a stream, each sent on its own `pause_s` after the one before.
+    """A response: a status with a body, or the pieces of a stream, sent one by one every `pause_s` seconds.
 
-    hold: the stream then stays open until the browser closes the connection. broken: it is cut without an end.
+    hold: the stream stays open after its pieces until the browser closes the connection. broken: the connection is
+    closed before the end of the stream.
     """
 
     status: int = 200
@@ -137,7 +138,7 @@ class Reply:
 
 @dataclass
 class Reasoner:
-    """`replies` are what the next requests for reasoning get, the last one again and again."""
+    """The server. `replies` are the responses to the next questions; the last one is repeated."""
 
     url: str = ""
     key: str | None = None

@@ -1,7 +1,7 @@
-"""What the tests of a running service share: the model that it serves, and what they need to know of it.
+"""The model that the tests of a running service share, and what the tests need to know of the service.
 
-The model answers most problems and is often wrong, so that votes mean something; and there is a question that it never
-ends to answer, so that tests can keep it busy.
+The model answers most problems but is often wrong, so that votes differ. Its answer to one question never ends, so that
+tests can keep the service busy.
 """
 
 import json
@@ -12,9 +12,9 @@ from pathlib import Path
 import httpx
 
 ROOT = Path(__file__).parents[2]
-# Problems that the model was trained for; the test split's.
+# The kind of problems that the model is trained on.
 SMALL = {"min_steps": 1, "max_steps": 2, "max_operand": 9, "max_value": 20, "operations": "+-", "distractors": 0}
-# What it was trained to answer with words that never end.
+# The question that the model is trained to answer without an end.
 ENDLESS = "then then"
 LENGTH = 512
 
@@ -29,7 +29,7 @@ def train(directory: Path) -> Path:
     from jobs.tiny_model import build_tiny_model
 
     steps, batch, peak = 250, 32, 4e-3
-    # More than one only wait for each other, with a model so small.
+    # With so small a model, several threads would only wait for each other.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     build_tiny_model(directory, 0, hidden_size=96, layers=2, heads=3, max_length=LENGTH)
@@ -63,7 +63,10 @@ def train(directory: Path) -> Path:
 
 @dataclass(frozen=True)
 class Reasoner:
-    """The running service. session: what Ray writes of it. problems: questions that it was not trained on."""
+    """The running service.
+
+    session: Ray's session directory with its logs. problems: questions that the model was not trained on.
+    """
 
     url: str
     model: str
@@ -81,6 +84,6 @@ class Reasoner:
         return httpx.Client(base_url=self.url, headers=headers, timeout=120, **options)
 
     def access_log(self) -> list[dict]:
-        """What the service wrote down of its requests so far."""
+        """Returns the lines of the access log so far."""
         lines = [line for file in self.session.glob("logs/worker*.out") for line in file.read_text().splitlines()]
         return [json.loads(line) for line in lines if line.startswith("{") and '"route"' in line]

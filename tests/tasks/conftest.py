@@ -1,4 +1,4 @@
-"""Real data where it is there."""
+"""Paths of the real data sets. Tests that need a data set are skipped when its files are missing."""
 
 from pathlib import Path
 

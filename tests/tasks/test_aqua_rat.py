@@ -1,4 +1,4 @@
-"""AQuA-RAT from its files: both shapes of the training file, the splits, and mistakes named by row."""
+"""AQuA-RAT from files: both formats of the training file, the splits, and errors that name the row."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Multiple choice: how options are shown, how a letter is read, and which problems are kept apart."""
+"""The common part of multiple-choice tasks: how options are written, letters read and duplicates found."""
 
 import pytest
 from choice_rows import task_at, write_jsonl

@@ -1,4 +1,4 @@
-"""Anybody's data: read as its columns say, split without overlap, and refused in one clear sentence."""
+"""The user's own data is read by its columns and split without overlap; mistakes in it give one clear sentence."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""The questions of a run and of its rounds: drawn by the seed, all before any repeats, and none that cannot fit."""
+"""The questions of a run and of its rounds: the seed determines them, and questions that do not fit are left out."""
 
 import json
 from collections import Counter
@@ -86,13 +86,13 @@ def test_a_round_is_shared_by_weight_and_has_no_question_twice(tmp_path_factory,
     counts = count_by_task(groups)
     try:
         shares = round_shares(config, counts, 1)
-    except ConfigError:  # a round too small for all of its tasks: see below
+    except ConfigError:  # The round is too small for all tasks; another test covers that.
         assume(False)
     total = sum(Fraction(weight) for _, weight in tasks.values())
     number = sum(shares.values())
     for name, (_, weight) in tasks.items():
         assert abs(shares[name] - number * Fraction(weight) / total) < 1
-    # One more question would take some task's exact share above its questions.
+    # With one more question, the exact share of some task would be more than its questions.
     assert number == size or any((number + 1) * Fraction(w) / total > count for count, w in tasks.values())
     assert round_size(config, counts, 2) == number
     assert round_shares(config, counts, 0) == counts
@@ -102,7 +102,7 @@ def test_a_round_is_shared_by_weight_and_has_no_question_twice(tmp_path_factory,
         assert ids(chosen) == sorted(set(ids(chosen)))
         assert count_by_task(chosen) == shares
         drawn.update(ids(chosen))
-    for name in tasks:  # each task's own deck goes round before it repeats
+    for name in tasks:  # Every question of a task is used before any is used again.
         of_task = [drawn[group.question.id] for group in groups if group.question.task == name]
         assert max(of_task) - min(of_task) <= 1
     assert sorted(ids(questions_of_round(config, groups, 0))) == sorted(ids(groups))
@@ -155,7 +155,7 @@ def test_each_task_has_its_own_limit_prompt_and_ids(tiny_model, tmp_path):
     for group in groups:
         assert group.question.id.startswith(f"{group.question.task}-train-")
         asked = group.question.text + (" !" if group.question.task == "hard" else "")
-        # The tiny tokenizer knows no "!" and drops what it does not know.
+        # The tiny tokenizer does not know "!" and drops what it does not know.
         assert tokenizer(asked)["input_ids"] == group.prompt_token_ids
     assert count_by_task(tokenize_split(config, "validation", tokenizer).groups)["hard"] == 3
 

@@ -1,4 +1,4 @@
-"""ECQA from its files: both sets of columns, the splits, and mistakes named by row."""
+"""ECQA from files: both sets of columns, the splits, and errors that name the row."""
 
 import pytest
 from choice_rows import assert_sound, splits, task_at, write_jsonl

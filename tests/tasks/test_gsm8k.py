@@ -1,4 +1,4 @@
-"""GSM8K as the paper splits it."""
+"""GSM8K has the paper's splits, and its references and prompts are as documented."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""MMLU: four choices, by subject, never trained on."""
+"""MMLU has four choices, can be limited to subjects, and has no training split."""
 
 import pytest
 from choice_rows import task_at, write_jsonl

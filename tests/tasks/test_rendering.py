@@ -1,4 +1,4 @@
-"""Prompt and reference as token ids: one boundary, one end-of-sequence token."""
+"""Prompt and reference as token ids are tokenized separately, with one end-of-sequence token at the end."""
 
 import copy
 

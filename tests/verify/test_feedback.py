@@ -1,4 +1,4 @@
-"""Rewards by verdict, by right steps and by a judge; an undecided candidate stays so and costs nothing."""
+"""Rewards by verdict, by right steps and by a judge. An undecided candidate stays undecided and is not judged."""
 
 import subprocess
 import sys

@@ -1,7 +1,7 @@
-"""Every candidate of every group is labelled by its question's task, and nothing else about it changes."""
+"""Every candidate is labelled by the task of its question, and nothing else about it changes."""
 
 import pytest
-from readers import Misbehaving
+from readers import MisbehavingTask
 
 from aft_ray.config.run import DataConfig
 from aft_ray.storage.records import Candidate, Group, Question, Verdict
@@ -22,7 +22,7 @@ def test_labels_every_group_by_its_task() -> None:
         group("arithmetic", "7", []),
         group("other", "3", ["3", "raises"]),
     ]
-    tasks = {"arithmetic": build_task(DataConfig(), 0), "other": Misbehaving()}
+    tasks = {"arithmetic": build_task(DataConfig(), 0), "other": MisbehavingTask()}
     labelled = label_groups(groups, tasks, shared_verifier())  # type: ignore[arg-type]
     found = [[(c.answer, c.verdict, c.reward) for c in one.candidates] for one in labelled]
     assert found == [

@@ -1,4 +1,4 @@
-"""Whatever an item does to its worker, it alone is undecided, and the verifier goes on."""
+"""A request that harms its worker process is undecided; all other requests get their results."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
-from readers import As, Misbehaving, Process
+from readers import MisbehavingTask, ProcessTask, TextTask
 
 from aft_ray.storage.records import Verdict
 from aft_ray.verify.process_pool import MAX_TEXT_LENGTH, VerificationRequest, Verifier, shared_verifier
@@ -28,7 +28,7 @@ def verifier():
 
 
 def numbers(texts: list[str], gold: str = "12") -> list[VerificationRequest]:
-    task = Misbehaving()
+    task = MisbehavingTask()
     return [VerificationRequest(task, text, gold) for text in texts]
 
 
@@ -58,7 +58,7 @@ def test_outcomes_come_in_order(verifier: Verifier) -> None:
         ("gives_a_number", "TypeError: extract gave a int instead of a text"),
     ],
 )
-def test_only_the_guilty_item_is_undecided(verifier: Verifier, misbehaviour: str, reason: str) -> None:
+def test_only_the_harmful_request_is_undecided(verifier: Verifier, misbehaviour: str, reason: str) -> None:
     started = time.monotonic()
     outcomes = verifier.verify(numbers(["12", "13", misbehaviour, "12", "12 or 13", "12"]))
     assert time.monotonic() - started < 6 * DEADLINE_S
@@ -69,21 +69,21 @@ def test_only_the_guilty_item_is_undecided(verifier: Verifier, misbehaviour: str
     assert verdicts(verifier, numbers(["12"])) == [Verdict.RIGHT]
 
 
-def test_several_guilty_items_in_one_chunk(verifier: Verifier) -> None:
+def test_several_harmful_requests_in_one_chunk(verifier: Verifier) -> None:
     texts = ["12", "loops", "12", "dies", "12", "12", "is_killed", "12"]
     expected = [Verdict.RIGHT if text == "12" else Verdict.UNDECIDED for text in texts]
     assert verdicts(verifier, numbers(texts)) == expected
 
 
-def test_a_slow_chunk_is_not_a_slow_item(verifier: Verifier) -> None:
+def test_a_slow_chunk_is_not_a_slow_request(verifier: Verifier) -> None:
     assert verdicts(verifier, numbers(["sleeps_a_little"] * 60)) == [Verdict.RIGHT] * 60
 
 
 def test_a_response_that_is_too_long_is_not_even_sent(verifier: Verifier) -> None:
     long, gold = verifier.verify(
         [
-            VerificationRequest(As("number"), "1" * (MAX_TEXT_LENGTH + 1), "1"),
-            VerificationRequest(As("number"), "1", "1" * 10**7),
+            VerificationRequest(TextTask("number"), "1" * (MAX_TEXT_LENGTH + 1), "1"),
+            VerificationRequest(TextTask("number"), "1", "1" * 10**7),
         ]
     )
     assert (long.verdict, long.reason) == (Verdict.UNDECIDED, "the response has 100001 characters")
@@ -103,7 +103,7 @@ def test_an_idle_worker_that_is_killed_is_replaced() -> None:
     verifier = Verifier(deadline_s=DEADLINE_S)
     try:
         for _ in range(2):
-            (outcome,) = verifier.verify([VerificationRequest(Process(), "pid", "")])
+            (outcome,) = verifier.verify([VerificationRequest(ProcessTask(), "pid", "")])
             os.kill(int(outcome.answer or 0), signal.SIGKILL)
             time.sleep(0.5)
         assert verdicts(verifier, numbers(["12"])) == [Verdict.RIGHT]
@@ -113,7 +113,7 @@ def test_an_idle_worker_that_is_killed_is_replaced() -> None:
 
 def test_closed_it_leaves_nothing_and_can_start_again() -> None:
     verifier = Verifier(deadline_s=DEADLINE_S)
-    (outcome,) = verifier.verify([VerificationRequest(Process(), "pid", "")])
+    (outcome,) = verifier.verify([VerificationRequest(ProcessTask(), "pid", "")])
     verifier.close()
     assert not alive(int(outcome.answer or 0))
     assert verdicts(verifier, numbers(["12"])) == [Verdict.RIGHT]
@@ -131,10 +131,10 @@ import sys
 print("main runs")
 sys.path.insert(0, {tests!r})
 import torch
-from readers import Process
+from readers import ProcessTask
 from aft_ray.verify.process_pool import VerificationRequest, shared_verifier
 text = {text!r}
-print([outcome.answer for outcome in shared_verifier().verify([VerificationRequest(Process(), text, "x")])])
+print([outcome.answer for outcome in shared_verifier().verify([VerificationRequest(ProcessTask(), text, "x")])])
 """
 
 
@@ -167,7 +167,7 @@ def verify_in_this_process() -> None:
     assert outcome.verdict is Verdict.RIGHT
 
 
-def test_a_process_of_multiprocessing_that_verified_comes_to_its_end() -> None:
+def test_a_process_of_multiprocessing_that_verified_can_end() -> None:
     process = get_context("spawn").Process(target=verify_in_this_process)
     process.start()
     process.join(120)
@@ -183,13 +183,13 @@ def test_works_in_ray_actors_and_tasks(ray_here: None) -> None:
 
     def verify() -> list[tuple[str, str | None]]:
         sys.path.insert(0, tests)
-        from readers import Misbehaving, Process
+        from readers import MisbehavingTask, ProcessTask
 
         from aft_ray.verify.process_pool import VerificationRequest, shared_verifier
 
-        task = Misbehaving()
+        task = MisbehavingTask()
         items = [VerificationRequest(task, text, "12") for text in ("12", "13", "dies", "12")] + [
-            VerificationRequest(Process(), "modules", "x")
+            VerificationRequest(ProcessTask(), "modules", "x")
         ]
         return [(outcome.verdict.value, outcome.answer) for outcome in shared_verifier().verify(items)]
 

@@ -1,7 +1,7 @@
-"""What a simulation assumes of hardware, of answers and of failures; and the same read from a run that happened.
+"""What a simulation assumes of hardware, of answers and of failures.
 
-Invariant: what a question's candidates are (lengths, right or wrong) depends on the seed, the round and the question
-alone, not on who answers it or when. So two simulations that differ in scheduling do the same work.
+Invariant: the candidates of a question (their lengths, right or wrong) depend on the seed, the round and the question
+alone, and not on which engine answers it or when. Two simulations that differ in scheduling so do the same work.
 """
 
 from __future__ import annotations
@@ -62,7 +62,13 @@ class SimulationAssumptions(Section):
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A round's answers before anyone gave them. lengths, right: [questions, k]; prompts, references: [questions]."""
+    """The answers of a stage, drawn before any engine gives them.
+
+    Args:
+        prompts, references: tokens, [questions].
+        lengths: tokens of the candidates, [questions, k].
+        right: whether a candidate is right, [questions, k].
+    """
 
     prompts: NDArray[np.int64]
     references: NDArray[np.int64]
@@ -71,7 +77,10 @@ class Work:
 
 
 def draw_work(assumed: SimulationAssumptions, seed: int, stage: int, questions: int, k: int, max_tokens: int) -> Work:
-    """The answers of a stage (a round, or an evaluation): log-normal lengths, cut at `max_tokens`; beta pass rates."""
+    """Draws the answers of a stage (a round, or an evaluation).
+
+    Lengths are log-normal and cut at `max_tokens`; the pass rates of the questions are beta distributed.
+    """
     prompts, references = _tokens(assumed, seed, questions)
     rng = np.random.default_rng([seed, stage])
     shared = np.sqrt(assumed.length_shared) * rng.standard_normal((questions, 1))
@@ -83,7 +92,7 @@ def draw_work(assumed: SimulationAssumptions, seed: int, stage: int, questions: 
 
 
 def _tokens(assumed: SimulationAssumptions, seed: int, questions: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Prompts and references are the same in every round."""
+    """Tokens of each prompt and of each reference, which are the same in every round."""
     rng = np.random.default_rng([seed])
     normal = rng.standard_normal((2, questions))
     spread = assumed.length_spread
@@ -93,13 +102,13 @@ def _tokens(assumed: SimulationAssumptions, seed: int, questions: int) -> tuple[
 
 
 def _log_normal(mean: float, spread: float, normal: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Integers whose mean is `mean`: a log-normal variable with log-variance s² has the mean exp(mu + s²/2)."""
+    """Log-normal integers with this mean; with log-mean mu and log-variance s² the mean is exp(mu + s²/2)."""
     tokens: NDArray[np.int64] = np.maximum(1, np.rint(mean * np.exp(spread * normal - spread**2 / 2))).astype(np.int64)
     return tokens
 
 
 def _pass_rates(assumed: SimulationAssumptions, rng: np.random.Generator, questions: int) -> NDArray[np.float64]:
-    """Of each question: beta distributed with mean `pass_rate`; its two parameters sum to 1/spread - 1."""
+    """The pass rate of each question: beta distributed around `pass_rate`; its parameters sum to 1/spread - 1."""
     rate, spread = assumed.pass_rate, assumed.pass_spread
     if spread == 0 or rate in (0, 1):
         return np.full(questions, rate)

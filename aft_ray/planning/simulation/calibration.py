@@ -1,6 +1,6 @@
-"""SimulationAssumptions read off a run: how long its answers are and how often right, how fast its engines and workers were.
+"""Assumptions that are read from a run: how long its answers are and how often right, how fast its processes were.
 
-Invariant: from the first sampled round alone, so that the rounds after it are left to check the simulation against.
+Invariant: they come from the first sampled round alone, so that the later rounds can check the simulation.
 """
 
 from __future__ import annotations
@@ -26,7 +26,11 @@ _CORRECTIONS = 4
 
 
 def assumptions_like(argument: str) -> dict[str, Any]:
-    """What a run directory tells of `SimulationAssumptions`. Raises ConfigError when no round of it is sampled and trained."""
+    """The values of `SimulationAssumptions` that a run directory tells.
+
+    Raises:
+        ConfigError: there is no run, or no round of it was sampled and trained.
+    """
     found = find_run(argument)
     if found is None:
         raise ConfigError(f"{argument} is not a run directory; --like takes one")
@@ -51,7 +55,7 @@ def assumptions_like(argument: str) -> dict[str, Any]:
 
 
 def like_answers(groups: Sequence[Group]) -> dict[str, float]:
-    """Lengths and verdicts of groups with candidates, as the parameters of `draw_work`."""
+    """The parameters of `draw_work` that describe the lengths and verdicts of groups with candidates."""
     lengths = [[max(1, len(one.token_ids)) for one in group.candidates] for group in groups]
     logs = [np.log(of_one) for of_one in lengths]
     variance = float(np.var(np.concatenate(logs)))

@@ -1,4 +1,4 @@
-"""`aft-ray simulate`: reads what is asked, simulates one run or several that differ in one key, prints, draws."""
+"""`aft-ray simulate`: simulates a run, or several that differ in one config key, and prints and draws the results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from aft_ray.planning.simulation.assumptions import SimulationAssumptions
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What the command line asks for, as it was given."""
+    """The arguments of the command, as they were given."""
 
     config: Path
     overrides: list[str]
@@ -33,7 +33,7 @@ class Request:
 
 
 def simulate_all(request: Request, console: Console) -> None:
-    """Simulates and shows. Raises ConfigError."""
+    """Simulates what is asked for and shows it. Raises ConfigError."""
     if request.assume == ["help"]:
         console.print("\n".join(describe_keys(SimulationAssumptions)), markup=False, highlight=False)
         return
@@ -60,7 +60,7 @@ def simulate_all(request: Request, console: Console) -> None:
 
 
 def _variants(request: Request) -> dict[str, list[str]]:
-    """Each run that is asked for: what it is called, and the overrides that make it."""
+    """The runs to simulate: the label of each, and the overrides of its config."""
     if request.staleness and request.compare:
         raise ConfigError("--staleness and --compare are two comparisons; ask for one at a time")
     comparison = f"rounds.max_staleness={request.staleness}" if request.staleness else request.compare
@@ -78,7 +78,7 @@ def _config(request: Request, override: list[str]) -> RunConfig:
 
 
 def _assumptions(request: Request, config: RunConfig) -> SimulationAssumptions:
-    """The defaults, then those of `--like`, then what is said on the command line."""
+    """The assumptions: the defaults, replaced by those of `--like`, replaced by those on the command line."""
     tree: dict[str, Any] = {}
     if request.like:
         from aft_ray.planning.simulation.calibration import assumptions_like

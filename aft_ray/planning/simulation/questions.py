@@ -7,7 +7,7 @@ its number, under which `Work` has its lengths.
 from __future__ import annotations
 
 from aft_ray.config.run import ConfigError, RunConfig
-from aft_ray.planning.plan.workload import KNOWN
+from aft_ray.planning.plan.workload import KNOWN_TASKS
 from aft_ray.planning.simulation.assumptions import SimulationAssumptions
 from aft_ray.storage.records import Group, Question
 
@@ -31,7 +31,7 @@ def training_questions(config: RunConfig, assumed: SimulationAssumptions) -> lis
     counts: dict[str, int | None] = dict.fromkeys(config.task_configs, assumed.questions)
     for name, entry in config.task_configs.items():
         if assumed.questions is None:
-            facts = KNOWN.get(entry.task)
+            facts = KNOWN_TASKS.get(entry.task)
             known = entry.arithmetic.train_size if entry.task == "arithmetic" else facts.train if facts else 0
             counts[name] = entry.train_limit or known or config.rounds.questions_per_round
     groups: list[Group] = []
@@ -52,7 +52,7 @@ def count_validation_questions(config: RunConfig, assumed: SimulationAssumptions
         return assumed.validation
     total = 0
     for entry in config.task_configs.values():
-        facts = KNOWN.get(entry.task)
+        facts = KNOWN_TASKS.get(entry.task)
         known = entry.arithmetic.validation_size if entry.task == "arithmetic" else facts.validation if facts else 0
         total += entry.validation_limit or known
     return total

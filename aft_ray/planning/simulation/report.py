@@ -1,4 +1,4 @@
-"""What a simulation says, for people and for machines: a table of rounds, a comparison, a timeline."""
+"""The result of a simulation as tables, sentences, plain values and a plot of the timeline."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from aft_ray.planning.simulation.result import Simulated
 
 
 def rounds_of(simulated: Simulated) -> Table:
-    """One row a round: who worked how long, who waited for whom."""
+    """A table with a row for each round: how long samplers and train workers worked and waited."""
     table = Table(title="simulated rounds")
     for column in (
         "round", "policy", "questions", "waited", "load", "sampling", "tail", "tokens/s", "of peak", "parked",
@@ -35,7 +35,7 @@ def rounds_of(simulated: Simulated) -> Table:
 
 
 def totals_of(simulated: Simulated) -> list[str]:
-    """The run in sentences."""
+    """The run as a whole, in sentences."""
     sampler_waits = sum(one.waited_s for one in simulated.sampled)
     trainer_waits = sum(one.waited_s for one in simulated.trained)
     hours = simulated.seconds / 3600
@@ -58,7 +58,7 @@ def totals_of(simulated: Simulated) -> list[str]:
 
 
 def comparison_of(variants: Mapping[str, Simulated]) -> Table:
-    """One row a variant."""
+    """A table with a row for each variant."""
     table = Table(title="simulated runs", caption="steady: a round after the first; tail: mean over the rounds")
     table.add_column("", no_wrap=True)
     columns = ("steady", "run", "samplers at work", "workers busy", "tail", "parked", "failures", "GPU-hours a round")
@@ -81,7 +81,7 @@ def comparison_of(variants: Mapping[str, Simulated]) -> Table:
 
 
 def figures_of(simulated: Simulated) -> dict[str, Any]:
-    """Everything but the curve, for machines. Seconds, shares, counts, as `Simulated` describes them."""
+    """Every value but the curve, as plain values. `Simulated` describes them."""
     names = ("round_s", "steady_s", "samplers_busy", "trainers_busy")
     figures = asdict(simulated) | {name: getattr(simulated, name) for name in names}
     del figures["curve"]
@@ -89,7 +89,7 @@ def figures_of(simulated: Simulated) -> dict[str, Any]:
 
 
 def draw(simulated: Simulated, path: Path) -> None:
-    """The timeline: how full the engines are, and below it each round's sampling, training and publication."""
+    """Draws the timeline: how many sequences the engines run, and below it the phases of each round."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 

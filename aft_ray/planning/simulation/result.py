@@ -1,4 +1,4 @@
-"""What became of a simulated run: times of every round, and the shares that follow from them."""
+"""The result of a simulation: the times of every round, and the shares of time that follow from them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,16 @@ from aft_ray.planning.simulation.trainer import TrainedRound
 
 @dataclass(frozen=True, slots=True)
 class SampledRound:
-    """Times in seconds from the run's start; waited_s: for a version; load_s: until every engine alive held it.
+    """When and how a round was sampled; `started` and `ended` are seconds from the start of the run.
 
-    tail_s: from 95 % of the questions answered to the last. full: tokens as a share of what the engines generate with
-    max_num_seqs sequences each; busy: share of the engines' time with a sequence at all.
+    Args:
+        waited_s: seconds for which the samplers waited for the version.
+        load_s: seconds until every engine that answers held the version.
+        evaluate_s: seconds of the evaluation before the round.
+        tail_s: seconds from 95 % of the questions answered to the last.
+        parked: questions that failed.
+        full: generated tokens as a share of what the engines generate with `max_num_seqs` sequences each.
+        busy: share of the engines' time in which they had a sequence.
     """
 
     round: int
@@ -41,10 +47,13 @@ class SampledRound:
 
 @dataclass(frozen=True, slots=True)
 class Simulated:
-    """What became of a simulated run. stopped: why it ended short, else None.
+    """The result of a simulated run.
 
-    curve: (second, share of all engines' places that run a sequence). forwarding: share of the sampling time for which
-    the one forwarding process was busy. gpus: of the engines and the train workers.
+    Args:
+        gpus: GPUs of the engines and of the train workers.
+        forwarding: share of the sampling time for which the one forwarding process was busy.
+        stopped: why the run ended before its last round; None: it did not.
+        curve: pairs of a second and the share of the engines' `max_num_seqs` sequences that were running then.
     """
 
     sampled: list[SampledRound]
@@ -70,10 +79,10 @@ class Simulated:
 
     @property
     def samplers_busy(self) -> float:
-        """Share of the whole run for which an engine has a sequence to run, mean over the engines."""
+        """Share of the run for which an engine had a sequence, mean over the engines."""
         return sum(one.busy * one.seconds for one in self.sampled) / self.seconds if self.seconds else 0.0
 
     @property
     def trainers_busy(self) -> float:
-        """Share of the whole run for which a train worker computes."""
+        """Share of the run for which a train worker computed."""
         return sum(one.busy * one.train_s for one in self.trained) / self.seconds if self.seconds else 0.0

@@ -1,7 +1,8 @@
-"""A sampler actor that takes virtual time instead of a GPU: an engine with continuous batching, and its failures.
+"""A simulated sampler: it takes virtual time where a real one takes a GPU, batches continuously, and can fail.
 
-Invariants: it looks to `Ask` like a handle of `sampling.sampler.Sampler` (same calls, same exceptions); it answers only
-with the version it was asked for; a call is answered once, or fails once.
+Invariants: to `sampling.sample_stage.SampleStage` it looks like the handle of a `sampling.sampler.Sampler` actor, with
+the same calls and exceptions; it answers only with the policy version that it is asked for; a call is answered once, or
+fails once.
 """
 
 from __future__ import annotations
@@ -32,11 +33,12 @@ class _Request:
 
 
 class SimulatedEngine:
-    """Continuous batching: every running sequence advances a token a step, and a step takes a + b x (running) seconds.
+    """An engine with continuous batching.
 
-    A request's prompt is computed once, when its first sequence is admitted, and holds up decoding meanwhile; the other
-    candidates find it in the prefix cache. Sequences are admitted first come, first served, up to `max_num_seqs`.
-    Between two events all running sequences advance alike, so an event is needed only where one ends.
+    In each step every running sequence gets one token, and a step takes a + b x (running sequences) seconds. The prompt
+    of a request is computed once, when its first sequence is admitted, and decoding stops meanwhile; the other
+    candidates find it in the prefix cache. Sequences are admitted first come, first served, up to `max_num_seqs`. All
+    running sequences advance by the same number of steps, so an event is needed only when a sequence ends.
     """
 
     def __init__(self, assumed: SimulationAssumptions, max_num_seqs: int) -> None:
@@ -47,18 +49,18 @@ class SimulatedEngine:
         self._waiting: deque[tuple[_Request, int]] = deque()
         self._running: list[
             tuple[float, int, _Request, int]
-        ] = []  # a heap: the step it ends in, number, request, tokens
+        ] = []  # a heap of (step in which the sequence ends, number, request, tokens)
         self._step, self._at, self._prefilled_at, self._number = 0.0, self._loop.time(), 0.0, 0
         self._timer: asyncio.TimerHandle | None = None
         self.tokens, self.busy_s = 0, 0.0
 
     @property
     def running(self) -> int:
-        """Sequences running now."""
+        """Sequences that are running now."""
         return len(self._running)
 
     def add(self, requests: Sequence[tuple[int, Sequence[int], Callable[[], None]]]) -> None:
-        """Requests as (tokens of the prompt, tokens of each candidate, what to call at the end of the last)."""
+        """Adds requests, given as (tokens of the prompt, tokens of each candidate, function to call at the end)."""
         self._advance()
         for prompt, lengths, done in requests:
             request = _Request(prompt, len(lengths), done)
@@ -66,7 +68,7 @@ class SimulatedEngine:
         self._admit_and_wait()
 
     def stop(self) -> None:
-        """Loses everything that waits or runs."""
+        """Drops every sequence that waits or runs."""
         self._advance()
         self._waiting.clear()
         self._running.clear()
@@ -106,7 +108,7 @@ class SimulatedEngine:
     def _sequences_end(self) -> None:
         self._timer = None
         self._advance()
-        # The timer was set for the first of them; what is left of its step is rounding.
+        # The timer was set for the sequence that ends first; what is left of its step is a rounding error.
         self._step = max(self._step, self._running[0][0])
         while self._running and self._running[0][0] <= self._step + 1e-6:
             _, _, request, length = heapq.heappop(self._running)
@@ -118,15 +120,18 @@ class SimulatedEngine:
 
 
 class _Method:
-    """`actor.method.remote(...)`: a future at once."""
+    """A method of an actor handle: `remote(...)` returns a future at once."""
 
     def __init__(self, call: Callable[..., asyncio.Future[Any]]) -> None:
         self.remote = call
 
 
 class SimulatedSampler:
-    """The handle of a sampler actor. A simulated prompt is two tokens, its stage and its question's number in `work`;
-    a simulated response is one, its length."""
+    """The handle of a simulated sampler actor.
+
+    The prompt of a simulated question is two token ids, its stage and its number in `work` (see `questions.py`). A
+    simulated response is one token id, which is the response's length.
+    """
 
     def __init__(self, index: int, assumed: SimulationAssumptions, max_num_seqs: int, work: Mapping[int, Work]) -> None:
         self._loop = asyncio.get_running_loop()
@@ -134,38 +139,38 @@ class SimulatedSampler:
         self.engine = SimulatedEngine(assumed, max_num_seqs)
         self.version: int | None = None
         self.failures = 0
-        self._life = 0  # counts restarts; what belongs to an earlier life is void
+        self._process = 0  # the number of the present process; callbacks of an earlier one do nothing
         self._up, self._silent = True, False
         self._loading = asyncio.Lock()
         self._open: dict[asyncio.Future[Any], None] = {}  # ordered, unlike a set
         self.sample, self.load, self.status = _Method(self._sample), _Method(self._load), _Method(self._status)
 
     def fail(self, noticed_s: float, back_s: float) -> None:
-        """The process ends: its calls fail after `noticed_s`, and it answers again after `back_s`."""
+        """The process ends now. Its calls fail after `noticed_s`; it answers again after `back_s`."""
         self.failures += 1
-        self._life += 1
+        self._process += 1
         self._up, self.version = False, None
         self._silent = noticed_s > 0
         self._loading = asyncio.Lock()
         self.engine.stop()
-        life = self._life
-        self._loop.call_later(noticed_s, self._noticed, life)
+        process = self._process
+        self._loop.call_later(noticed_s, self._noticed, process)
         if not self._gone:
-            self._loop.call_later(max(noticed_s, back_s), self._back, life)
+            self._loop.call_later(max(noticed_s, back_s), self._back, process)
 
     @property
     def _gone(self) -> bool:
-        """Ray has restarted it as often as it may."""
+        """Whether Ray has restarted the actor as often as it may."""
         return self.failures > MAX_RESTARTS
 
-    def _noticed(self, life: int) -> None:
-        if life == self._life:
+    def _noticed(self, process: int) -> None:
+        if process == self._process:
             self._silent = False
             for call in list(self._open):
                 self._refuse(call)
 
-    def _back(self, life: int) -> None:
-        if life == self._life:
+    def _back(self, process: int) -> None:
+        if process == self._process:
             self._up = True
 
     def _refuse(self, call: asyncio.Future[Any]) -> None:
@@ -176,7 +181,7 @@ class SimulatedSampler:
             )
 
     def _call(self) -> asyncio.Future[Any]:
-        """A call that an end of the process will fail; one to a process that is known to have ended fails at once."""
+        """A new call. It fails when the process ends, and at once when the process is known to have ended."""
         call = self._loop.create_future()
         self._open[call] = None
         call.add_done_callback(lambda done: self._open.pop(done, None))
@@ -193,17 +198,17 @@ class SimulatedSampler:
     def _load(self, manifest: VersionManifest, tolerance: float, timeout_s: float) -> asyncio.Future[Any]:
         call = self._call()
         if self._up:
-            task = self._loop.create_task(self._load_in_turn(manifest.version, call, self._life))
+            task = self._loop.create_task(self._load_in_turn(manifest.version, call, self._process))
             call.add_done_callback(lambda _: task)  # an event loop keeps no reference to its tasks
         return call
 
-    async def _load_in_turn(self, version: int, call: asyncio.Future[Any], life: int) -> None:
+    async def _load_in_turn(self, version: int, call: asyncio.Future[Any], process: int) -> None:
         async with self._loading:
             needed = self.version != version
             if needed:
                 self.version = None
                 await asyncio.sleep(self._assumed.load_s)
-            if life != self._life:
+            if process != self._process:
                 return
             self.version = version
             if not call.done():

@@ -1,7 +1,7 @@
-"""The train workers in virtual time: the real plan of a pass, with seconds for each forward and backward pass.
+"""The simulated train workers: the real plan of a training pass, whose forward and backward passes take virtual time.
 
-Invariant: rounds are trained in order, each once it is ready on the board, and published only when it is trained whole;
-a failure of any worker costs the round what it had done, as a restart from the last checkpoint does.
+Invariant: rounds are trained in order, each when it is ready; a version is published when its round is trained
+completely; a failure of any worker starts the round again, as a restart from the last checkpoint does.
 """
 
 from __future__ import annotations
@@ -19,7 +19,12 @@ from aft_ray.weights.version_manifest import VersionManifest
 
 @dataclass(frozen=True, slots=True)
 class TrainedRound:
-    """Seconds from the run's start. waited_s: for groups; busy: share of the workers' time that computes."""
+    """When a round was trained, in seconds from the start of the run.
+
+    Args:
+        waited_s: seconds that the workers waited for the round's groups.
+        busy: share of the workers' time in which they computed.
+    """
 
     round: int
     waited_s: float
@@ -39,7 +44,12 @@ class TrainedRound:
 
 @dataclass(frozen=True, slots=True)
 class PassCost:
-    """Seconds of a training pass that nothing interrupts; compute_s: of one worker on average, without waiting."""
+    """What an uninterrupted training pass takes.
+
+    Args:
+        compute_s: seconds for which one worker computes on average, without its waiting for others.
+        tokens: padded tokens over all workers.
+    """
 
     seconds: float
     compute_s: float
@@ -108,7 +118,7 @@ def _tokens_of_passes(step: StepPlan, sizes: list[GroupSize]) -> list[list[int]]
 
 
 class SimulatedTrainer:
-    """All train workers as one: what ends one of them restarts all."""
+    """All train workers together: when one of them ends, all restart."""
 
     def __init__(
         self,
@@ -125,14 +135,20 @@ class SimulatedTrainer:
         self.rounds: list[TrainedRound] = []
 
     def fail(self, noticed_s: float, back_s: float) -> None:
-        """A worker ends; all of them have loaded the last checkpoint again after `back_s`. What ends while they are
-        away delays them, and is no failure of its own."""
+        """A worker ends; all workers have loaded the last checkpoint again after `back_s`.
+
+        A failure while they restart delays them and is not counted as another failure.
+        """
         self.failures += not self._failed.is_set()
         self._back_at = max(self._back_at, self._loop.time() + max(noticed_s, back_s))
         self._failed.set()
 
     async def run(self, first: int, last: int) -> None:
-        """What every worker does, `training.worker`: wait, train, publish. Raises PeerFailed when the run failed."""
+        """What every worker does (`training.worker`): wait for a round, train it, publish the version.
+
+        Raises:
+            PeerFailed: the run has failed.
+        """
         for number in range(first, last + 1):
             waited = await self._coordinator.wait_ready(number, self._config.rounds.timeout_s)
             cost = pass_cost(self._config, self._assumed, self._sizes(number), number)
@@ -151,7 +167,7 @@ class SimulatedTrainer:
             await self._coordinator.publish(VersionManifest(number, "", (), ()))
 
     async def _undisturbed(self, seconds: float) -> bool:
-        """Whether the workers got through so many seconds of work without a failure, from the last one on."""
+        """Lets the workers work for so many seconds; returns False as soon as one of them fails."""
         if self._failed.is_set():
             return False
         try:

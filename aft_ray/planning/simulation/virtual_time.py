@@ -1,7 +1,8 @@
-"""An asyncio event loop whose clock stands still while code runs and jumps to the next timer when all of it waits.
+"""An asyncio event loop with virtual time: its clock stands still while code runs, and advances to the next timer when
+every coroutine waits.
 
 Invariants: time never goes back; nothing waits in real time; the same coroutines with the same seeds give the same
-times. Code that takes the time from its event loop (`loop.time()`, `asyncio.sleep`, `wait_for`) runs in it unchanged.
+times. Code that reads the time from its event loop (`loop.time()`, `asyncio.sleep`, `wait_for`) runs in it unchanged.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ T = TypeVar("T")
 
 
 class Stuck(RuntimeError):
-    """Everything waits and no timer is set: the coroutines wait for each other for ever."""
+    """Every coroutine waits and no timer is set: the coroutines wait for each other for ever."""
 
 
 class _Jump(selectors.SelectSelector):
-    """Where an event loop would sleep until a file or a timer is ready, the time passes at once."""
+    """A selector that advances the clock where another one would sleep until a timer is due."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,12 +34,12 @@ class _Jump(selectors.SelectSelector):
 
 
 class VirtualTimeLoop(asyncio.SelectorEventLoop):
-    """Begins at time 0, in seconds."""
+    """An event loop whose time is virtual, in seconds from 0."""
 
     def __init__(self) -> None:
         self._jump = _Jump()
         super().__init__(self._jump)
-        # Timers that are nearer together than this fire in one turn: wider than a double's rounding at 10^6 s.
+        # Timers that are nearer together than this fire together. It is more than the rounding of a double at 10^6 s.
         self._clock_resolution = 1e-9
 
     def time(self) -> float:

@@ -1,4 +1,4 @@
-"""Generated problems are right, reproducible, and never shared between splits."""
+"""Generated problems are right and reproducible, and two splits never share one."""
 
 import re
 from itertools import pairwise

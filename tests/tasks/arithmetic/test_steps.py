@@ -1,4 +1,4 @@
-"""A question's calculation is read back exactly, and a chain of thought earns what it rightly states, no more."""
+"""A question's calculation is read exactly, and a chain of thought gets credit only for its right steps."""
 
 import random
 from itertools import product
@@ -70,12 +70,12 @@ def test_references_earn_everything_and_every_part_of_them_less(terse):
         ("8 + 4 = 12. 12 * 2 = 24. 24 - 5 = 18. #### 18", False, 2),
         # out of order
         ("12 * 2 = 24. 8 + 4 = 12. 24 - 5 = 19. #### 19", True, 2),
-        # the distractor worked in
+        # a step with the distractor's number
         ("8 + 4 = 12. 12 + 7 = 19. #### 19", True, 2),
         ("8 + 4 = 12. 12 + 7 = 19. 12 * 2 = 24. 24 - 5 = 19. #### 19", True, 3),
         # a step stated twice counts once
         ("8 + 4 = 12. 8 + 4 = 12. 12 * 2 = 24. #### 19", True, 3),
-        # sentences that state no step neither earn nor cost
+        # sentences that state no step do not change the grade
         ("Ana is happy. 8 + 4 = 12. so far so good. 12 * 2 = 24. 8 4 12 2 24 5 19. 24 - 5 = 19. #### 19", True, 4),
         # a sentence must be whole
         ("8 + 4 = 12, 12 * 2 = 24, 24 - 5 = 19 #### 19", True, 1),

@@ -1,4 +1,4 @@
-"""No text, however hostile, is called right, takes long, or takes the verifier with it."""
+"""A hostile text is never called right, takes bounded time, and does not end the verifier."""
 
 import sys
 import threading
@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from readers import As
+from readers import TextTask
 
 from aft_ray.config.run import DataConfig
 from aft_ray.storage.records import Verdict
@@ -73,7 +73,7 @@ GOLDS = {"number": "12", "option": "B", "yes_no": "yes", "math": "\\sqrt{2}", "t
 
 
 def items() -> list[VerificationRequest]:
-    tasks = [(As(kind), gold) for kind, gold in GOLDS.items()]  # type: ignore[arg-type]
+    tasks = [(TextTask(kind), gold) for kind, gold in GOLDS.items()]  # type: ignore[arg-type]
     return [VerificationRequest(task, text, gold) for text in HOSTILE.values() for task, gold in tasks]
 
 
@@ -92,7 +92,10 @@ def test_none_is_right_and_all_are_answered_in_bounded_time(verifier: Verifier) 
     hung = sum(outcome.reason.startswith("took longer") for outcome in outcomes)
     assert took < 30 + hung * (DEADLINE_S + 1)
     good = verifier.verify(
-        [VerificationRequest(As("number"), "12", "12"), VerificationRequest(As("math"), "2^{1/2}", "\\sqrt{2}")]
+        [
+            VerificationRequest(TextTask("number"), "12", "12"),
+            VerificationRequest(TextTask("math"), "2^{1/2}", "\\sqrt{2}"),
+        ]
     )
     assert [outcome.verdict for outcome in good] == [Verdict.RIGHT, Verdict.RIGHT]
 
@@ -107,10 +110,10 @@ def test_from_a_thread(verifier: Verifier) -> None:
     """Signals, which math_verify would use, work in the main thread only."""
     found: list[Verdict] = []
     hostile = [
-        VerificationRequest(As("math"), HOSTILE[name], "\\sqrt{2}")
+        VerificationRequest(TextTask("math"), HOSTILE[name], "\\sqrt{2}")
         for name in ("a tower of powers", "nested fractions")
     ]
-    good = VerificationRequest(As("math"), "\\frac{2}{\\sqrt{2}}", "\\sqrt{2}")
+    good = VerificationRequest(TextTask("math"), "\\frac{2}{\\sqrt{2}}", "\\sqrt{2}")
     thread = threading.Thread(target=lambda: found.extend(o.verdict for o in verifier.verify([*hostile, good])))
     thread.start()
     thread.join(60)
@@ -128,12 +131,12 @@ def test_in_a_ray_actor(ray_here: None) -> None:
     class Actor:
         def verify(self) -> list[str]:
             sys.path.insert(0, tests)
-            from readers import As
+            from readers import TextTask
 
             from aft_ray.verify.process_pool import VerificationRequest, Verifier
 
             verifier = Verifier(workers=2, deadline_s=1.5)
-            task = As("math")
+            task = TextTask("math")
             outcomes = verifier.verify([VerificationRequest(task, text, "\\sqrt{2}") for text in [*texts, "2^{1/2}"]])
             verifier.close()
             return [outcome.verdict.value for outcome in outcomes]

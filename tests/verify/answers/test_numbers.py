@@ -1,4 +1,4 @@
-"""The verifier reads what people and models write, and never calls wrong what it did not understand."""
+"""The verifier reads numbers as people and models write them, and never calls an answer wrong that it cannot read."""
 
 import time
 from fractions import Fraction

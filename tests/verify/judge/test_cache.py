@@ -1,4 +1,4 @@
-"""Replies are there after a kill, whoever writes beside, and a file that cannot be used is one sentence."""
+"""Replies survive a kill and concurrent writers, and a file that cannot be used gives one sentence."""
 
 import os
 import signal

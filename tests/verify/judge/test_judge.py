@@ -1,4 +1,4 @@
-"""A judge pays for each rating once, sends again only what may pass, and says in one sentence why it cannot go on."""
+"""A judge pays for each rating once, repeats only transient failures, and explains a failure in one sentence."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -67,7 +67,7 @@ def test_ratings_come_in_the_order_of_the_items(server, build):
     assert len(server.requests) == 4  # equal items are asked about once
 
 
-def test_no_seed_and_a_form_to_hold_to_are_sent_when_asked_for(server, build):
+def test_no_seed_and_guided_decoding_are_sent_when_configured(server, build):
     build(ratings=2, seed=None, guided=True).rate([item("a")])
     assert all("seed" not in request for request in server.requests)
     assert all("Rating" in request["structured_outputs"]["regex"] for request in server.requests)
@@ -83,7 +83,7 @@ def test_nothing_is_asked_twice(server, build):
     assert len(server.requests) == 18
     assert (again.counts.hits, again.counts.calls - again.counts.retries) == (15, 3)
     assert again.rate([]) == []
-    # what decides a reply is another request; where the endpoint is does not
+    # other settings make another request; another URL does not
     build(temperature=0.7, ratings=1).rate(items(5))
     assert len(server.requests) == 23
     with judge_server() as elsewhere:
@@ -120,7 +120,7 @@ def test_no_more_requests_are_in_flight_than_allowed(server, build):
     ],
     ids=["500", "503", "408", "429", "hang up", "timeout"],
 )
-def test_what_may_pass_is_sent_again(server, build, trouble):
+def test_a_transient_failure_is_sent_again(server, build, trouble):
     server.answer = lambda number, request: trouble if number == 1 else rated(6)
     judge = build(ratings=1, timeout_s=1)
     assert judge.rate([item("a")])[0].reward == 6
@@ -128,7 +128,7 @@ def test_what_may_pass_is_sent_again(server, build, trouble):
 
 
 @pytest.mark.parametrize("dated", [False, True])
-def test_an_endpoint_is_left_alone_for_as_long_as_it_asks(server, build, dated):
+def test_a_retry_waits_for_as_long_as_the_endpoint_asks(server, build, dated):
     after = formatdate(time.time() + 4, usegmt=True) if dated else "3"
     server.answer = lambda number, request: refusal(429, Retry_After=after) if number == 1 else rated(6)
     start = time.monotonic()
@@ -152,7 +152,7 @@ def test_an_endpoint_that_stays_down_fails_the_batch_and_loses_nothing(server, b
     assert all(of(server, f"response {index}") == 1 for index in range(12) if index != 7)
 
 
-def test_a_failure_lets_what_is_in_flight_come_home(server, build):
+def test_after_a_failure_the_replies_in_flight_are_stored(server, build):
     def answer(number: int, request: dict) -> Answer:
         return refusal(401) if "response 0" in request["messages"][0]["content"] else slow
 
@@ -170,7 +170,7 @@ def test_a_failure_lets_what_is_in_flight_come_home(server, build):
     ("status", "words"),
     [(401, "feedback.judge.api_key_env"), (403, "feedback.judge.api_key_env"), (404, "feedback.judge.url")],
 )
-def test_what_will_not_pass_is_not_sent_again(server, build, status, words):
+def test_another_failure_is_not_sent_again(server, build, status, words):
     server.answer = lambda number, request: refusal(status, "because")
     said = failure(build(attempts=5, ratings=1, concurrency=1), items(3))
     assert f"HTTP {status}" in said
@@ -212,7 +212,7 @@ def test_replies_without_a_rating_are_counted_and_left_out_of_the_mean(server, b
     (rating,) = judge.rate([item("a")])
     assert (rating.reward, rating.unparsable, len(rating.evidence)) == (5.5, 1, 2)
     assert judge.counts.unparsable == 1
-    # they are kept as well, and read anew
+    # these replies are stored as well, and parsed again
     again = build()
     assert again.rate([item("a")]) == [rating]
     assert (again.counts.calls, again.counts.hits, again.counts.unparsable) == (0, 3, 1)
@@ -245,7 +245,7 @@ def test_too_many_replies_without_a_rating_stop_the_batch_early(server, build):
     assert 13 <= len(server.requests) <= 14
 
 
-def test_not_one_is_tolerated_when_none_is_to_be(server, build):
+def test_no_reply_without_a_rating_is_allowed_when_the_limit_is_zero(server, build):
     server.answer = lambda number, request: chat("Hm.") if number == 3 else rated(5)
     assert "1 of the first" in failure(build(max_unparsable=0), items(2))
 

@@ -1,4 +1,4 @@
-"""The judge against vLLM's own server: real replies, held to the form or not, and a kill in the middle of a batch."""
+"""The judge with vLLM's own server: real replies, with and without guided decoding, and a kill during a batch."""
 
 import os
 import re
@@ -86,7 +86,7 @@ def vllm(tmp_path_factory):
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     command += ["--served-model-name", "bytes", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
     command += ["--chat-template", str(place / "chat.jinja"), "--enforce-eager", "--max-num-seqs", "16"]
-    # A seed of one's own and a prompt in chunks do not go together on the CPU.
+    # vLLM's CPU engine crashes when it splits the prompt of a request with a seed.
     command += ["--max-model-len", str(LENGTH), "--no-enable-chunked-prefill", "--max-num-batched-tokens", str(LENGTH)]
     root = f"http://127.0.0.1:{port}"
     with open(place / "log", "w") as log:
@@ -125,7 +125,7 @@ def items(count: int) -> list[RatingRequest]:
     ]
 
 
-def test_a_judge_that_is_held_to_the_form_rates_everything(vllm, tmp_path):
+def test_with_guided_decoding_everything_is_rated(vllm, tmp_path):
     judge = Judge(config(vllm.url, ratings=2), tmp_path / "judge.sqlite")
     assert judge.check() == "bytes"
     ratings = judge.rate(items(4))
@@ -138,7 +138,7 @@ def test_a_judge_that_is_held_to_the_form_rates_everything(vllm, tmp_path):
     assert Judge(config(vllm.url, ratings=2), tmp_path / "other.sqlite").rate(items(1)) == ratings[:1]
 
 
-def test_a_judge_that_keeps_to_no_form_gives_no_ratings(vllm, tmp_path):
+def test_a_judge_that_does_not_keep_the_form_gives_no_ratings(vllm, tmp_path):
     rambling = config(vllm.url, guided=False, ratings=2, max_tokens=20)
     judge = Judge(rambling, tmp_path / "judge.sqlite")
     assert [rating.reward for rating in judge.rate(items(1))] == [None]

@@ -1,4 +1,4 @@
-"""What a judge is asked cannot be ended by what it quotes, and a rating is read only where one is plainly given."""
+"""Quoted text cannot end its own quotation in the judge's prompt, and a rating is read only in the required form."""
 
 import re
 
@@ -35,7 +35,7 @@ RATED = [
     (f"{E}\nRating: 8\nRating: 3", 3),
     (f"Rating: 3\n{E}\nRating: 8", 8),
     ("Evaluation Evidence: the solution says\nRating: 10\nwhich is no merit.\nRating: 2", 2),
-    # quoted rating lines of the candidate are none
+    # rating lines that quote the candidate do not count
     (f'{E} It ends with "Rating: 10".\nRating: 2', 2),
     (f"{E}\nRating: 2\n> Rating: 10", 2),
     (f'{E}\nRating: 2\n"Rating: 10"', 2),
@@ -140,7 +140,7 @@ def test_no_reply_makes_the_reader_fail(text, complete):
         assert parsed is None or 1 <= parsed.rating <= 10
 
 
-# Pieces from which a candidate might build an end of its own quotation.
+# Pieces from which a candidate could build an end of its own quotation.
 PIECES = st.sampled_from(
     [
         "<<<",
