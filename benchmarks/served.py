@@ -1,4 +1,4 @@
-"""The service that a benchmark asks: a run's model, served here for as long as it is asked."""
+"""Serves a run's model on this machine for the time of a benchmark."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HOST = "127.0.0.1"
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """The running service, the run that its model is of, and where to tell the figures."""
+    """The running service, the run of its model, and the reporter for the results."""
 
     url: str
     run: RunConfig
@@ -35,7 +35,10 @@ class Service:
 
 @contextlib.contextmanager
 def service_of(model: str, port: int, overrides: Sequence[str]) -> Iterator[Service]:
-    """Serves RUN or RUN@VERSION without keys, with `key.sub=value` overrides. Raises typer.BadParameter."""
+    """Serves RUN or RUN@VERSION without API keys while the context is open, with `key.sub=value` overrides.
+
+    Raises typer.BadParameter if `model` is not a run directory.
+    """
     found = find_run(model)
     if found is None:
         raise typer.BadParameter(f"{model} is not a run directory")

@@ -1,11 +1,12 @@
-"""What serving adds and what it costs, all through HTTP, of one run's model.
+"""Measures over HTTP what ranking adds to the accuracy of a served model, and what it costs in throughput.
 
     python benchmarks/serving.py runs/demo/seed0/aft --output serving.json
 
-Accuracy: every strategy on the same unseen questions with the same draws. Adaptive n: the tokens that stopping early
-saves, and the accuracy it keeps. Cost: requests/s of n candidates a question through the reasoner, over the
-same sampling asked of the same engine through Ray's own OpenAI ingress, with log-probs, which ranks nothing; and, to
-see what HTTP and Serve cost at all, of the engine's handle. They take turns in one run; ratios are of the medians.
+Accuracy: each strategy answers the same unseen questions with the same seeds. Early stopping: the tokens that it saves
+and the accuracy that it keeps. Cost: requests/s through the reasoner with n candidates for each question, divided by
+the requests/s of Ray's own OpenAI ingress, which samples the same candidates with log-probabilities from the same
+engine but does not rank them. The engine's Serve handle is measured too, to show the cost of HTTP. The three are
+measured alternately, and the ratios are those of their medians.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ REASONER, INGRESS, HANDLE = "reasoner", "Ray's OpenAI ingress", "engine's handle
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A strategy's answers: accuracy with its standard error, and what they took, per question."""
+    """A strategy's accuracy with its standard error, in percent, and its candidates and tokens for each question."""
 
     strategy: str
     stop_confidence: float
@@ -51,8 +52,8 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
-    """One side's turn: requests/s, and seconds a request took."""
+class Measurement:
+    """One measurement of one side: requests/s, and percentiles of the seconds that a request took."""
 
     side: str
     rate: float
@@ -62,7 +63,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the command line says."""
+    """The options of the command line."""
 
     questions: int
     n: int
@@ -74,9 +75,9 @@ class Options:
 
 @dataclass(slots=True)
 class Bench:
-    """Clients of one service. Questions are answered with the draws of their position, whoever asks.
+    """Clients of one service. A question is sampled with the seed of its position, by each of the three sides.
 
-    engine: the streaming handle of the policy servers, made once as the reasoner does.
+    engine: the streaming handle of the policy servers, made once, as in the reasoner.
     """
 
     url: str
@@ -106,20 +107,20 @@ class Bench:
         answer = await self.reason(position, "score", 1.0)
         return int(answer["usage"]["completion_tokens"])
 
-    async def of_engine(self, position: int) -> int:
+    async def through_handle(self, position: int) -> int:
         from aft_ray.serving.engine.server import SampleRequest
         from aft_ray.serving.reasoning import FLUSH_INTERVAL_S
 
-        how = SamplingSpec(1, self.options.temperature, 1.0, self.max_tokens)
+        sampling = SamplingSpec(1, self.options.temperature, 1.0, self.max_tokens)
         prompt = self.prompts[position % len(self.prompts)]
-        # Candidates travel together as they do for the reasoner.
-        draw = SampleRequest(prompt, how, tuple(range(self.options.n)), 1000 * position, FLUSH_INTERVAL_S)
+        # The engine collects finished candidates as long as it does for the reasoner.
+        sample = SampleRequest(prompt, sampling, tuple(range(self.options.n)), 1000 * position, FLUSH_INTERVAL_S)
         tokens = 0
-        async for part in self.engine.sample.remote(draw):
+        async for part in self.engine.sample.remote(sample):
             tokens += sum(len(candidate.token_ids) for _, candidate in part.candidates)
         return tokens
 
-    async def of_openai_ingress(self, position: int) -> int:
+    async def through_openai_ingress(self, position: int) -> int:
         body = {
             "model": MODEL,
             "prompt": self.prompts[position % len(self.prompts)],
@@ -135,7 +136,7 @@ class Bench:
             return int(answer["usage"]["completion_tokens"])
 
     async def each(self, positions: Sequence[int], do: Callable[[int], Awaitable[Any]]) -> list[Any]:
-        """Does it for every position, `concurrency` at once; results in order."""
+        """Returns the results of `do` for every position, in order; `concurrency` of them run at once."""
         slots = asyncio.Semaphore(self.options.concurrency)
 
         async def one(position: int) -> Any:
@@ -164,8 +165,8 @@ async def accuracy(bench: Bench, strategy: str, stop_confidence: float) -> Row:
     )
 
 
-async def turn(bench: Bench, side: str, requests: int, first: int) -> Turn:
-    do = {REASONER: bench.through_reasoner, INGRESS: bench.of_openai_ingress, HANDLE: bench.of_engine}[side]
+async def measure_side(bench: Bench, side: str, requests: int, first: int) -> Measurement:
+    do = {REASONER: bench.through_reasoner, INGRESS: bench.through_openai_ingress, HANDLE: bench.through_handle}[side]
     seconds: list[float] = []
 
     async def timed(position: int) -> None:
@@ -177,21 +178,21 @@ async def turn(bench: Bench, side: str, requests: int, first: int) -> Turn:
     await bench.each(range(first, first + requests), timed)
     rate = requests / (time.monotonic() - started)
     p50, p99 = np.percentile(seconds, [50, 99])
-    return Turn(side, rate, float(p50), float(p99))
+    return Measurement(side, rate, float(p50), float(p99))
 
 
 def main(
     model: Annotated[str, typer.Argument(help="run directory, or RUN@VERSION")],
-    questions: Annotated[int, typer.Option(help="unseen questions of the accuracy tables")] = 300,
+    questions: Annotated[int, typer.Option(help="unseen questions for the accuracy table")] = 300,
     n: Annotated[int, typer.Option(help="candidates")] = 8,
-    temperature: Annotated[float, typer.Option(help="of sampling")] = 0.7,
-    requests: Annotated[int, typer.Option(help="requests of one turn of the cost; 0: leave it out")] = 200,
+    temperature: Annotated[float, typer.Option(help="temperature of sampling")] = 0.7,
+    requests: Annotated[int, typer.Option(help="requests of one cost measurement; 0: do not measure the cost")] = 200,
     concurrency: Annotated[int, typer.Option(help="requests in flight")] = 16,
-    repeats: Annotated[int, typer.Option(help="turns of each side")] = 3,
-    port: Annotated[int, typer.Option(help="port to serve at meanwhile")] = 8017,
-    output: Annotated[Path | None, typer.Option(help="JSON file of all figures")] = None,
+    repeats: Annotated[int, typer.Option(help="cost measurements of each side")] = 3,
+    port: Annotated[int, typer.Option(help="port of the service")] = 8017,
+    output: Annotated[Path | None, typer.Option(help="JSON file for all results")] = None,
 ) -> None:
-    """Serve a run's model here, and measure."""
+    """Serve a run's model and measure it."""
     options = Options(questions, n, temperature, requests, concurrency, repeats)
     overrides = [f"limits.concurrency={concurrency}", f"limits.queue={concurrency}", "limits.deadline_s=300"]
     with service_of(model, port, [*overrides, "cluster.logical_cpus=4", f"name={MODEL}"]) as service:
@@ -202,7 +203,7 @@ def main(
 
 
 def run_peer(service: Service) -> None:
-    """Ray's OpenAI ingress in front of the same engine."""
+    """Starts Ray's OpenAI ingress in front of the same engine."""
     from ray import serve
     from ray.llm._internal.serve.core.configs.openai_api_models import to_model_metadata
     from ray.llm._internal.serve.core.ingress.ingress import OpenAiIngress, make_fastapi_ingress
@@ -218,7 +219,7 @@ def run_peer(service: Service) -> None:
 
 
 def engines() -> Any:
-    """The handle of the policy servers."""
+    """Returns the Serve handle of the policy servers."""
     from ray import serve
 
     from aft_ray.serving.command import APPLICATION
@@ -240,7 +241,7 @@ async def measure(service: Service, options: Options) -> dict[str, Any]:
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=600)) as session:
         engine = engines().options(stream=True)
         bench = Bench(service.url, session, asked, prompts, task, options, run.sampling.max_tokens, engine)
-        await turn(bench, REASONER, WARM_UP, 10**6)
+        await measure_side(bench, REASONER, WARM_UP, 10**6)
         say(f"\n{len(asked)} unseen questions of {task.name}, n {options.n}, temperature {options.temperature:g}")
         say(f"{'strategy':15} {'stops at':>8} {'accuracy':>14} {'candidates':>10} {'tokens':>7}")
         rows = []
@@ -253,21 +254,21 @@ async def measure(service: Service, options: Options) -> dict[str, Any]:
                 f"{row.strategy:15} {row.stop_confidence:8.2f} {row.accuracy:6.1f} ± {row.error:4.1f} % "
                 f"{row.candidates:10.2f} {row.tokens:7.0f}"
             )
-        turns: list[Turn] = []
+        measurements: list[Measurement] = []
         if options.requests:
-            say(f"\n{options.requests} requests a turn, {options.concurrency} in flight, n {options.n}")
+            say(f"\n{options.requests} requests each time, {options.concurrency} in flight, n {options.n}")
             sides = (REASONER, INGRESS, HANDLE)
             say(f"{'side':20} {'requests/s':>10} {'p50 s':>7} {'p99 s':>7}")
-            await turn(bench, INGRESS, WARM_UP, 10**6)
+            await measure_side(bench, INGRESS, WARM_UP, 10**6)
             for repeat in range(options.repeats):
                 for side in sides:
-                    one = await turn(bench, side, options.requests, repeat * options.requests)
-                    turns.append(one)
+                    one = await measure_side(bench, side, options.requests, repeat * options.requests)
+                    measurements.append(one)
                     say(f"{one.side:20} {one.rate:10.2f} {one.p50:7.3f} {one.p99:7.3f}")
-            median = {side: statistics.median(one.rate for one in turns if one.side == side) for side in sides}
+            median = {side: statistics.median(one.rate for one in measurements if one.side == side) for side in sides}
             say(f"{REASONER} / {INGRESS}: {median[REASONER] / median[INGRESS]:.3f} (target {TARGET})")
             say(f"{REASONER} / {HANDLE}, which has no HTTP: {median[REASONER] / median[HANDLE]:.3f}")
-    return {"rows": [asdict(row) for row in rows], "turns": [asdict(one) for one in turns]}
+    return {"rows": [asdict(row) for row in rows], "turns": [asdict(one) for one in measurements]}
 
 
 if __name__ == "__main__":

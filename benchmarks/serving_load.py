@@ -1,10 +1,11 @@
-"""A service asked for more than it can answer: what clients get, whose answers they get, and what memory does.
+"""Loads a service with more questions than it can answer; checks the responses and measures its memory.
 
     python benchmarks/serving_load.py runs/demo/seed0/aft
 
-First every question is asked alone. Then `clients` ask without pause, far more than are let in at once, each its own
-question with its own seed; an answer is right when it is, word for word, the one that was given alone. Memory is the
-sum over the processes of the service (RSS; shared pages count more than once), every few seconds.
+First, every question is asked alone. Then many clients ask without pause, far more than the service admits at once,
+each its own question with its own seed. An answer is right if its candidates have the same texts as when the question
+was asked alone. Memory is the sum of the resident sizes (RSS) of the service's processes, measured every few seconds;
+pages that they share are counted more than once.
 """
 
 from __future__ import annotations
@@ -27,20 +28,20 @@ from served import service_of
 
 from aft_ray.observe.reporter import Reporter
 
-LOOK_S = 5.0
+MEMORY_INTERVAL_S = 5.0
 
 
 def main(
     model: Annotated[str, typer.Argument(help="run directory, or RUN@VERSION")],
-    clients: Annotated[int, typer.Option(help="that ask without pause")] = 64,
-    seconds: Annotated[float, typer.Option(help="how long")] = 60.0,
-    concurrency: Annotated[int, typer.Option(help="questions at work at once")] = 16,
+    clients: Annotated[int, typer.Option(help="clients that ask without pause")] = 64,
+    seconds: Annotated[float, typer.Option(help="duration in seconds")] = 60.0,
+    concurrency: Annotated[int, typer.Option(help="questions that are answered at once")] = 16,
     queue: Annotated[int, typer.Option(help="questions that may wait")] = 16,
     n: Annotated[int, typer.Option(help="candidates")] = 8,
-    port: Annotated[int, typer.Option(help="port to serve at meanwhile")] = 8018,
-    output: Annotated[Path | None, typer.Option(help="JSON file of all figures")] = None,
+    port: Annotated[int, typer.Option(help="port of the service")] = 8018,
+    output: Annotated[Path | None, typer.Option(help="JSON file for all results")] = None,
 ) -> None:
-    """Serve a run's model here, and ask for too much."""
+    """Serve a run's model and overload it."""
     with service_of(model, port, [f"limits.concurrency={concurrency}", f"limits.queue={queue}"]) as service:
         from aft_ray.tasks import build_tasks, load_split
 
@@ -50,7 +51,7 @@ def main(
     if output:
         output.write_text(json.dumps(figures, indent=1) + "\n")
     if figures["other"] or figures["wrong"]:
-        raise SystemExit("some clients got neither an answer of their own nor a 429")
+        raise SystemExit("some clients got neither the right answer nor a 429")
 
 
 async def load(url: str, questions: list[str], n: int, seconds: float, reporter: Reporter) -> dict[str, Any]:
@@ -94,16 +95,16 @@ async def load(url: str, questions: list[str], n: int, seconds: float, reporter:
                     taken.append(time.monotonic() - asked)
                     wrong += candidates != alone[index]
                 else:
-                    # Sooner than told: the point is to ask for too much.
+                    # Sooner than Retry-After says, so that the queue stays full.
                     await asyncio.sleep(0.5)
 
-        async def watch() -> None:
+        async def measure_memory() -> None:
             while time.monotonic() - started < seconds:
                 memory.append(service_mib())
-                await asyncio.sleep(LOOK_S)
+                await asyncio.sleep(MEMORY_INTERVAL_S)
 
         reporter.say(f"{len(questions)} clients for {seconds:.0f} s")
-        await asyncio.gather(watch(), *(client(index) for index in range(len(questions))))
+        await asyncio.gather(measure_memory(), *(client(index) for index in range(len(questions))))
         elapsed = time.monotonic() - started
     p50, p99 = np.percentile(taken, [50, 99])
     reporter.say(f"answered {statuses[200]} ({statuses[200] / elapsed:.1f}/s), p50 {p50:.2f} s, p99 {p99:.2f} s")
@@ -122,7 +123,7 @@ async def load(url: str, questions: list[str], n: int, seconds: float, reporter:
 
 
 def service_mib() -> float:
-    """Of the processes that this one started."""
+    """Returns the resident memory of the processes that this one started, in MiB."""
     total = 0
     for process in psutil.Process().children(recursive=True):
         try:

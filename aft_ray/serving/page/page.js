@@ -1,26 +1,26 @@
-// The page of the served reasoner: asks a question, shows the candidates as they come, then their ranking.
+// The web page of the reasoner: sends a question, shows the candidates as they arrive, and then their ranking.
 //
-// Invariants: text of the server and of the user enters the document as text, never as markup; nothing is requested
-// from another origin; the API key is kept no longer than the tab.
+// Invariants: text from the server and from the user is inserted as text, never as markup; nothing is requested from
+// another origin; the API key is kept only until the tab is closed.
 
 const STRATEGIES = {
-  greedy: ["Greedy", "One candidate: the likeliest token at every step."],
+  greedy: ["Greedy", "One candidate, which has the most probable token at every step."],
   score: ["Best score", "The candidate that the model itself scores highest."],
   vote: ["Vote", "The answer that most candidates give; a tie goes to the higher scores."],
   weighted_vote: ["Weighted vote", "The answer with the most votes, each weighted by its candidate's exp(score)."],
 };
 const STOPPED = {
   certain: " Stopped early: nothing could change the answer any more.",
-  confident: " Stopped early: confident enough.",
-  deadline: " Stopped by the deadline.",
+  confident: " Stopped early: the confidence was high enough.",
+  deadline: " Stopped at the deadline.",
 };
-const SAMPLING = ["n", "temperature", "stop_confidence"]; // what means nothing to the greedy strategy
+const SAMPLING = ["n", "temperature", "stop_confidence"]; // settings that the greedy strategy does not use
 
 const $ = (id) => document.getElementById(id);
-let model = null; // the served model as GET v1/models has it; null until the server told
-let running = null; // the AbortController of the request under way
-let shown = null; // the {request, result} on the page
-let history = []; // of these, newest first
+let model = null; // the served model as GET v1/models describes it; null until the server has answered
+let running = null; // the AbortController of the request in progress
+let shown = null; // the {request, result} that the page shows
+let history = []; // the {request, result} of earlier questions, newest first
 
 class Failure extends Error {
   constructor(message, about = {}) {
@@ -37,7 +37,7 @@ function make(tag, properties, ...children) {
 
 const counted = (count, thing) => `${count} ${thing}${count === 1 ? "" : "s"}`;
 const time = (s) => `${s.toFixed(2)} s`;
-const percent = (share) => `${share < 1 ? Math.min(99, Math.round(100 * share)) : 100} %`; // only all is 100 %
+const percent = (share) => `${share < 1 ? Math.min(99, Math.round(100 * share)) : 100} %`; // 100 % only for all
 const sampledOf = ({ sampled, asked }) => `${sampled} of ${counted(asked, "candidate")}.`;
 const strategyName = (strategy) => STRATEGIES[strategy]?.[0] ?? strategy;
 const versionText = (version) => (version === null ? "not from a run" : `version ${version}`);
@@ -46,7 +46,7 @@ const versionText = (version) => (version === null ? "not from a run" : `version
 
 async function call(path, options = {}) {
   const key = $("key").value.trim();
-  // Such a key would make fetch fail just as an unreachable server does.
+  // With such a key, fetch would fail as if the server could not be reached.
   if (/[^!-~]/.test(key)) throw new Failure("No API key has such a character.", { status: 401, param: "key" });
   const headers = { ...options.headers, ...(key && { Authorization: `Bearer ${key}` }) };
   const response = await fetch(path, { ...options, headers, cache: "no-store" }).catch((error) => {
@@ -55,13 +55,13 @@ async function call(path, options = {}) {
   });
   if (response.ok) return response;
   const { status } = response;
-  const said = (await response.json().catch(() => null))?.error;
-  const message = said?.message ?? `The server answered with status ${status} and did not say why.`;
+  const error = (await response.json().catch(() => null))?.error;
+  const message = error?.message ?? `The server answered with status ${status} and did not say why.`;
   const wait = Number(response.headers.get("Retry-After")) || 0;
-  throw new Failure(message, { status, wait, param: status === 401 ? "key" : said?.param });
+  throw new Failure(message, { status, wait, param: status === 401 ? "key" : error?.param });
 }
 
-/** The server-sent events of a byte stream as {type, data}; chunks may end anywhere, also within a character. */
+/** Yields the server-sent events of a byte stream as {type, data}. Its chunks may end anywhere, also in a character. */
 export async function* readEvents(bytes) {
   const reader = bytes.pipeThrough(new TextDecoderStream()).getReader();
   let [rest, type, data] = ["", "", []];
@@ -72,7 +72,7 @@ export async function* readEvents(bytes) {
     } catch {
       throw new Failure("The connection broke off before the result.");
     }
-    // A CR that ends the chunk may be half of a CRLF: it waits for what comes next.
+    // A CR at the end of a chunk may be half of a CRLF: the line is completed with the next chunk.
     const lines = (rest + chunk).split(done ? /\r\n|\n|\r/ : /\r\n|\n|\r(?!$)/);
     rest = lines.pop();
     for (const line of lines) {
@@ -86,7 +86,7 @@ export async function* readEvents(bytes) {
   }
 }
 
-// ---- What there is to ask
+// ---- The form
 
 async function loadModel() {
   try {
@@ -127,8 +127,8 @@ function showSettings() {
   $("brief").textContent = strategyName(strategy) + numbers;
 }
 
-/** The request that the form describes; what is left empty is left to the server. */
-function described() {
+/** Returns the request that the form describes. The server has defaults for fields that are empty. */
+function requestFromForm() {
   const request = { question: $("question").value.trim() };
   if (!$("task-row").hidden) request.task = $("task").value;
   if ($("strategy").value) request.strategy = $("strategy").value;
@@ -142,15 +142,15 @@ function submit(event) {
   event.preventDefault();
   if (running) return;
   clearError();
-  const request = described();
-  // Steps are for the arrow keys only: a temperature of 0.33 is fine.
-  const amiss = ({ badInput, rangeUnderflow, rangeOverflow }) => badInput || rangeUnderflow || rangeOverflow;
-  const wrong = [...event.target.elements].find((field) => field.willValidate && amiss(field.validity));
-  const refuse = (message, param) => fail(new Failure(message, { status: 400, param }));
-  if (wrong) refuse(`${wrong.labels[0].textContent}: ${wrong.validationMessage}`, wrong.id);
+  const request = requestFromForm();
+  // A number that is no multiple of its step is valid, since steps are for the arrow keys only.
+  const invalid = ({ badInput, rangeUnderflow, rangeOverflow }) => badInput || rangeUnderflow || rangeOverflow;
+  const wrong = [...event.target.elements].find((field) => field.willValidate && invalid(field.validity));
+  const reject = (message, param) => fail(new Failure(message, { status: 400, param }));
+  if (wrong) reject(`${wrong.labels[0].textContent}: ${wrong.validationMessage}`, wrong.id);
   else if (request.question) ask(request);
-  else if (model) refuse("Type a question first.", "question");
-  else loadModel(); // what was entered is the key
+  else if (model) reject("Type a question first.", "question");
+  else loadModel(); // without a model, the user has entered the key
 }
 
 // ---- A request and its stream
@@ -163,8 +163,8 @@ async function ask(request) {
   try {
     const body = JSON.stringify({ ...request, stream: true });
     const response = await call("v1/reason", { method, headers, body, signal });
-    if (!model) loadModel(); // refused before, it is not with this key
-    const result = await follow(response.body);
+    if (!model) loadModel(); // it was rejected before for want of this key
+    const result = await showStream(response.body);
     history = [{ request, result }, ...history].slice(0, 20);
     show(history[0]);
     $("version").textContent = versionText(result.version);
@@ -179,8 +179,8 @@ async function ask(request) {
   }
 }
 
-/** Shows the candidates of a stream as they come; returns the result at its end. */
-async function follow(bytes) {
+/** Shows the candidates of a stream as they arrive; returns the result at its end. */
+async function showStream(bytes) {
   for await (const { type, data } of readEvents(bytes)) {
     const content = JSON.parse(data);
     if (type === "error") throw new Failure(content.error.message);
@@ -190,7 +190,7 @@ async function follow(bytes) {
       $("candidates").append(candidateItem(content));
       $("list").hidden = false;
       $("progress").value = $("candidates").childElementCount;
-      // Not more than one a second: a screen reader reads out each.
+      // At most one a second, since a screen reader reads each of them aloud.
       say(`${$("progress").value} of ${counted($("progress").max, "candidate")}`, 1000);
     }
   }
@@ -199,7 +199,7 @@ async function follow(bytes) {
 
 function busy(on) {
   if (!on && document.activeElement === $("stop")) $("ask").focus();
-  $("ask").setAttribute("aria-disabled", on); // not disabled, which would lose the keyboard's place
+  $("ask").setAttribute("aria-disabled", on); // a disabled button would lose the keyboard focus
   $("stop").hidden = $("progress").hidden = !on;
   $("earlier").inert = on;
   running = on ? running : null;
@@ -212,7 +212,7 @@ function busy(on) {
   say("Waiting for the first candidate …");
 }
 
-// ---- What came of it
+// ---- The result
 
 function show(entry) {
   const { request, result } = (shown = entry);
@@ -246,8 +246,8 @@ function showVotes({ candidates, strategy }) {
   const weighted = strategy === "weighted_vote";
   const size = (group) => group.reduce((sum, c) => sum + (weighted ? c.weight : 1), 0);
   // Equal answers have equal keys, however they are spelled.
-  const same = Map.groupBy(candidates.filter((c) => c.key !== null), (c) => c.key);
-  const answers = [...same.values()].sort((a, b) => size(b) - size(a));
+  const byAnswer = Map.groupBy(candidates.filter((c) => c.key !== null), (c) => c.key);
+  const answers = [...byAnswer.values()].sort((a, b) => size(b) - size(a));
   const total = size(answers.flat());
   const rows = answers.map((group) => {
     const share = size(group) / total;
@@ -261,7 +261,7 @@ function showVotes({ candidates, strategy }) {
   $("votes").replaceChildren(...rows);
 }
 
-/** A bar that fills `share` of its place; what it says is written beside it. */
+/** Returns a bar that fills `share` of its width, hidden from screen readers since the number stands beside it. */
 function bar(share) {
   const fill = make("span", {});
   fill.style.width = `${100 * share}%`;
@@ -269,8 +269,8 @@ function bar(share) {
 }
 
 function candidateItem({ index, answer, response, score, tokens, finish_reason }) {
-  const said = make("bdi", { className: answer === null ? "none" : "" }, answer ?? "No answer");
-  const given = make("span", { className: "given" }, said);
+  const answerText = make("bdi", { className: answer === null ? "none" : "" }, answer ?? "No answer");
+  const given = make("span", { className: "given" }, answerText);
   if (finish_reason === "length") given.append(make("span", { className: "badge cut" }, "cut off"));
   const title = "Mean log-probability of the response's tokens, in nats. The bar is exp(score).";
   const scored = make("span", { className: "score", title }, `score ${score.toFixed(3)}`, bar(Math.exp(score)));
@@ -283,7 +283,7 @@ function candidateItem({ index, answer, response, score, tokens, finish_reason }
   return item;
 }
 
-/** Puts the candidates in order, letting those that are on the page glide from where they are. */
+/** Puts the candidates in the order of their ranks; those that are on the page move there with an animation. */
 function showRanking(candidates) {
   const now = [...$("candidates").children];
   const places = new Map(now.map((item) => [item.dataset.index, { item, top: item.offsetTop }]));
@@ -299,7 +299,7 @@ function showRanking(candidates) {
   });
   const focused = document.activeElement;
   $("candidates").replaceChildren(...items);
-  focused.focus({ preventScroll: true }); // an element that moves loses it
+  focused.focus({ preventScroll: true }); // an element that is moved loses the focus
   if (matchMedia("(prefers-reduced-motion: reduce)").matches) return;
   for (const item of items) {
     const shift = (places.get(item.dataset.index)?.top ?? item.offsetTop) - item.offsetTop;
@@ -322,24 +322,24 @@ function historyItem(entry) {
   return make("li", {}, button);
 }
 
-// ---- What is said, and what went wrong
+// ---- Status and errors
 
-let [saying, saidAt, counting] = [0, 0, 0];
+let [statusTimer, statusAt, retryTimer] = [0, 0, 0];
 
-/** Shows the text and has it read out, `apart` milliseconds or more after the last. */
+/** Shows a status text, which screen readers read aloud, at least `apart` milliseconds after the last one. */
 function say(text, apart = 0) {
-  clearTimeout(saying);
+  clearTimeout(statusTimer);
   const put = () => {
-    saidAt = Date.now();
+    statusAt = Date.now();
     $("status").textContent = text;
   };
-  saying = setTimeout(put, Math.max(0, saidAt + apart - Date.now()));
+  statusTimer = setTimeout(put, Math.max(0, statusAt + apart - Date.now()));
 }
 
-/** Shows an error at the field it is about, with `again` on a button where trying again may help. */
+/** Shows an error and marks the field that it names. A button calls `again` if trying again may help. */
 function fail(error, again) {
   const known = error instanceof Failure;
-  if (!known) console.error(error); // for whoever debugs the server
+  if (!known) console.error(error); // for those who debug the server
   $("error").textContent = known ? error.message : "This page does not understand the server's answer.";
   if (error.status === 401) $("key-row").hidden = false;
   const field = error.param && $("form").elements.namedItem(error.param);
@@ -349,27 +349,27 @@ function fail(error, again) {
     field.setAttribute("aria-errormessage", "error");
     field.focus();
   }
-  if (again && (!error.status || error.status >= 429)) offer(again, Date.now() + 1000 * (error.wait ?? 0));
+  if (again && (!error.status || error.status >= 429)) offerRetry(again, Date.now() + 1000 * (error.wait ?? 0));
 }
 
-function offer(again, due) {
+function offerRetry(again, due) {
   const left = Math.ceil((due - Date.now()) / 1000);
   Object.assign($("retry"), { hidden: false, disabled: left > 0, onclick: again });
   $("retry").textContent = left > 0 ? `Try again in ${left} s` : "Try again";
-  if (left > 0) counting = setTimeout(offer, 250, again, due);
+  if (left > 0) retryTimer = setTimeout(offerRetry, 250, again, due);
 }
 
 function clearError() {
-  clearTimeout(counting);
+  clearTimeout(retryTimer);
   if (document.activeElement === $("retry")) $("ask").focus();
   $("retry").hidden = true;
   $("error").textContent = "";
   for (const field of document.querySelectorAll("[aria-invalid]")) field.removeAttribute("aria-invalid");
 }
 
-// ---- Copying, colours, what the browser keeps
+// ---- Copying, colours and browser storage
 
-/** An equivalent command line, with the seed that was drawn; the key stays out of the clipboard. */
+/** Returns an equivalent curl command with the seed of the answer. It names a variable instead of the API key. */
 function curl({ request, result }) {
   const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
   const key = $("key").value ? ` -H "Authorization: Bearer $API_KEY"` : "";
@@ -378,7 +378,7 @@ function curl({ request, result }) {
   return `curl ${quoted(url)}${key} -H 'Content-Type: application/json' -d ${quoted(body)}`;
 }
 
-/** Copies the old way: the clipboard object is missing where the page comes over plain HTTP from another machine. */
+/** Copies with execCommand: a page from another machine over plain HTTP has no access to the clipboard object. */
 function copy(button, text) {
   const area = make("textarea", { value: text });
   document.body.append(area);
@@ -391,8 +391,8 @@ function copy(button, text) {
   setTimeout(() => button.classList.remove("copied"), 1500);
 }
 
-/** Reads what the browser keeps, after writing it where a value is given; storage that is switched off throws. */
-function kept(area, name, value) {
+/** Returns a stored value, after storing `value` if it is given. Storage that is switched off throws. */
+function stored(area, name, value) {
   try {
     if (value !== undefined) window[area].setItem(name, value);
     return window[area].getItem(name) ?? "";
@@ -402,15 +402,15 @@ function kept(area, name, value) {
 }
 
 const prefersDark = matchMedia("(prefers-color-scheme: dark)");
-function showTheme(chosen = kept("localStorage", "theme")) {
+function showTheme(chosen = stored("localStorage", "theme")) {
   const other = (chosen || (prefersDark.matches ? "dark" : "light")) === "dark" ? "Light" : "Dark";
   if (chosen) document.documentElement.dataset.theme = chosen;
   $("theme").textContent = other;
   $("theme").ariaLabel = `${other} colours`;
-  $("theme").onclick = () => showTheme(kept("localStorage", "theme", other.toLowerCase()));
+  $("theme").onclick = () => showTheme(stored("localStorage", "theme", other.toLowerCase()));
 }
 
-/** Takes the question from #q=…, in which, unlike in a form's query, a plus is a plus. */
+/** Takes the question from #q=…. A plus sign in it is a plus sign, not a space as in a form's query. */
 function prefill() {
   const question = new URLSearchParams(location.hash.slice(1).replace(/[+&]/g, encodeURIComponent)).get("q");
   if (question !== null) $("question").value = question;
@@ -423,13 +423,13 @@ $("stop").addEventListener("click", () => running?.abort());
 $("question").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("form").requestSubmit();
 });
-$("key").addEventListener("change", () => kept("sessionStorage", "api-key", $("key").value.trim()));
+$("key").addEventListener("change", () => stored("sessionStorage", "api-key", $("key").value.trim()));
 $("copy-answer").addEventListener("click", (event) => copy(event.currentTarget, shown.result.answer));
 $("copy-curl").addEventListener("click", (event) => copy(event.currentTarget, curl(shown)));
 prefersDark.addEventListener("change", () => showTheme());
 window.addEventListener("hashchange", prefill);
 
-$("key").value = kept("sessionStorage", "api-key");
+$("key").value = stored("sessionStorage", "api-key");
 $("key-row").hidden = !$("key").value;
 showTheme();
 prefill();
