@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from aft_ray.verify.answers.latex import compare_latex
-from aft_ray.verify.answers.markup import MAX_ANSWER_LENGTH, normalize, quote, unwrap_answer
+from aft_ray.verify.answers.markup import MAX_ANSWER_LENGTH, comparable_text, quote, unwrap_answer
 from aft_ray.verify.answers.numbers import compare_numbers, read_number
 from aft_ray.verify.answers.options import read_option
 from aft_ray.verify.answers.yes_no import read_yes_no
@@ -65,7 +65,7 @@ def _compare_parsed(parse: Callable[[str], object], what: str, answer: str, gold
 
 
 def _compare_math(answer: str, gold: str) -> VerificationResult:
-    same_words = _WORDS.fullmatch(normalize(gold)) and normalize(answer) == normalize(gold)
+    same_words = _WORDS.fullmatch(comparable_text(gold)) and comparable_text(answer) == comparable_text(gold)
     if same_words or _without_spaces(answer) == _without_spaces(gold):
         return decided(True, answer)
     if read_number(answer) is not None and read_number(gold) is not None:
@@ -78,7 +78,7 @@ def _without_spaces(text: str) -> str:
 
 
 def _compare_texts(answer: str, gold: str) -> VerificationResult:
-    return decided(normalize(answer) == normalize(gold), answer)
+    return decided(comparable_text(answer) == comparable_text(gold), answer)
 
 
 _COMPARISONS: dict[Kind, Callable[[str, str], VerificationResult]] = {

@@ -56,8 +56,8 @@ def to_plain_notation(text: str) -> str:
     return unwrap_answer(text)
 
 
-def normalize(text: str) -> str:
-    """A form for comparison as text, without case, repeated spaces, a final full stop and brackets of a lone letter."""
+def comparable_text(text: str) -> str:
+    """The text without case, repeated spaces, a final full stop and brackets around a lone letter."""
     text = " ".join(to_plain_notation(text).casefold().split()).rstrip(".").rstrip()
     return re.sub(r"^\(([a-z])\)$", r"\1", text)
 

@@ -10,7 +10,7 @@ import re
 from fractions import Fraction
 from typing import NamedTuple
 
-from aft_ray.verify.answers.markup import MAX_ANSWER_LENGTH, normalize, quote, to_plain_notation
+from aft_ray.verify.answers.markup import MAX_ANSWER_LENGTH, comparable_text, quote, to_plain_notation
 from aft_ray.verify.result import VerificationResult, decided, undecided
 
 RELATIVE_TOLERANCE = Fraction(1, 10**6)
@@ -117,7 +117,7 @@ def compare_numbers(answer: str | None, gold: str) -> VerificationResult:
         return undecided(f"the answer has {len(answer)} characters")
     expected = read_quantity(gold)
     if expected is None:
-        return decided(normalize(answer) == normalize(gold), answer)
+        return decided(comparable_text(answer) == comparable_text(gold), answer)
     given = read_quantity(answer)
     if given is None:
         # An answer without any digit is not a number. One with digits may be right in a form that is unknown here.

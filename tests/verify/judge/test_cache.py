@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from aft_ray.verify.judge.cache import JudgeCacheFailed, JudgeCache, Reply, request_key
+from aft_ray.verify.judge.cache import JudgeCache, JudgeCacheFailed, Reply, request_key
 
 REPLY = Reply("Evaluation Evidence: über\nRating: 3", True, 100, 20)
 
