@@ -18,6 +18,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+from aft_ray.cluster.compat import start_serve_application
 from aft_ray.cluster.connect import connected
 from aft_ray.cluster.reservations import serving_reservations
 from aft_ray.config.run import ConfigError
@@ -134,7 +135,7 @@ def running_service(
         }
     )
     try:
-        serve._run(bound, name=APPLICATION, route_prefix="/", _blocking=False)
+        start_serve_application(bound, APPLICATION)
         deadline = time.monotonic() + config.engine.start_timeout_s
         reported = time.monotonic()
         while not ended.wait(0.5):

@@ -1,4 +1,4 @@
-"""One service for all tests that talk to one, started as a user would: starts are dear."""
+"""One running service for all tests that need one, since a start takes long. It is started by the command of a user."""
 
 import contextlib
 import os
@@ -30,7 +30,7 @@ def reasoner(tmp_path_factory) -> Iterator[Reasoner]:
     key = uuid.uuid4().hex
     keys.write_text(f"# of the tests\n{key}\n")
     mark = f"AFT_RAY_TEST_{uuid.uuid4().hex}"
-    temporary = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # socket paths must be short
+    temporary = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # the paths of sockets must be short
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "VLLM_", "AFT_"))}
     environment |= {
         mark: "1",

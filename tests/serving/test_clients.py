@@ -1,4 +1,4 @@
-"""The running service as clients know it that nobody here wrote: OpenAI's package, curl, httpx, a Prometheus scrape."""
+"""The running service, tested with clients from elsewhere: OpenAI's package, curl, httpx and a Prometheus scrape."""
 
 import contextlib
 import json
@@ -17,7 +17,7 @@ import openai
 import pytest
 from served import ENDLESS, ROOT, Reasoner
 
-# The first test waits for training and for the service.
+# The first test includes the training of the model and the start of the service.
 pytestmark = pytest.mark.timeout(900)
 ERROR_TYPES = {
     "invalid_request_error",
@@ -27,7 +27,7 @@ ERROR_TYPES = {
     "timeout_error",
     "server_error",
 }
-# Seconds of work, for a client that does not wait for its end.
+# A question that takes seconds, for clients that disconnect before its answer.
 LONG = {"question": ENDLESS, "n": 64, "max_tokens": 450, "temperature": 0.5, "stop_confidence": 1}
 
 
@@ -64,7 +64,7 @@ def events(http: httpx.Client, **body) -> list[tuple[str, dict]]:
 
 
 def in_common(one: dict, other: dict) -> set[int]:
-    """The indices that two answers have candidates of, which must be the same ones.
+    """Returns the indices that both answers have candidates of, and asserts that these candidates are equal.
 
     Scores may differ in their last digits with what else the engine is doing.
     """
@@ -90,7 +90,7 @@ def wait_for(condition, seconds: float = 20):
 
 
 def refused(answer: httpx.Response, status: int, *, param: str | None, says: str) -> None:
-    """OpenAI's error body, whose sentence says what is wrong."""
+    """Asserts that a response has OpenAI's error body, with `says` in its message."""
     assert answer.status_code == status, answer.text
     assert answer.headers["content-type"].startswith("application/json")
     assert set(answer.json()) == {"error"}
@@ -102,7 +102,7 @@ def refused(answer: httpx.Response, status: int, *, param: str | None, says: str
     assert "Traceback" not in answer.text
 
 
-# ── OpenAI's package ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── OpenAI's package ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def messages(question: str) -> list:
@@ -155,7 +155,7 @@ def test_openai_chat_streams_a_greedy_response_token_by_token(client, reasoner):
             pieces.append(chunk.choices[0].delta.content)
         usage = chunk.usage
     assert "".join(pieces) == whole.choices[0].message.content
-    # The end of the sequence is a token without text.
+    # The end-of-sequence token has no text.
     assert len(pieces) > usage.completion_tokens // 2
     assert usage == whole.usage
     assert whole.aft_ray["strategy"] == "greedy"
@@ -237,9 +237,9 @@ def test_openai_repeats_an_answer_by_its_seed(client, reasoner):
         )
         assert again.aft_ray["answer"] == first.aft_ray["answer"]
         both = in_common(first.aft_ray, again.aft_ray)
-        # A vote ends as soon as its winner is certain, whichever candidates are finished by then.
+        # A vote stops as soon as its winner is certain, with the candidates that are finished by then.
         assert both == set(range(8)) if strategy == "score" else both
-    # And another seed is another sample.
+    # Another seed gives other candidates.
     other = client.chat.completions.create(
         **how, seed=first.aft_ray["seed"] + 1000, extra_body={**more, "strategy": "score"}
     )
@@ -297,28 +297,28 @@ def test_openai_raises_an_authentication_error_for_a_wrong_key(reasoner):
         ({}, "prompt", ""),
     ],
 )
-def test_openai_prompts_that_are_none_are_refused_by_name(http, reasoner, prompt, param, says):
+def test_openai_invalid_prompts_are_rejected_by_name(http, reasoner, prompt, param, says):
     answer = http.post("/v1/completions", json={"model": reasoner.model, "prompt": prompt})
     refused(answer, 400, param=param, says=says)
     assert "function-after" not in answer.text
 
 
-# ── curl ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── curl ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def written_commands(text: str) -> list[str]:
-    """The curl commands in a document's blocks of code, each with its continued lines."""
+    """Returns the curl commands in the code blocks of a document, each with its continuation lines."""
     commands = []
     for block in re.findall(r"```\w*\n(.*?)```", text, flags=re.DOTALL):
         joined = block.replace("\\\n", " ")
-        # A quoted body may go over several lines.
+        # A quoted body may span several lines.
         commands += re.findall(r"^(?:\$ )?(curl (?:'[^']*'|\"[^\"]*\"|[^\n'\"])*)", joined, flags=re.MULTILINE)
     assert len(commands) == len(re.findall(r"^(?:\$ )?curl ", text, flags=re.MULTILINE))
     return commands
 
 
 def curl(command: str, reasoner: Reasoner, directory: Path) -> tuple[int, str, str]:
-    """Runs a command as it stands, but for address and model. Returns status, content type and body."""
+    """Runs a command with the service's address and model put in. Returns status, content type and body."""
     (directory / ".curlrc").write_text(
         f'silent\nmax-time = 120\nheader = "Authorization: Bearer {reasoner.key}"\n'
         'write-out = "\\n%{http_code} %{content_type}"\n'
@@ -353,7 +353,7 @@ def test_every_written_curl_command_works(reasoner, document, tmp_path):
             assert json.loads(body), command
 
 
-# ── /v1/reason ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── /v1/reason ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_an_answer_has_the_fields_of_the_contract(http, reasoner):
@@ -375,7 +375,7 @@ def test_an_answer_has_the_fields_of_the_contract(http, reasoner):
         assert row["weight"] == pytest.approx(math.exp(row["score"]))
         assert row["votes"] == sum(other["answer"] == row["answer"] for other in answer["candidates"])
     tokens = sum(row["tokens"] for row in answer["candidates"])
-    # Certain of its winner, the engine may have ended before the last candidate.
+    # The last candidate may have been ended because the winner was certain.
     assert answer["sampling"]["sampled"] == len(answer["candidates"]) in (3, 4)
     assert answer["usage"]["completion_tokens"] == tokens
     assert answer["response"] == answer["candidates"][0]["response"]
@@ -384,7 +384,7 @@ def test_an_answer_has_the_fields_of_the_contract(http, reasoner):
 
 
 def elected(strategy: str, rows: list[dict]) -> tuple[str | None, float]:
-    """The answer that a strategy elects of these candidates and the share it holds, worked out anew."""
+    """Returns the answer that a strategy chooses among these candidates, and its share; computed independently."""
     if strategy == "score":
         best = max(rows, key=lambda row: row["score"])
         return best["answer"], sum(math.exp(r["score"]) for r in rows if r["answer"] == best["answer"]) / sum(
@@ -401,7 +401,7 @@ def elected(strategy: str, rows: list[dict]) -> tuple[str | None, float]:
 
 
 @pytest.mark.parametrize("strategy", ["score", "vote", "weighted_vote"])
-def test_strategies_elect_what_their_candidates_say(http, reasoner, strategy):
+def test_strategies_choose_the_answer_of_their_candidates(http, reasoner, strategy):
     split = 0
     for problem in reasoner.problems[8:20]:
         answer = ask(http, problem, strategy=strategy, n=9, temperature=1.3, stop_confidence=1, seed=17)
@@ -411,11 +411,11 @@ def test_strategies_elect_what_their_candidates_say(http, reasoner, strategy):
         assert answer["confidence"] == pytest.approx(share, abs=1e-5)
         assert answer["agreement"] == pytest.approx(sum(row["answer"] == winner for row in rows) / len(rows), abs=1e-5)
         split += len({row["answer"] for row in rows}) > 1
-    # Else there was nothing to decide.
+    # Otherwise the strategies had nothing to decide.
     assert split >= 3
 
 
-def test_a_stream_tells_the_same_as_the_plain_answer(http, reasoner):
+def test_a_stream_has_the_same_content_as_the_whole_answer(http, reasoner):
     how = {"question": reasoner.problems[20], "n": 5, "strategy": "score", "stop_confidence": 1, "seed": 23}
     plain = ask(http, **how)
     told = events(http, **how)
@@ -451,7 +451,7 @@ def test_stopping_early_saves_candidates_and_changes_none(http, reasoner):
         assert indices(late) == set(range(24))
         assert in_common(early, late) == indices(early)
         if early["sampling"]["stopped"] == "confident":
-            # What was begun was finished: the first so many.
+            # The candidates of the waves were all finished, and they have the first indices.
             assert indices(early) == set(range(early["sampling"]["sampled"]))
             saved += 24 - early["sampling"]["sampled"]
             assert early["sampling"]["tokens_saved"] > 0
@@ -488,7 +488,7 @@ def test_greedy_is_one_candidate_and_needs_no_seed(http, reasoner):
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
-def test_what_cannot_be_done_is_refused_by_name(http, body, param, says, stream):
+def test_invalid_fields_are_rejected_by_name(http, body, param, says, stream):
     refused(
         http.post("/v1/reason", json={"question": "how many?", "stream": stream, **body}), 400, param=param, says=says
     )
@@ -519,24 +519,24 @@ def test_another_model_is_not_found(http, reasoner):
         (b'{"question": "' + b"x" * 300_000 + b'"}', "application/json", 413, "256 KiB"),
     ],
 )
-def test_bodies_that_are_no_requests_are_refused(http, path, content, kind, status, says):
+def test_invalid_bodies_are_rejected(http, path, content, kind, status, says):
     answer = http.post(path, content=content, headers={"Content-Type": kind})
     refused(answer, status, param=None, says=says)
 
 
-def test_a_long_body_of_unknown_length_is_refused(http):
+def test_a_long_body_of_unknown_length_is_rejected(http):
     def pieces():
         for _ in range(400):
             yield b" " * 1024
 
-    # A client may be told to stop sending before it reads why.
+    # The connection may be closed for sending before the client has read the response.
     with contextlib.suppress(httpx.WriteError):
         refused(http.post("/v1/reason", content=pieces()), 413, param=None, says="256 KiB")
 
 
 @pytest.mark.parametrize("number", [b"NaN", b"Infinity", b"-Infinity", b"1e999"])
 @pytest.mark.parametrize("field", ["temperature", "top_p", "stop_confidence", "n", "seed", "max_tokens"])
-def test_numbers_that_are_none_are_refused_by_name(http, field, number):
+def test_numbers_that_are_not_finite_are_rejected_by_name(http, field, number):
     body = b'{"question": "how many?", "%s": %s}' % (field.encode(), number)
     answer = http.post("/v1/reason", content=body, headers={"Content-Type": "application/json"})
     refused(answer, 400, param=field, says="finite number")
@@ -551,14 +551,14 @@ def test_numbers_that_are_none_are_refused_by_name(http, field, number):
         ("/v1/completions", b'{"prompt": "\\ud800"}', "prompt"),
     ],
 )
-def test_halves_of_characters_are_refused(http, reasoner, path, body, param):
+def test_halves_of_surrogate_pairs_are_rejected(http, reasoner, path, body, param):
     if path != "/v1/reason":
         body = body[:-1] + f', "model": "{reasoner.model}"}}'.encode()
     answer = http.post(path, content=body, headers={"Content-Type": "application/json"})
     refused(answer, 400, param=param, says="")
 
 
-def test_methods_and_paths_that_are_none_are_refused(http):
+def test_unknown_methods_and_paths_are_rejected(http):
     for answer in (http.get("/v1/reason"), http.put("/v1/reason", json={})):
         refused(answer, 405, param=None, says="method not allowed")
         assert answer.headers["allow"] == "POST"
@@ -566,10 +566,10 @@ def test_methods_and_paths_that_are_none_are_refused(http):
         refused(http.get(path), 404, param=None, says="not found")
 
 
-# ── clients that go away, and too many of them ───────────────────────────────────────────────────────────────────────
+# ── Disconnecting clients, and too many clients ───────────────────────────────────────────────────────────────────────
 
 
-def test_work_ends_with_its_client(http, reasoner):
+def test_sampling_ends_when_its_client_disconnects(http, reasoner):
     started = time.monotonic()
     ask(http, **LONG, seed=31)
     whole_s = time.monotonic() - started
@@ -597,8 +597,8 @@ def asked_s(http: httpx.Client, reasoner: Reasoner) -> float:
     return time.monotonic() - started
 
 
-def test_clients_that_go_away_leave_nothing_inside(http, reasoner):
-    """Working ones, waiting ones, and streams of both."""
+def test_clients_that_disconnect_release_their_slots(http, reasoner):
+    """Clients disconnect while their question is answered and while it waits, with and without a stream."""
     admitted = reasoner.concurrency + reasoner.queue
 
     def leave(number: int) -> None:
@@ -619,7 +619,7 @@ def test_clients_that_go_away_leave_nothing_inside(http, reasoner):
     assert len(answers) == admitted
 
 
-def test_a_full_queue_refuses_and_mixes_nothing_up(http, reasoner):
+def test_a_full_queue_rejects_questions_and_mixes_no_answers(http, reasoner):
     how = {"n": 3, "temperature": 1.0, "strategy": "score", "stop_confidence": 1}
     problems = reasoner.problems[:40]
     ready = threading.Barrier(len(problems))
@@ -646,7 +646,7 @@ def test_a_full_queue_refuses_and_mixes_nothing_up(http, reasoner):
         assert answers[seed].json()["answer"] == alone["answer"]
 
 
-# ── keys, and what is open ───────────────────────────────────────────────────────────────────────────────────────────
+# ── API keys ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -684,7 +684,7 @@ def test_keys_change_while_it_runs(reasoner):
 @pytest.mark.parametrize(
     "path", ["/health", "/ready", "/openapi.json", "/docs", "/", "/page.css", "/page.js", "/icon.svg"]
 )
-def test_what_needs_no_key(reasoner, path):
+def test_paths_that_need_no_key(reasoner, path):
     answer = httpx.get(reasoner.url + path)
     assert answer.status_code == 200
     assert answer.headers["x-content-type-options"] == "nosniff"
@@ -699,11 +699,11 @@ def test_the_documents_page_needs_nothing_from_elsewhere(reasoner):
         assert httpx.get(reasoner.url + part).status_code == 200, part
 
 
-# ── what is counted and written down ─────────────────────────────────────────────────────────────────────────────────
+# ── Metrics and the access log ────────────────────────────────────────────────────────────────────────────────────────
 
 
 def scrape(reasoner: Reasoner) -> dict[str, float]:
-    """The sums of our series in what Prometheus reads, each by its name and the labels that are ours."""
+    """Returns the sum of each of our metrics, by its name and our labels."""
     (port,) = reasoner.session.glob("metrics_export_port_*")
     text = httpx.get(f"http://127.0.0.1:{port.read_text().strip()}/metrics", timeout=60).text
     sums = defaultdict(float)
@@ -720,7 +720,7 @@ def test_prometheus_counts_what_was_asked(http, reasoner):
     too_long = 'ray_aft_ray_requests_total,route="/v1/reason",status="413"'
     ask(http, reasoner.problems[29], n=2, strategy="score", stop_confidence=1)
     wait_for(lambda: scrape(reasoner)[sampled_ones] > 0, 60)
-    # Ray passes counts on every few seconds: these are all of what went before.
+    # Ray exports metrics every few seconds: wait until all earlier requests are counted.
     before = settled(reasoner)
     for problem in reasoner.problems[30:33]:
         ask(http, problem, n=4, strategy="score", stop_confidence=1)
@@ -738,7 +738,7 @@ def test_prometheus_counts_what_was_asked(http, reasoner):
 
 
 def settled(reasoner: Reasoner) -> dict[str, float]:
-    """The counts, once they stay the same for longer than Ray takes to pass them on."""
+    """Returns the metrics once they have not changed for longer than Ray takes to export them."""
     last, since = scrape(reasoner), time.monotonic()
     deadline = time.monotonic() + 90
     while time.monotonic() - since < 12:
@@ -750,7 +750,7 @@ def settled(reasoner: Reasoner) -> dict[str, float]:
     return last
 
 
-def test_the_access_log_tells_what_was_done_and_nothing_that_was_said(http, reasoner):
+def test_the_access_log_has_no_text_of_questions_or_answers(http, reasoner):
     secret = "the pile of Zanzibar"
     answer = ask(http, secret, n=2, stop_confidence=1, strategy="score")
     http.post("/v1/reason", json={"question": secret, "colour": secret})

@@ -1,4 +1,4 @@
-"""What is served is what was measured: the same draws, scores and winners as `aft-ray evaluate`."""
+"""The service gives the same candidates, scores and winners as `aft-ray evaluate` for the same seeds."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ QUESTIONS, K, TEMPERATURE, MAX_TOKENS = 24, 5, 0.8, 40
 
 @pytest.fixture(scope="module")
 def measured(reasoner: Reasoner, tmp_path_factory) -> list[dict]:
-    """The answers of an evaluation of the served model, one row a question."""
+    """Returns the generations of an evaluation of the served model, one row for each question."""
     place = tmp_path_factory.mktemp("measured")
     config = {
         "run_dir": str(place / "run"),
@@ -52,7 +52,7 @@ def test_the_served_ranking_is_that_of_the_evaluation_for_the_same_seeds(reasone
     for row in measured:
         answer = served(reasoner, row, "score")
         drawn = sorted(answer["candidates"], key=lambda one: one["index"])
-        # Batches of other sizes add numbers in another order, which can, rarely, tip a draw.
+        # Batches of other sizes add numbers in another order, which rarely changes a sampled token.
         if [one["response"] for one in drawn] != [one["text"] for one in row["responses"]]:
             continue
         exact += 1

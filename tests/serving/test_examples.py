@@ -1,4 +1,4 @@
-"""Questions to try: a service starts whether or not a task has some."""
+"""Example questions for the page; a task without any does not prevent the start of a service."""
 
 from tiny import tiny_config
 

@@ -1,4 +1,4 @@
-"""The page of the served reasoner in a real browser, against a local server whose answers are scripted."""
+"""The reasoner's web page in a real browser, with a local server whose answers are scripted."""
 
 import json
 import os
@@ -53,7 +53,7 @@ def reasoner() -> Iterator[Reasoner]:
 
 @dataclass
 class Visits:
-    """Opens the page, and holds against it whatever a browser complains about."""
+    """Opens the page and collects everything that the browser complains about, which fails the test."""
 
     browser: Any
     reasoner: Reasoner
@@ -78,7 +78,7 @@ class Visits:
         return page
 
     def heard(self, message: Any) -> None:
-        # Every refusal and broken connection that a test scripts is logged by the browser itself.
+        # The browser itself logs each error response and lost connection that a test scripts.
         if message.type in ("error", "warning") and not message.text.startswith("Failed to load resource"):
             self.complaints.append(f"{message.type} {message.text}")
 
@@ -230,7 +230,7 @@ def test_settings_are_sent_as_they_stand(visit, reasoner):
 def test_greedy_has_nothing_to_sample(visit, reasoner):
     page = visit()
     page.locator("#settings > summary").click()
-    page.locator("#n").fill("65")  # too many, if it counted
+    page.locator("#n").fill("65")  # above the limit, which does not matter here
     page.locator("#strategy").select_option("greedy")
     for name in ("n", "temperature", "stop_confidence"):
         expect(page.locator(f"#{name}")).to_be_disabled()
@@ -375,7 +375,7 @@ def test_a_stream_that_arrives_byte_by_byte_gives_the_same_page(visit, reasoner,
     expect(page.locator(".response")).to_have_text(["né 😀 #### 39 €", "漢字"])
 
 
-# ---- Text of the server
+# ---- Text from the server
 
 
 def test_markup_from_anywhere_is_shown_as_text(visit, reasoner):
@@ -393,7 +393,7 @@ def test_markup_from_anywhere_is_shown_as_text(visit, reasoner):
     expect(page.locator("#facts")).to_contain_text(MARKUP)
     page.locator("#ask").click()
     expect(page.locator("#error")).to_have_text(MARKUP)
-    page.wait_for_timeout(200)  # a picture that fails to load would tell only now
+    page.wait_for_timeout(200)  # an image that fails to load raises its error only now
     after = page.evaluate("[document.scripts.length, document.images.length, document.querySelectorAll('b').length]")
     assert before == after == [1, 1, 0]
 
@@ -405,7 +405,7 @@ def test_the_page_never_writes_markup():
     assert not re.search(r"\sstyle=|\son\w+=|<style|https?://|<script(?![^>]*\ssrc=)", html)
 
 
-# ---- What goes wrong
+# ---- Errors
 
 
 def test_a_key_is_asked_for_when_the_server_wants_one(visit, reasoner):
@@ -428,7 +428,7 @@ def test_a_key_is_asked_for_when_the_server_wants_one(visit, reasoner):
     assert page.evaluate("[sessionStorage['api-key'], JSON.stringify({...localStorage})]") == ["s3cret", "{}"]
 
 
-def test_a_key_typed_with_a_question_also_tells_what_there_is(visit, reasoner):
+def test_a_key_typed_with_a_question_also_loads_the_model(visit, reasoner):
     reasoner.key = "s3cret"
     page = visit(ready=False)
     expect(page.locator("#key")).to_be_focused()
@@ -514,7 +514,9 @@ def test_whatever_ends_a_request_is_said_in_words(visit, reasoner, reply, said):
     expect(page.get_by_role("alert")).to_have_text(said)
     page.locator("#retry").click()
     answered(page)
-    visit.complaints[:] = [each for each in visit.complaints if "SyntaxError" not in each]  # logged on purpose
+    visit.complaints[:] = [
+        each for each in visit.complaints if "SyntaxError" not in each
+    ]  # the page logs this error on purpose
 
 
 def test_a_server_that_is_gone_is_said_in_words(visit):
@@ -574,7 +576,7 @@ def test_copying_works_where_the_browser_has_no_clipboard_object(visit):
     expect(page.locator("#question")).to_have_value("39")
 
 
-# ---- For everybody
+# ---- Accessibility
 
 
 def test_a_question_is_asked_and_stopped_and_read_by_keyboard_alone(visit, reasoner):
@@ -619,7 +621,7 @@ def test_a_candidate_that_moves_in_the_ranking_keeps_the_focus(visit, reasoner):
     expect(page.locator("#candidates > li[data-index='0'] summary")).to_be_focused()
 
 
-def test_nothing_moves_for_those_who_want_it_still(visit):
+def test_nothing_is_animated_if_the_user_prefers_reduced_motion(visit):
     moving = "document.getAnimations().length"
     init = "const play = Element.prototype.animate; window.played = 0;"
     init += "Element.prototype.animate = function (...all) { window.played++; return play.apply(this, all); };"
@@ -660,7 +662,7 @@ def test_the_page_works_where_storage_is_switched_off(visit):
 
 
 @pytest.mark.parametrize("width", [360, 1100])
-def test_nothing_sticks_out_whatever_the_model_writes(visit, reasoner, width):
+def test_no_text_of_the_model_overflows_the_page(visit, reasoner, width):
     long = [candidate(0, "9" * 300, -0.1, "x" * 3000), candidate(1, "word " * 60, -0.2, tokens=99999)]
     answer = result(long, explanation="e" * 500, model="m" * 80, seed=2**53 - 1)
     reasoner.model = {**MODEL, "id": "demo", "tasks": {"a" * 90: {"examples": ["q" * 300]}, "b": {"examples": []}}}
@@ -713,7 +715,7 @@ DANGLING = """() => [...document.querySelectorAll("*")].flatMap(each => ["for", 
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_stands_out_and_everything_has_a_name(visit, reasoner, scheme):
+def test_text_has_contrast_and_every_control_has_a_label(visit, reasoner, scheme):
     tasks = {"arithmetic": {"examples": EXAMPLES}, "gsm8k": {"examples": []}}
     reasoner.model = {**MODEL, "tasks": tasks}
     hold = Reply(pieces=[START, event("candidate", CANDIDATES[3])], hold=True)

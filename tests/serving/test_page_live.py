@@ -1,4 +1,4 @@
-"""The page against the real service, in a real browser."""
+"""The web page with the real service, in a real browser."""
 
 import pytest
 from chromium import ARGS, CHROMIUM

@@ -1,4 +1,4 @@
-"""What is wrong with `aft-ray serve` is said before anything starts."""
+"""Mistakes in the arguments of `aft-ray serve` are reported before anything starts."""
 
 import importlib
 import socket

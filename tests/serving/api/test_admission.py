@@ -9,7 +9,7 @@ from aft_ray.serving.api.admission import AdmissionQueue
 from aft_ray.serving.api.errors import ApiError
 
 
-def test_what_is_too_much_is_refused_at_once_and_told_when_to_come_again():
+def test_a_question_above_the_bounds_is_rejected_at_once_with_a_retry_after():
     async def all_of_it():
         admission = AdmissionQueue(LimitsConfig(concurrency=2, queue=3))
         release = asyncio.Event()
@@ -37,7 +37,7 @@ def test_what_is_too_much_is_refused_at_once_and_told_when_to_come_again():
     asyncio.run(all_of_it())
 
 
-def test_the_deadline_counts_while_waiting_and_who_goes_away_leaves_the_queue():
+def test_the_deadline_includes_the_wait_and_a_cancelled_question_leaves_the_queue():
     async def all_of_it():
         admission = AdmissionQueue(LimitsConfig(concurrency=1, queue=2))
         async with admission.admit(1):

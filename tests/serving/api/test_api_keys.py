@@ -9,7 +9,7 @@ from aft_ray.serving.api.api_keys import ApiKeys
 from aft_ray.serving.api.errors import ApiError
 
 
-def test_each_key_of_the_file_opens_and_nothing_else_does(tmp_path):
+def test_only_the_keys_of_the_file_are_accepted(tmp_path):
     (tmp_path / "keys").write_text("# of the team\nfirst\n\n second \n")
     keys = ApiKeys(AccessConfig(keys_file=str(tmp_path / "keys")))
     keys.check("Bearer first")
@@ -42,7 +42,7 @@ def test_without_keys_it_serves_only_when_told_to_be_open(tmp_path, monkeypatch)
     ApiKeys(AccessConfig(open=True)).check(None)
     monkeypatch.setenv("AFT_RAY_API_KEYS", "one,two")
     with pytest.raises(ApiError):
-        ApiKeys(AccessConfig(open=True)).check(None)  # keys that are there count
+        ApiKeys(AccessConfig(open=True)).check(None)  # keys are checked if there are any
     ApiKeys(AccessConfig()).check("Bearer two")
     with pytest.raises(ConfigError, match="cannot be read"):
         ApiKeys(AccessConfig(keys_file=str(tmp_path / "none")))

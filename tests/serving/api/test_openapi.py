@@ -1,4 +1,4 @@
-"""The API document against what the service does: schemathesis makes requests up from it, right ones and wrong ones."""
+"""The OpenAPI document describes the service: schemathesis generates valid and invalid requests from the document."""
 
 import httpx
 import pytest
@@ -8,7 +8,7 @@ from schemathesis import GenerationMode
 from schemathesis.specs.openapi import checks
 from served import Reasoner
 
-# The first test waits for training and for the service.
+# The first test includes the training of the model and the start of the service.
 pytestmark = pytest.mark.timeout(900)
 
 
@@ -48,14 +48,14 @@ def check(case: schemathesis.Case, reasoner: Reasoner) -> None:
     case.call_and_validate(
         headers={"Authorization": f"Bearer {reasoner.key}"},
         timeout=120,
-        # What the service takes is narrower than a schema can say (limits of this service, fields that go together), so
-        # that right requests may be refused.
+        # A schema cannot express all conditions, such as this service's limits and combinations of fields, so that the
+        # service may reject requests that are valid by the schema.
         excluded_checks=[checks.positive_data_acceptance],
     )
 
 
 def affordable(body: dict, model: str) -> None:
-    """Small numbers, and names that exist, so that what is asked is done, and done soon."""
+    """Makes the numbers small and the names valid, so that a question is answered, and soon."""
     for name, most in (("n", 3), ("best_of", 4), ("max_tokens", 4), ("max_completion_tokens", 4)):
         value = body.get(name)
         if isinstance(value, int) and not isinstance(value, bool) and value > most:
@@ -68,7 +68,7 @@ def affordable(body: dict, model: str) -> None:
         body["max_tokens"] = 4
 
 
-def test_every_reference_of_the_document_leads_somewhere(reasoner):
+def test_every_reference_in_the_document_is_defined(reasoner):
     document = httpx.get(f"{reasoner.url}/openapi.json").json()
 
     def references(part):

@@ -1,4 +1,4 @@
-"""What is written down of a request."""
+"""What the access log tells of a request."""
 
 from aft_ray.config.run import DataConfig
 from aft_ray.inference.request_parameters import SamplingSpec
@@ -27,7 +27,7 @@ def answer(strategy="vote", answers=("4711", "4711", "12", None)) -> Answer:
     return Answer("reason-1", 0, "m", ask, ReasoningResult(ranking, ordered, 2, "confident", 12, 0.5), 0.1, 0.6)
 
 
-def test_a_line_tells_of_the_work_and_neither_the_words_nor_the_key():
+def test_a_line_has_neither_the_text_nor_the_key():
     record = RequestRecord("/v1/reason", "Bearer hidden-key")
     record.add_question(QUESTION)
     record.add_answer(answer())
@@ -42,7 +42,7 @@ def test_a_line_tells_of_the_work_and_neither_the_words_nor_the_key():
     assert line["key"] != RequestRecord("/v1/reason", "Bearer other").to_json(False)["key"]
 
 
-def test_the_words_are_written_when_asked_for():
+def test_the_text_is_logged_when_it_is_asked_for():
     record = RequestRecord("/v1/reason", None)
     record.add_question(QUESTION)
     record.add_answer(answer())
