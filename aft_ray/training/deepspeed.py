@@ -11,6 +11,7 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,16 @@ def convert_to_universal(directory: str | Path, output: str | Path, timeout_s: f
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise LoadingError(f"{directory} cannot be converted for another number of workers: {reason}")
+
+
+def gathered(parameters: Sequence[torch.nn.Parameter]) -> contextlib.AbstractContextManager[Any]:
+    """A context in which ZeRO-3 parameters are whole on every rank. Does nothing for parameters that are whole."""
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return contextlib.nullcontext()
+    context: contextlib.AbstractContextManager[Any] = import_deepspeed().zero.GatheredParameters(
+        list(parameters), modifier_rank=None
+    )
+    return context
 
 
 def import_deepspeed() -> Any:

@@ -25,6 +25,7 @@ from aft_ray.storage.records import Group
 from aft_ray.storage.run_dir import RunDir
 from aft_ray.training import step
 from aft_ray.training.collate import collate
+from aft_ray.training.deepspeed import gathered
 from aft_ray.weights.broadcast.sender import Broadcast, BroadcastFailed, BroadcastStats
 from aft_ray.weights.export import write_adapter, write_model
 from aft_ray.weights.publish import ObjectStore, SharedStorage, Transport
@@ -70,6 +71,7 @@ def build_transport(config: RunConfig, coordinator: Any, rank: int) -> Transport
             config.weights.bucket_mib << 20,
             config.weights.timeout_s,
             gpu=config.training.gpus_per_worker > 0,
+            gather=gathered,
         )
 
     transports: dict[str, Callable[[], Transport]] = {
@@ -114,6 +116,7 @@ class WeightPublisher:
                 self.transport.put_shard,
                 self.rank,
                 getattr(torch, self.config.model.dtype),
+                gathered,
             )
             if self.rank != 0:
                 return None
@@ -150,7 +153,7 @@ class WeightPublisher:
         """Writes the adapter's directory. It comes first, so that a complete model directory always has one."""
         with tempfile.TemporaryDirectory(prefix="aft-ray-adapter-", dir=self.run_dir.staging()) as scratch:
             directory = Path(scratch) / "adapter"
-            write_adapter(engine.module, directory, self.rank)
+            write_adapter(engine.module, directory, self.rank, gathered)
             if self.rank == 0:
                 self.run_dir.store_directory(directory, self.run_dir.adapter(round_number))
 

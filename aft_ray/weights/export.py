@@ -1,15 +1,15 @@
-"""The trainer's weights as Hugging Face files: DeepSpeed's shards are gathered layer by layer and written.
+"""The trainer's weights as Hugging Face files: sharded parameters are gathered layer by layer and written.
 
 Invariants: no rank holds more than one gathered layer, and rank 0 one shard of the output in addition; a gathered layer
-is released only after its tensors were used. All ranks must call these functions together, since gathering a layer of
-ZeRO stage 3 is a collective operation.
+is released only after its tensors were used. All ranks must call these functions together, since gathering a
+layer that is sharded over the ranks is a collective operation.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,9 @@ from aft_ray.weights.broadcast.buckets import Layout
 
 # Gives a shard file that was just written to a transport; returns the transport's handle of it, None for none.
 PutShard = Callable[[Path], Any]
+
+# Opens a context in which parameters are whole on every rank; a collective operation when they are sharded.
+Gather = Callable[[Sequence[torch.nn.Parameter]], AbstractContextManager[Any]]
 
 # "model.layers.11.mlp.up_proj.weight" belongs to the layer "model.layers.11."
 _LAYER = re.compile(r"^(.*?\.\d+\.)")
@@ -55,17 +58,20 @@ def layer_groups(model: torch.nn.Module) -> list[list[tuple[str, torch.nn.Parame
     return list(groups.values())
 
 
-def gathered(parameters: list[torch.nn.Parameter]) -> AbstractContextManager[Any]:
-    """A context in which ZeRO-3 parameters are whole on every rank. Does nothing for parameters that are whole."""
-    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
-        return nullcontext()
-    import deepspeed
+def already_whole(parameters: Sequence[torch.nn.Parameter]) -> AbstractContextManager[Any]:
+    """The `Gather` of a model that is not sharded.
 
-    context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(parameters, modifier_rank=None)
-    return context
+    Raises:
+        ValueError: DeepSpeed's ZeRO stage 3 has sharded a parameter.
+    """
+    if any(hasattr(parameter, "ds_id") for parameter in parameters):
+        raise ValueError("ZeRO stage 3 has sharded this model; pass a function that gathers its parameters")
+    return nullcontext()
 
 
-def live_parameters(model: torch.nn.Module, keep: bool) -> Iterator[tuple[str, torch.Tensor]]:
+def live_parameters(
+    model: torch.nn.Module, keep: bool, gather: Gather = already_whole
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Every weight once, whole, on its device and in its dtype; one with an adapter is merged with it, in float32.
 
     A tensor must be used before the next one is asked for: its layer may be released then.
@@ -74,14 +80,16 @@ def live_parameters(model: torch.nn.Module, keep: bool) -> Iterator[tuple[str, t
         keep: whether this rank gets the tensors (rank 0); the other ranks only take part in gathering.
     """
     for group in layer_groups(model):
-        with gathered([parameter for _, parameter in group]):
+        with gather([parameter for _, parameter in group]):
             if keep:
                 yield from merged(model, group)
 
 
-def named_tensors(model: torch.nn.Module, dtype: torch.dtype, keep: bool) -> Iterator[tuple[str, torch.Tensor]]:
+def named_tensors(
+    model: torch.nn.Module, dtype: torch.dtype, keep: bool, gather: Gather = already_whole
+) -> Iterator[tuple[str, torch.Tensor]]:
     """The same weights as copies on the CPU, in `dtype`."""
-    for name, tensor in live_parameters(model, keep):
+    for name, tensor in live_parameters(model, keep, gather):
         yield name, tensor.to("cpu", dtype, copy=True)
 
 
@@ -96,7 +104,13 @@ def layout_of(model: torch.nn.Module, dtype: torch.dtype, bucket_bytes: int) -> 
 
 
 def write_model(
-    model: torch.nn.Module, directory: Path, shard_bytes: int, put_shard: PutShard, rank: int, dtype: torch.dtype
+    model: torch.nn.Module,
+    directory: Path,
+    shard_bytes: int,
+    put_shard: PutShard,
+    rank: int,
+    dtype: torch.dtype,
+    gather: Gather = already_whole,
 ) -> WrittenModel:
     """Writes config.json and the safetensors shards of a model on rank 0; the other ranks take part in gathering.
 
@@ -107,7 +121,7 @@ def write_model(
     """
     written = WrittenModel()
     if rank != 0:
-        for _ in named_tensors(model, dtype, keep=False):
+        for _ in named_tensors(model, dtype, False, gather):
             pass
         return written
     directory.mkdir(parents=True, exist_ok=True)
@@ -126,7 +140,7 @@ def write_model(
             written.handles.append(handle)
         shard.clear()
 
-    for name, tensor in named_tensors(model, dtype, keep=True):
+    for name, tensor in named_tensors(model, dtype, True, gather):
         if shard and size + tensor.nbytes > shard_bytes:
             flush()
             size = 0
@@ -145,7 +159,7 @@ def write_model(
     return written
 
 
-def write_adapter(model: Any, directory: Path, rank: int) -> None:
+def write_adapter(model: Any, directory: Path, rank: int, gather: Gather = already_whole) -> None:
     """Writes a model's LoRA adapter as a peft directory on rank 0; the other ranks take part in gathering.
 
     `peft.PeftModel.from_pretrained` loads it onto the model that training began from.
@@ -157,7 +171,7 @@ def write_adapter(model: Any, directory: Path, rank: int) -> None:
         adapters = [(name, parameter) for name, parameter in group if is_adapter(name)]
         if not adapters:
             continue
-        with gathered([parameter for _, parameter in adapters]):
+        with gather([parameter for _, parameter in adapters]):
             if rank == 0:
                 tensors |= {stored_name(name): one.detach().to("cpu", copy=True) for name, one in adapters}
     if rank == 0:

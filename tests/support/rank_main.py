@@ -61,8 +61,10 @@ def weights(engine):
 
 def export(engine, directory, rank):
     """Writes the merged model and the adapter, as a round does."""
-    write_model(engine.module, directory / "model", 40_000, SharedStorage().put_shard, rank, torch.float32)
-    write_adapter(engine.module, directory / "adapter", rank)
+    write_model(
+        engine.module, directory / "model", 40_000, SharedStorage().put_shard, rank, torch.float32, deepspeed.gathered
+    )
+    write_adapter(engine.module, directory / "adapter", rank, deepspeed.gathered)
 
 
 def train_adapters(work, stage, groups, rank, ranks):

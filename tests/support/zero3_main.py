@@ -54,7 +54,7 @@ class Control:
 def stream(module: torch.nn.Module, rank: int, output: Path) -> None:
     control = Control()
     for version, timeout_s in ((1, 60), (2, 2)):
-        transport = Broadcast(control, rank, torch.float32, 40_000, timeout_s, gpu=False)
+        transport = Broadcast(control, rank, torch.float32, 40_000, timeout_s, False, deepspeed.gathered)
         if rank == 0:
             manifest = VersionManifest(version, str(output), (), ())
             control.manifests[version] = transport.add_to_manifest(manifest, [], module)
@@ -77,7 +77,9 @@ def main(rank: int, port: str, model: str, output: Path) -> None:
     dist.init_process_group("gloo", rank=rank, world_size=2)
     engine = deepspeed.build_engine(model, ModelConfig(name=model, dtype="float32"), TrainingConfig(zero_stage=3))
     assert all(parameter.numel() == 0 for parameter in engine.module.parameters())
-    written = write_model(engine.module, output, 40_000, SharedStorage().put_shard, rank, torch.float32)
+    written = write_model(
+        engine.module, output, 40_000, SharedStorage().put_shard, rank, torch.float32, deepspeed.gathered
+    )
     assert (written.shards == []) is (rank == 1)
     stream(engine.module, rank, output)
     assert all(parameter.numel() == 0 for parameter in engine.module.parameters())

@@ -19,7 +19,7 @@ from aft_ray.cluster.compat import nccl_process_group
 from aft_ray.coordination.broadcast_group import BroadcastGroup
 from aft_ray.weights.broadcast.buckets import Layout, ProcessGroup, Wait, send
 from aft_ray.weights.broadcast.gloo_group import GlooGroup, missing_ranks, open_store
-from aft_ray.weights.export import layout_of, live_parameters
+from aft_ray.weights.export import Gather, already_whole, layout_of, live_parameters
 from aft_ray.weights.publish import SharedStorage
 from aft_ray.weights.receive_plan import BroadcastOffer
 from aft_ray.weights.version_manifest import VersionManifest
@@ -85,10 +85,17 @@ class Broadcast(SharedStorage):
     """
 
     def __init__(
-        self, control: BroadcastControl, rank: int, dtype: torch.dtype, bucket_bytes: int, timeout_s: float, gpu: bool
+        self,
+        control: BroadcastControl,
+        rank: int,
+        dtype: torch.dtype,
+        bucket_bytes: int,
+        timeout_s: float,
+        gpu: bool,
+        gather: Gather = already_whole,
     ) -> None:
         self._control, self._rank, self._dtype = control, rank, dtype
-        self._bucket_bytes, self._timeout_s = bucket_bytes, timeout_s
+        self._bucket_bytes, self._timeout_s, self._gather = bucket_bytes, timeout_s, gather
         self._open_sender: type[GlooSender] | type[NcclSender] = NcclSender if gpu else GlooSender
         self._offered: tuple[Sender, Layout] | None = None  # for the version that was published last
         self._finished: Sender | None = None  # everything is sent
@@ -116,7 +123,7 @@ class Broadcast(SharedStorage):
             if offered is not None:
                 offered[0].destroy()
             return
-        tensors = live_parameters(module, keep=self._rank == 0)
+        tensors = live_parameters(module, self._rank == 0, self._gather)
         try:
             if offered is not None:
                 self._send(*offered, tensors, group)
