@@ -1,4 +1,4 @@
-"""Model configs for tests of the plan's arithmetic."""
+"""Model configs for tests of `aft-ray plan`."""
 
 from transformers import AutoConfig
 

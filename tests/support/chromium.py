@@ -1,4 +1,4 @@
-"""The browser that the page is tested in, and how it is started without a screen or a network."""
+"""The browser for tests of the web page, and its options for a machine without a screen and a network."""
 
 from pathlib import Path
 

@@ -1,4 +1,7 @@
-"""The receiving end of a stream, as a process: `gloo_peer.py PORT RANK THRESHOLD;SHAPE;... lives|dies`."""
+"""A process that receives a broadcast of weights: `gloo_peer.py PORT RANK THRESHOLD;SHAPE;... lives|dies`.
+
+With `dies`, it ends after the third tensor.
+"""
 
 import os
 import sys

@@ -1,6 +1,6 @@
-"""Several hosts on one machine: each a network namespace with a hostname, an address and a /tmp/ray of its own.
+"""Several hosts on one machine. Each is a network namespace with its own hostname, address and /tmp/ray.
 
-What crosses between them crosses a (virtual) network. Needs root and iproute2; `hosts_missing` says what is not there.
+The hosts communicate over a virtual network. They need root and iproute2; `hosts_missing` says what is missing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-HOSTS_FILES = Path("/etc/netns")  # `ip netns exec NAME` shows the files below NAME as if they were in /etc
+HOSTS_FILES = Path("/etc/netns")  # `ip netns exec NAME` shows the files below NAME in /etc.
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,13 @@ class Host:
     ray_directory: str
 
     def command(self, *arguments: str) -> list[str]:
-        """The command as it must be started to run on this host."""
+        """The command line that runs a command on this host."""
         own = f'hostname {self.name} && mount --bind {self.ray_directory} /tmp/ray && exec "$@"'
         return ["ip", "netns", "exec", self.namespace, "unshare", "--uts", "--mount", "sh", "-c", own, "sh", *arguments]
 
 
 def hosts_missing() -> str | None:
-    """Why this machine cannot have hosts of its own; None when it can."""
+    """Why this machine cannot have such hosts; None when it can."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     if not all(map(shutil.which, ("ip", "unshare"))):
@@ -48,7 +48,7 @@ def hosts_missing() -> str | None:
 
 @contextlib.contextmanager
 def hosts(count: int) -> Iterator[list[Host]]:
-    """So many hosts on a network of their own, 10.77.0.0/24. Processes on them are the caller's to end."""
+    """`count` hosts on their own network, 10.77.0.0/24. The caller must end the processes that it starts on them."""
     mark = uuid.uuid4().hex[:6]
     bridge = f"br-{mark}"
     Path("/tmp/ray").mkdir(exist_ok=True)
@@ -72,7 +72,7 @@ def hosts(count: int) -> Iterator[list[Host]]:
                 ("link", "set", "lo", "up"),
                 ("addr", "add", f"{host.address}/24", "dev", "eth0"),
                 ("link", "set", "eth0", "up"),
-                # Ray looks for its own address by the way to the outside.
+                # Ray finds its own address by the default route.
                 ("route", "add", "default", "dev", "eth0"),
             ):
                 _ip("-netns", host.namespace, *arguments)

@@ -21,12 +21,12 @@ from aft_ray.training.loading import LoadingError, load_model
 
 
 def resident() -> int:
-    """Resident memory of this process in bytes, mapped files included."""
+    """The resident memory of this process in bytes, including mapped files."""
     return int(re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) << 10
 
 
 class Peak:
-    """Measures by how much the resident memory of this process grows at most inside the context, in bytes."""
+    """A context that measures the largest growth of this process's resident memory, in bytes."""
 
     def __enter__(self):
         self.before = self.highest = resident()
@@ -67,9 +67,8 @@ def main(rank: int, port: str, work: Path) -> None:
     dist.init_process_group("gloo", rank=rank, world_size=2)
     engines.import_deepspeed()
     outcomes = {}
-    for directory in sorted(
-        work.iterdir()
-    ):  # the first is small, so that imports are done before a large one is measured
+    # The first model is small, so that imports are complete before a large one is measured.
+    for directory in sorted(work.iterdir()):
         if not directory.is_dir():
             continue
         dtype = "bfloat16" if directory.name.endswith("bfloat16") else "float32"

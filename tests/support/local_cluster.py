@@ -17,13 +17,20 @@ from processes import carriers, free_ports, wait_for
 
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 START_S = 400
-# What `ray start --block` says once the node is up.
+# `ray start --block` writes this when the node is up.
 _UP = "--block"
 
 
 @dataclass
 class LocalCluster:
-    """gcs, dashboard: the head's addresses. environment: to use them in. mark: in every process's environment."""
+    """A running cluster.
+
+    Attributes:
+        gcs: The address of the head's GCS.
+        dashboard: The address of the head's dashboard.
+        environment: The environment variables for processes that use the cluster.
+        mark: The name of a variable in the environment of every process of the cluster.
+    """
 
     gcs: str
     dashboard: str
@@ -34,7 +41,7 @@ class LocalCluster:
     nodes: list[subprocess.Popen] = field(default_factory=list)
 
     def add_node(self, *prefix: str, **environment: str) -> subprocess.Popen:
-        """A worker node, started through the command `prefix`, with variables of its own."""
+        """Starts a worker node with the command `prefix` before its own command, and with additional variables."""
         agent, metrics, runtime, grpc = free_ports(4)
         start = [
             "start", "--block", f"--address={self.gcs}", "--node-ip-address=127.0.0.1", "--num-cpus=1",
@@ -58,9 +65,9 @@ class LocalCluster:
 
 @contextlib.contextmanager
 def local_cluster(num_cpus: int) -> Iterator[LocalCluster]:
-    """A head with `num_cpus`; all of it is gone at the end."""
+    """Starts a head node with `num_cpus` CPUs. At the end, all processes and files of the cluster are removed."""
     mark = f"AFT_RAY_TEST_{uuid.uuid4().hex}"
-    temporary = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # socket paths must be short
+    temporary = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # Socket paths must be short.
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "VLLM_"))}
     environment |= {
         mark: "1",

@@ -1,4 +1,4 @@
-"""An S3 server for tests, reached over HTTP as any other."""
+"""An S3 server for tests, which is reached over HTTP."""
 
 import contextlib
 import os
@@ -20,7 +20,7 @@ CREDENTIALS = {
 
 @contextlib.contextmanager
 def s3_server(log: str) -> Iterator[str]:
-    """Yields the options of an s3:// URI that lead to a new server with a bucket called `bucket`."""
+    """Starts a server with a bucket named `bucket`. Yields the options of an s3:// URI for this server."""
     (port,) = free_ports(1)
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     with open(log, "w") as output:

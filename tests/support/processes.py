@@ -1,4 +1,4 @@
-"""What tests need to know of ports, servers and processes."""
+"""Helpers for tests that use ports, servers and processes."""
 
 import contextlib
 import os
@@ -26,12 +26,12 @@ def free_ports(count: int) -> list[int]:
 
 
 class _Server(ThreadingHTTPServer):
-    request_queue_size = 128  # with the default of 5 a busy machine drops connections
+    request_queue_size = 128  # With the default of 5, a busy machine drops connections.
 
 
 @contextmanager
 def http_server(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
-    """A server in threads of this process, until the end. Yields its URL, without a slash at its end."""
+    """A server in threads of this process. Yields its URL, which has no slash at its end."""
     with _Server(("127.0.0.1", 0), handler) as http:
         thread = threading.Thread(target=http.serve_forever, args=(0.05,), daemon=True)
         thread.start()
@@ -43,7 +43,7 @@ def http_server(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
 
 
 def wait_for(condition: Callable[[], bool], seconds: float, what: str, process: subprocess.Popen, log: Path) -> None:
-    """Waits for what a process is to do. Fails with the end of its log when it ends first, or not in time."""
+    """Waits for a condition. Fails with the end of the log when the process ends first or the time is over."""
     deadline = time.monotonic() + seconds
     while not condition():
         said = log.read_text()[-3000:]
@@ -53,7 +53,7 @@ def wait_for(condition: Callable[[], bool], seconds: float, what: str, process: 
 
 
 def carriers(mark: str) -> list[int]:
-    """The live processes that inherited a mark in their environment."""
+    """The pids of the live processes that have a mark in their environment."""
     found = []
     for entry in filter(str.isdigit, os.listdir("/proc")):
         try:
@@ -65,10 +65,10 @@ def carriers(mark: str) -> list[int]:
 
 
 def descendants(name: str) -> list[int]:
-    """The live processes of this process's own Ray that carry a name, as Ray and vLLM give them one."""
+    """The pids of this process's live descendants that have `name` in their name or command line."""
     found = []
     for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+        with contextlib.suppress(psutil.Error):  # The process has ended.
             if name in process.name() or name in "".join(process.cmdline()):
                 found.append(process.pid)
     return found

@@ -1,4 +1,4 @@
-"""Run directories whose storage misbehaves when checkpoints are copied there."""
+"""Run directories whose storage is slow or full when checkpoints are copied to it."""
 
 import time
 
@@ -8,7 +8,7 @@ SECONDS = 5.0
 
 
 class SlowRunDir(RunDir):
-    """Takes seconds for each, as remote storage does. Ray's workers get one too: it is pickled as what it is."""
+    """Takes `SECONDS` for each copy, as remote storage may. It keeps its class when it is pickled for Ray's workers."""
 
     def __reduce__(self):
         return SlowRunDir, (self._uri, self._given)
@@ -19,7 +19,7 @@ class SlowRunDir(RunDir):
 
 
 class FullRunDir(RunDir):
-    """Has no room for the checkpoint of round 1."""
+    """Has no space for the checkpoint of round 1."""
 
     def __reduce__(self):
         return FullRunDir, (self._uri, self._given)

@@ -10,7 +10,7 @@ LENGTH = 160
 
 
 def tiny_tree(run_dir: Path, model: Path, /, **sections: Any) -> dict:
-    """A run small enough for a test, as the nested dict of its config; `sections` are merged in."""
+    """The config of a run small enough for a test, as a nested dict, with `sections` merged into it."""
     tree = {
         "run_dir": str(run_dir),
         "model": {"name": str(model), "dtype": "float32", "max_length": LENGTH},

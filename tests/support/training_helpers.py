@@ -1,4 +1,4 @@
-"""A tiny random Llama and groups for it, the same in every process."""
+"""A tiny random Llama and groups for it. They are the same in every process."""
 
 import random
 
@@ -7,11 +7,11 @@ from aft_ray.storage.records import Candidate, Group, Question, Verdict
 from aft_ray.training.batching import group_size, plan_pass
 
 VOCABULARY, PAD = 64, 0
-POISON = 63  # a token of no group but `poisoned_group`
+POISON = 63  # Only `poisoned_group` has this token.
 
 
 def write_tiny_llama(directory, *, tied=False, poisoned=False):
-    """A random model with head size 32. poisoned: the embedding of POISON is NaN."""
+    """Writes a random model with head size 32. With `poisoned`, the embedding of POISON is NaN."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -36,7 +36,7 @@ def write_tiny_llama(directory, *, tied=False, poisoned=False):
 
 
 def make_group(name, prompt, reference, candidates):
-    """candidates: (token ids, verdict) each."""
+    """A group for a prompt and a reference in token ids; `candidates` are (token ids, verdict) each."""
     question = Question(name, "text", "reference", "gold", "test")
     made = [
         Candidate(ids, -4.0 - len(ids), "stop", "text", None, v, float(v is Verdict.RIGHT)) for ids, v in candidates
@@ -45,7 +45,7 @@ def make_group(name, prompt, reference, candidates):
 
 
 def random_groups(count, *, k=4, seed=0):
-    """Groups of varied lengths; some are all right, all wrong, undecided in part, or hold repeated candidates."""
+    """Groups of different lengths. Some are all right, all wrong or partly undecided, or have repeated candidates."""
     source = random.Random(seed)
 
     def ids(low, high):
