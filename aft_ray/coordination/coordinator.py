@@ -1,9 +1,9 @@
 """The coordinator: an actor through which the driver and the train workers of a run tell each other what is done.
 
 The driver tells it that a round is ready and which engines receive a broadcast; the train workers tell it that a
-version is published, that their GPUs are free, and what they measured. Invariants: nothing durable is kept here, after
-a restart the driver publishes again what the ledger says; every wait has a deadline; a failure of one side ends all
-waits of the other at once.
+version is published, that their GPUs are free, and what they measured. Invariants: it keeps nothing durable, since a
+run that starts again learns everything from the ledger; every wait has a deadline; a failure of one side ends all waits
+of the other at once.
 """
 
 from __future__ import annotations

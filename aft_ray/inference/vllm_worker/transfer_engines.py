@@ -7,6 +7,8 @@ process, registers both. Invariant: each broadcast has a process group of its ow
 
 from __future__ import annotations
 
+import socket
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +21,7 @@ from aft_ray.weights.broadcast.gloo_group import GlooGroup, connect_store
 
 _NcclEngine: Any
 _NcclInitInfo: Any
-_NcclEngine, _NcclInitInfo, _ = nccl_weight_transfer()
+_NcclEngine, _NcclInitInfo = nccl_weight_transfer()
 
 
 @dataclass(kw_only=True)
@@ -37,6 +39,7 @@ class NcclBroadcastEngine(_NcclEngine):  # type: ignore[misc]
     def init_transfer_engine(self, init_info: BroadcastInitInfo) -> None:
         """Leaves the group of the broadcast before, if it is still there, and joins the new one."""
         self.shutdown()
+        wait_until_listening(init_info.master_address, init_info.master_port, init_info.timeout_s)
         super().init_transfer_engine(init_info)
 
 
@@ -80,3 +83,26 @@ class GlooBroadcastEngine(_NcclEngine):  # type: ignore[misc]
         """Completes the layers."""
         super().finish_weight_update()
         repack_tied_heads(self.model)
+
+
+def wait_until_listening(address: str, port: int, timeout_s: float) -> None:
+    """Waits until train worker 0 has opened the store of a NCCL group.
+
+    vLLM waits for it with a deadline of its own, which may be later than the one of the phase.
+
+    Raises:
+        TimeoutError: the store was not opened in time.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        left_s = deadline - time.monotonic()
+        try:
+            socket.create_connection((address, port), timeout=max(0.1, left_s)).close()
+        except OSError as error:
+            if left_s <= 0:
+                raise TimeoutError(
+                    f"train worker 0 did not open its store at {address}:{port} within {timeout_s:.0f} s"
+                ) from error
+            time.sleep(min(0.2, left_s))
+        else:
+            return

@@ -184,14 +184,20 @@ def test_vllm_opens_its_store_on_the_port_that_the_trainer_reserved():
 
     from vllm.distributed.utils import StatelessProcessGroup
 
+    from aft_ray.inference.vllm_worker.transfer_engines import wait_until_listening
+
     with reserve_port() as reservation, ThreadPoolExecutor() as threads:
         port = reservation.getsockname()[1]
+        with pytest.raises(TimeoutError, match="train worker 0 did not open its store"):
+            wait_until_listening("127.0.0.1", port, 0.3)
+        waiting = threads.submit(wait_until_listening, "127.0.0.1", port, DEADLINE)
         engine = threads.submit(StatelessProcessGroup.create, "127.0.0.1", port, 1, 2)
         with pytest.raises(OSError, match="in use"), socket.socket() as other:
             other.bind(("", port))
         trainer = StatelessProcessGroup.create("0.0.0.0", port, 0, 2)
         trainer.send_obj("weights", 1)
         assert engine.result(DEADLINE).recv_obj(0) == "weights"
+        waiting.result(DEADLINE)
 
 
 def test_a_phase_that_stands_still_is_named(monkeypatch):
