@@ -307,12 +307,12 @@ def submit(
 
         aft-ray submit jobs/configs/gsm8k_smoke.yaml run_dir=s3://bucket/gsm8k --no-wait --dry-run
     """
-    from aft_ray.operations.submit import plan, run
+    from aft_ray.operations.submit import plan_submission, run_submission
 
-    submission = plan(config, overrides or [], address, working_dir, env or [], wait)
+    submission = plan_submission(config, overrides or [], address, working_dir, env or [], wait)
     print(submission.shell(), flush=True)
     if not dry_run:
-        raise SystemExit(run(submission, print))
+        raise SystemExit(run_submission(submission, print))
 
 
 @app.command()

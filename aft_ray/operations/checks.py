@@ -1,35 +1,41 @@
-"""From what was seen on a cluster to what is wrong with it: pure functions, one a check.
+"""The checks of `aft-ray doctor`: pure functions from facts to findings, one per check.
 
-Invariant: every check says something of every node that answered, so that silence is never taken for health.
+Invariant: every check of nodes reports every node that answered, so a missing finding is never taken for a good one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from aft_ray.operations.findings import CLUSTER, ClusterFacts, Finding, NodeFacts, PingFacts
+from aft_ray.operations.findings import CLUSTER, AllReduceFacts, ClusterFacts, Finding, NodeFacts
 
 GIB = 1 << 30
-# Seconds that clocks may differ: past the first, logs of a run are out of order; past the second, S3 refuses requests.
+# Limits of the clock difference in seconds. Above the first, log lines are out of order; S3 refuses larger differences.
 CLOCK_WARN_S, CLOCK_FAIL_S = 1.0, 60.0
-# Ray's own advice is 65536; a head with some hundred workers runs out of a thousand.
+# Limits of open files per process. Ray recommends 65536; a head with a few hundred workers needs more than 1024.
 FILES_WARN, FILES_FAIL = 8192, 1024
 SHM_GPU = 8 * GIB
 DISK_WARN, DISK_FAIL = 20 * GIB, 1 * GIB
 SLOW_BYTES_S = 100e6
-# Memory in use on a GPU that Ray has given to nobody.
+# MiB that may be in use on a GPU that Ray has not assigned.
 USED_MIB = 1024
 
 
-def judge(facts: ClusterFacts) -> list[Finding]:
-    """All findings, the good ones too, in the order of the checks."""
+def check_all(facts: ClusterFacts) -> list[Finding]:
+    """All findings, including good ones, in the order of the checks."""
     findings = [
-        Finding("answers", node, "fail", why, "See Ray's log of that node (ray logs), or remove it from the cluster.")
+        Finding(
+            "answers",
+            node,
+            "fail",
+            why,
+            "Read Ray's logs of that node (`ray logs`), or remove the node from the cluster.",
+        )
         for node, why in facts.silent.items()
     ]
     findings += [Finding("answers", node.name, "ok", node.host) for node in facts.nodes]
     checks: list[Callable[[ClusterFacts], Iterable[Finding]]] = [
-        versions, gpus, clocks, storage, models, shared_memory, disks, open_files, ports, collectives, upload,
+        versions, gpus, clocks, storage, models, shared_memory, disks, open_files, ports, all_reduces, upload,
     ]  # fmt: skip
     for check in checks:
         findings += check(facts)
@@ -37,14 +43,12 @@ def judge(facts: ClusterFacts) -> list[Finding]:
 
 
 def versions(facts: ClusterFacts) -> Iterator[Finding]:
-    cure = (
-        "Install the same versions on every node: build one image from jobs/kuberay/Dockerfile, or run `make install`."
-    )
+    cure = "Install the same versions on every node: use one image from jobs/kuberay/Dockerfile, or run `make install`."
     for node in facts.nodes:
         wrong = []
         for name, here in facts.here.items():
             there = node.versions.get(name)
-            # A head without GPUs may do without an engine, and an engine has another build there.
+            # A node without GPUs runs no engine and no trainer, so it may lack vLLM and DeepSpeed.
             if there == here or (there is None and name in {"vllm", "deepspeed"} and not node.gpus_announced):
                 continue
             wrong.append(f"{name} {there or 'missing'}, here {here or 'missing'}")
@@ -59,10 +63,16 @@ def gpus(facts: ClusterFacts) -> Iterator[Finding]:
     for node in facts.nodes:
         found = list(_gpus_of(node))
         if len(drivers) > 1 and node.gpus:
-            message = f"driver {node.gpus[0].driver}, others have {', '.join(set(drivers) - {node.gpus[0].driver})}"
+            message = (
+                f"driver {node.gpus[0].driver}, other nodes have {', '.join(set(drivers) - {node.gpus[0].driver})}"
+            )
             found.append(
                 Finding(
-                    "gpus", node.name, "warn", message, "Install one driver version; NCCL is not tested across two."
+                    "gpus",
+                    node.name,
+                    "warn",
+                    message,
+                    "Install the same driver version on all nodes; NCCL is not tested across versions.",
                 )
             )
         kinds = sorted({gpu.name for gpu in node.gpus})
@@ -78,43 +88,47 @@ def _gpus_of(node: NodeFacts) -> Iterator[Finding]:
         yield finding(
             "fail",
             f"Ray announces {announced:g} and nvidia-smi sees {seen}",
-            "Start Ray there without --num-gpus, mend the driver, or give the container its GPUs.",
+            "Start Ray there without --num-gpus, repair the driver, or give the container access to its GPUs.",
         )
     elif announced < seen:
         yield finding(
-            "warn", f"Ray announces {announced:g} of {seen}", "Start Ray there with --num-gpus, or leave them unused."
+            "warn",
+            f"Ray announces {announced:g} of {seen}",
+            f"Start Ray there with --num-gpus={seen}, unless the others must stay unused.",
         )
     if seen and node.torch_gpus != seen:
         yield finding(
             "fail",
             f"nvidia-smi sees {seen} and torch {'failed' if node.torch_gpus is None else f'sees {node.torch_gpus}'}",
-            "Install the CUDA build of torch (extra `gpu`) and a driver that it knows.",
+            "Install the CUDA build of torch (extra `gpu`) and a driver that supports it.",
         )
     for index, gpu in enumerate(node.gpus):
         if gpu.ecc:
             yield finding(
-                "fail", f"GPU {index} has {gpu.ecc} uncorrected memory errors", "Drain the node and reset it."
+                "fail",
+                f"GPU {index} has {gpu.ecc} uncorrected memory errors",
+                "Move all work off the node, then reset the GPU.",
             )
         if gpu.used_mib > USED_MIB and node.gpus_free == announced:
             yield finding(
                 "warn",
-                f"GPU {index} has {gpu.used_mib} MiB in use by no work of Ray's",
-                "End the process that `nvidia-smi` names there.",
+                f"GPU {index} has {gpu.used_mib} MiB in use by processes that Ray did not start",
+                "Run `nvidia-smi` there and end the process that it lists.",
             )
 
 
 def clocks(facts: ClusterFacts) -> Iterator[Finding]:
     for node in facts.nodes:
         if node.clock_s is None:
-            yield Finding("clock", node.name, "warn", "could not be read in time", "Run the doctor again.")
+            yield Finding("clock", node.name, "warn", "could not be read in time", "Run `aft-ray doctor` again.")
             continue
         certain = max(0.0, abs(node.clock_s) - node.clock_error_s)
-        message = f"{node.clock_s:+.2f} s, ±{node.clock_error_s:.2f}"
+        message = f"{node.clock_s:+.2f} s, ±{node.clock_error_s:.2f} s"
         if certain < CLOCK_WARN_S:
             yield Finding("clock", node.name, "ok", message)
             continue
         level = "fail" if certain >= CLOCK_FAIL_S else "warn"
-        yield Finding("clock", node.name, level, message, "Run a time service such as chrony there.")  # type: ignore[arg-type]
+        yield Finding("clock", node.name, level, message, "Run a time service such as chrony on that node.")  # type: ignore[arg-type]
 
 
 def storage(facts: ClusterFacts) -> Iterator[Finding]:
@@ -125,31 +139,31 @@ def storage(facts: ClusterFacts) -> Iterator[Finding]:
         if error := facts.storage.written.get(node.name):
             yield Finding(
                 "storage", node.name, "fail", f"cannot write {where}: {error}",
-                "Mount it there for writing, or give the node credentials for it.",
+                "Mount it there with write access, or give the node credentials for it.",
             )  # fmt: skip
         elif unseen := facts.storage.unseen.get(node.name):
             yield Finding(
-                "storage", node.name, "fail", f"does not see in {where} what {', '.join(unseen)} wrote",
+                "storage", node.name, "fail", f"cannot read in {where} what {', '.join(unseen)} wrote",
                 "Mount the same storage at that path on every node, or use an object store (s3://, gs://).",
             )  # fmt: skip
         else:
-            yield Finding("storage", node.name, "ok", f"{where} is written and seen")
+            yield Finding("storage", node.name, "ok", f"{where} is writable and shared")
 
 
 def models(facts: ClusterFacts) -> Iterator[Finding]:
     for path in {path: None for node in facts.nodes for path in node.models}:
         sizes = {node.name: node.models.get(path) for node in facts.nodes}
-        usual = max((size for size in sizes.values() if size), key=list(sizes.values()).count, default=None)
+        usual_size = max((size for size in sizes.values() if size), key=list(sizes.values()).count, default=None)
         for name, size in sizes.items():
             if size is None:
                 yield Finding(
                     "model", name, "fail", f"{path} is no model directory with safetensors there",
-                    "Put the model on storage that every node mounts, or copy it to the same path.",
+                    "Put the model on storage that every node mounts, or copy it to the same path on every node.",
                 )  # fmt: skip
-            elif size != usual:
+            elif size != usual_size:
                 yield Finding(
-                    "model", name, "fail", f"{path} has {size} bytes of weights, elsewhere {usual}",
-                    "Copy it again, whole, from the same source.",
+                    "model", name, "fail", f"{path} has {size} bytes of weights there, elsewhere {usual_size}",
+                    "Copy the whole model again from the same source.",
                 )  # fmt: skip
             else:
                 yield Finding("model", name, "ok", f"{size / GIB:.2f} GiB")
@@ -158,17 +172,17 @@ def models(facts: ClusterFacts) -> Iterator[Finding]:
 def shared_memory(facts: ClusterFacts) -> Iterator[Finding]:
     for node in facts.nodes:
         if node.shm_bytes is None:
-            yield Finding("shm", node.name, "warn", "there is no /dev/shm", "Mount a tmpfs there.")
+            yield Finding("shm", node.name, "warn", "there is no /dev/shm", "Mount a tmpfs at /dev/shm.")
         elif node.shm_bytes < node.object_store_bytes:
             yield Finding(
                 "shm", node.name, "fail",
                 f"/dev/shm has {node.shm_bytes / GIB:.1f} GiB, Ray's object store {node.object_store_bytes / GIB:.1f}",
-                "Enlarge it: --shm-size of docker, an emptyDir with medium Memory in Kubernetes.",
+                "Enlarge it: with --shm-size for docker, with an emptyDir of medium Memory in Kubernetes.",
             )  # fmt: skip
         elif node.gpus_announced and node.shm_bytes < SHM_GPU:
             yield Finding(
                 "shm", node.name, "warn", f"/dev/shm has {node.shm_bytes / GIB:.1f} GiB",
-                "Give a GPU node at least 8 GiB: NCCL and vLLM's processes talk through it.",
+                "Give a GPU node at least 8 GiB: NCCL and the processes of vLLM exchange data through it.",
             )  # fmt: skip
         else:
             yield Finding("shm", node.name, "ok", f"{node.shm_bytes / GIB:.0f} GiB")
@@ -180,7 +194,7 @@ def disks(facts: ClusterFacts) -> Iterator[Finding]:
         for path, free in node.free_bytes.items():
             message = f"{free / GIB:.1f} GiB free for {path}"
             if free < DISK_FAIL:
-                found.append(Finding("disk", node.name, "fail", message, "Make room there."))
+                found.append(Finding("disk", node.name, "fail", message, "Free some space on that disk."))
             elif (
                 facts.storage_needed and facts.storage and path == facts.storage.storage and free < facts.storage_needed
             ):
@@ -190,13 +204,17 @@ def disks(facts: ClusterFacts) -> Iterator[Finding]:
                         node.name,
                         "warn",
                         f"{message}, and the run wants {facts.storage_needed / GIB:.0f}",
-                        "Make room, or lower rounds.count or training.keep_checkpoints.",
+                        "Free some space, or lower rounds.count or training.keep_checkpoints.",
                     )
                 )
             elif free < DISK_WARN:
                 found.append(
                     Finding(
-                        "disk", node.name, "warn", message, "Make room: Ray spills objects and logs to local disks."
+                        "disk",
+                        node.name,
+                        "warn",
+                        message,
+                        "Free some space: Ray writes logs and spilled objects to local disks.",
                     )
                 )
         lowest = min(node.free_bytes.values(), default=0)
@@ -209,8 +227,8 @@ def open_files(facts: ClusterFacts) -> Iterator[Finding]:
             yield Finding("open files", node.name, "ok", str(node.open_files))
             continue
         level = "fail" if node.open_files < FILES_FAIL else "warn"
-        cure = "Run `ulimit -n 65536` before `ray start`, or set the limit of the container."
-        yield Finding("open files", node.name, level, f"at most {node.open_files}", cure)  # type: ignore[arg-type]
+        cure = "Run `ulimit -n 65536` before `ray start`, or raise the limit of the container."
+        yield Finding("open files", node.name, level, f"at most {node.open_files} per process", cure)  # type: ignore[arg-type]
 
 
 def ports(facts: ClusterFacts) -> Iterator[Finding]:
@@ -219,39 +237,48 @@ def ports(facts: ClusterFacts) -> Iterator[Finding]:
         if blocked:
             yield Finding(
                 "ports", node.name, "fail", f"cannot connect to {', '.join(blocked)}",
-                "Open all TCP ports between the nodes: Ray's workers, gloo and NCCL use ports as they come.",
+                "Allow all TCP ports between the nodes: Ray's workers, gloo and NCCL choose free ports.",
             )  # fmt: skip
         elif len(facts.nodes) > 1:
-            yield Finding("ports", node.name, "ok", f"reaches {len(facts.nodes) - 1} others")
+            yield Finding("ports", node.name, "ok", f"connects to {len(facts.nodes) - 1} other nodes")
 
 
-def collectives(facts: ClusterFacts) -> Iterator[Finding]:
-    for ping in facts.pings:
-        yield from _collective(ping, [node.name for node in facts.nodes])
+def all_reduces(facts: ClusterFacts) -> Iterator[Finding]:
+    for result in facts.pings:
+        yield from _all_reduce_findings(result, [node.name for node in facts.nodes])
 
 
-def _collective(ping: PingFacts, names: Sequence[str]) -> Iterator[Finding]:
-    cure = "If the network has several interfaces, name one: GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME on every node."
-    for name in ping.absent:
-        yield Finding(ping.backend, name, "fail", "did not come to the sum over all nodes in time", cure)
-    if ping.absent:
-        return  # what the others say is that they waited for these
-    for name, error in ping.errors.items():
-        yield Finding(ping.backend, name, "fail", error, cure)
-    if ping.seconds is None:
-        if not ping.errors:
+def _all_reduce_findings(result: AllReduceFacts, names: Sequence[str]) -> Iterator[Finding]:
+    cure = (
+        "If nodes have several network interfaces, set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to one on every node."
+    )
+    for name in result.absent:
+        yield Finding(result.backend, name, "fail", "did not join the all-reduce over all nodes in time", cure)
+    if result.absent:
+        return  # the errors of the others only say that they waited for these nodes
+    for name, error in result.errors.items():
+        yield Finding(result.backend, name, "fail", error, cure)
+    if result.seconds is None:
+        if not result.errors:
             yield Finding(
-                ping.backend, CLUSTER, "warn", "was not tried: no free GPU on every node", "Run it again then."
+                result.backend,
+                CLUSTER,
+                "warn",
+                "not tested: some nodes have no free GPU",
+                "Run `aft-ray doctor` again when every node has one.",
             )
         return
-    # Of a ring over n nodes, every node sends and receives about twice the bytes.
-    speed = 2 * ping.bytes / max(ping.seconds, 1e-9)
-    message = f"{ping.bytes >> 20} MiB over {len(names)} nodes in {ping.seconds:.3f} s, met in {ping.met_s or 0:.1f} s"
+    # In a ring all-reduce every node sends and receives about twice the bytes of the tensor.
+    speed = 2 * result.bytes / max(result.seconds, 1e-9)
+    message = (
+        f"{result.bytes >> 20} MiB over {len(names)} nodes in {result.seconds:.3f} s, "
+        f"first one after {result.met_s or 0:.1f} s"
+    )
     if speed < SLOW_BYTES_S:
-        cure = "Look for a slow link, or for the wrong interface: GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME."
-        yield Finding(ping.backend, CLUSTER, "warn", message, cure)
+        cure = "Look for a slow link or a wrong network interface: see GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME."
+        yield Finding(result.backend, CLUSTER, "warn", message, cure)
     else:
-        yield Finding(ping.backend, CLUSTER, "ok", message)
+        yield Finding(result.backend, CLUSTER, "ok", message)
 
 
 def upload(facts: ClusterFacts) -> Iterator[Finding]:
@@ -263,6 +290,6 @@ def upload(facts: ClusterFacts) -> Iterator[Finding]:
         yield Finding("upload", CLUSTER, "ok", message)
         return
     largest = ", ".join(f"{name} ({bytes / (1 << 20):.1f} MiB)" for name, bytes in facts.upload.largest)
-    cure = f"Keep out what jobs do not need, in .rayignore or .gitignore; the largest are {largest}."
-    message += f"; Ray takes at most {limit >> 20} MiB compressed"
+    cure = f"Exclude files that jobs do not need, in .rayignore or .gitignore; the largest are {largest}."
+    message += f"; Ray accepts at most {limit >> 20} MiB compressed"
     yield Finding("upload", CLUSTER, "fail" if size > limit else "warn", message, cure)

@@ -1,7 +1,7 @@
-"""`aft-ray doctor`: a probe on every node of a live cluster, and what its answers amount to.
+"""The work of `aft-ray doctor`: it collects facts with a probe actor on every node of a running cluster.
 
-Invariants: every wait has a deadline, and a node that misses it is a finding. Nothing is left behind: the actors end,
-the files they wrote are deleted.
+Invariants: every wait has a deadline, and a node that misses it is reported. Nothing remains on the cluster: actors are
+ended, and the files that they wrote are deleted.
 """
 
 from __future__ import annotations
@@ -17,30 +17,38 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from aft_ray.cluster.compat import free_resources_by_node, session_parent
 from aft_ray.config.run import ConfigError, RunConfig
 from aft_ray.operations import probe as probe_module
-from aft_ray.operations.checks import judge
+from aft_ray.operations.checks import check_all
 from aft_ray.operations.findings import (
+    AllReduceFacts,
     ClusterFacts,
     Finding,
     Gpu,
     NodeFacts,
-    PingFacts,
     StorageFacts,
 )
 from aft_ray.operations.upload import measure_upload, upload_limit
 
-# Seconds: for a process to start on a node and answer; for any later question; for a sum over all nodes.
-START_S, ANSWER_S, PING_S = 120.0, 60.0, 60.0
-PING_MIB, PING_TIMES = 32, 3
+# Deadlines in seconds: for the first reply of a node, whose process must start; for later replies; for an all-reduce.
+START_S, REPLY_S, ALL_REDUCE_S = 120.0, 60.0, 60.0
+ALL_REDUCE_MIB, ALL_REDUCE_TIMES = 32, 3
 _CONNECT_S = 5.0
-# Round trips of which the quickest measures a clock.
-_TRIPS = 5
+# A clock is read this many times, and the reading with the shortest round trip counts.
+_CLOCK_READINGS = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Examination:
-    """What the doctor is to look at beside the cluster itself: none where there is none."""
+class Requirements:
+    """What a run needs from the cluster.
+
+    Attributes:
+        storage: the directory or URI that all nodes must share; None: it is not checked.
+        models: model directories that every node must have.
+        directory: the working directory that would be uploaded; None: it is not checked.
+        storage_needed: bytes that the run will write; None: unknown.
+    """
 
     storage: str | None
     models: tuple[str, ...]
@@ -48,26 +56,32 @@ class Examination:
     storage_needed: int | None = None
 
 
-def examine(address: str | None, ask: Examination, say: Callable[[str], None]) -> tuple[ClusterFacts, list[Finding]]:
-    """Looks at the cluster and judges it. Raises ConfigError when there is none."""
+def check_cluster(
+    address: str | None, required: Requirements, say: Callable[[str], None]
+) -> tuple[ClusterFacts, list[Finding]]:
+    """Collects facts on the cluster and checks them.
+
+    Raises:
+        ConfigError: no cluster answers at the address.
+    """
     with _connected(address):
-        facts = _look(ask, say)
-    return facts, judge(facts)
+        facts = _collect_facts(required, say)
+    return facts, check_all(facts)
 
 
-def what_to_ask(config: RunConfig | None, storage: str | None, directory: Path | None) -> Examination:
-    """What a run of this config would need the cluster to have."""
+def requirements_of(config: RunConfig | None, storage: str | None, directory: Path | None) -> Requirements:
+    """The requirements of a run with this config. A given `storage` replaces its run_dir."""
     if config is None:
-        return Examination(storage, (), directory)
+        return Requirements(storage, (), directory)
     name = config.model.name
     models = (str(Path(name).expanduser()),) if name.startswith(("/", "~")) else ()
-    return Examination(
+    return Requirements(
         storage or config.run_dir, models, directory, _storage_needed(config, probe_module.model_bytes(name))
     )
 
 
 def _storage_needed(config: RunConfig, model_bytes: int | None) -> int | None:
-    """Bytes of a finished run: a model a round, and checkpoints with float32 weights and two moments each."""
+    """Bytes of a finished run: a model per round, and checkpoints with float32 weights and two Adam moments."""
     if model_bytes is None:
         return None
     parameters = model_bytes / (4 if config.model.dtype == "float32" else 2)
@@ -82,8 +96,8 @@ def _connected(address: str | None) -> Iterator[None]:
     address = address or os.environ.get("RAY_ADDRESS") or "auto"
     if address.startswith(("http://", "https://")):
         raise ConfigError(
-            f"{address} takes jobs, and the doctor must itself run in the cluster: `ray job submit --address {address} "
-            "--working-dir . -- python -m aft_ray.cli doctor`, with the config's path behind it"
+            f"{address} accepts jobs, but the doctor must run inside the cluster: `ray job submit --address {address} "
+            "--working-dir . -- python -m aft_ray.cli doctor CONFIG`"
         )
     if ray.is_initialized():
         yield
@@ -101,49 +115,55 @@ def _connected(address: str | None) -> Iterator[None]:
         ray.shutdown()
 
 
-def _look(ask: Examination, say: Callable[[str], None]) -> ClusterFacts:
+def _collect_facts(required: Requirements, say: Callable[[str], None]) -> ClusterFacts:
     import ray
 
-    # Nodes that lack aft_ray are looked at too.
+    # The module is sent by value, so the probe also runs on nodes without aft_ray.
     ray.cloudpickle.register_pickle_by_value(probe_module)
-    nodes = {_name(node): node for node in ray.nodes() if node["Alive"]}
-    say(f"looking at {len(nodes)} nodes")
-    remote = ray.remote(probe_module.Probe)
-    probes = {name: remote.options(**_on(node)).remote() for name, node in nodes.items()}
+    nodes = {_node_name(node): node for node in ray.nodes() if node["Alive"]}
+    say(f"checking {len(nodes)} nodes")
+    remote = ray.remote(probe_module.NodeProbe)
+    probes = {name: remote.options(**_pinned_to(node)).remote() for name, node in nodes.items()}
     try:
-        return _ask_all(ask, nodes, probes, say)
+        return _query_nodes(required, nodes, probes, say)
     finally:
-        for one in probes.values():
-            ray.kill(one)
+        for probe in probes.values():
+            ray.kill(probe)
         ray.cloudpickle.unregister_pickle_by_value(probe_module)
 
 
-def _ask_all(
-    ask: Examination, nodes: dict[str, Any], probes: dict[str, Any], say: Callable[[str], None]
+def _query_nodes(
+    required: Requirements, nodes: dict[str, Any], probes: dict[str, Any], say: Callable[[str], None]
 ) -> ClusterFacts:
-    started = answers({name: one.now.remote() for name, one in probes.items()}, START_S)
-    silent = {name: str(answer) for name, answer in started.items() if isinstance(answer, Unanswered)}
-    probes = {name: one for name, one in probes.items() if name not in silent}
-    session = _session_dir()
-    paths = [ask.storage] if ask.storage and "://" not in ask.storage else []
-    say("asking for versions, GPUs, disks and clocks")
-    found = answers({name: one.facts.remote(session, paths, list(ask.models)) for name, one in probes.items()}, START_S)
-    silent |= {name: str(answer) for name, answer in found.items() if isinstance(answer, Unanswered)}
-    probes = {name: one for name, one in probes.items() if name not in silent}
-    seen = [_node_facts(name, nodes[name], found[name], _clock(one)) for name, one in probes.items()]
+    started = collect_replies({name: probe.now.remote() for name, probe in probes.items()}, START_S)
+    silent = {name: str(answer) for name, answer in started.items() if isinstance(answer, NoReply)}
+    probes = {name: probe for name, probe in probes.items() if name not in silent}
+    session = str(session_parent())
+    paths = [required.storage] if required.storage and "://" not in required.storage else []
+    say("reading versions, GPUs, disks and clocks")
+    found = collect_replies(
+        {name: probe.facts.remote(session, paths, list(required.models)) for name, probe in probes.items()}, START_S
+    )
+    silent |= {name: str(answer) for name, answer in found.items() if isinstance(answer, NoReply)}
+    probes = {name: probe for name, probe in probes.items() if name not in silent}
+    seen = [_node_facts(name, nodes[name], found[name], _clock_offset(probe)) for name, probe in probes.items()]
     stored = None
-    if ask.storage is not None:
-        say(f"writing to {ask.storage} from every node, and reading it back")
-        stored = _storage(ask.storage, probes)
-    say("connecting every node to every other")
-    blocked = _ports(probes, {name: nodes[name]["NodeManagerAddress"] for name in probes})
-    say("summing a tensor over all nodes")
+    if required.storage is not None:
+        say(f"writing files to {required.storage} on every node and reading them on all others")
+        stored = _shared_storage(required.storage, probes)
+    say("opening a connection from every node to every other")
+    blocked = _blocked_connections(probes, {name: nodes[name]["NodeManagerAddress"] for name in probes})
+    say("running an all-reduce over all nodes")
     reached = {name: nodes[name] for name in probes}
-    pings = [ping("gloo", reached, PING_TIMES, PING_S)]
+    pings = [measure_all_reduce("gloo", reached, ALL_REDUCE_TIMES, ALL_REDUCE_S)]
     if sum(node.gpus_announced > 0 for node in seen) > 1:
         with_gpus = {node.name: nodes[node.name] for node in seen if node.gpus_announced}
         free = all(node.gpus_free >= 1 for node in seen if node.gpus_announced)
-        pings.append(ping("nccl", with_gpus, PING_TIMES, PING_S) if free else PingFacts("nccl", PING_MIB << 20))
+        pings.append(
+            measure_all_reduce("nccl", with_gpus, ALL_REDUCE_TIMES, ALL_REDUCE_S)
+            if free
+            else AllReduceFacts("nccl", ALL_REDUCE_MIB << 20)
+        )
     return ClusterFacts(
         nodes=seen,
         silent=silent,
@@ -151,15 +171,15 @@ def _ask_all(
         storage=stored,
         blocked=blocked,
         pings=pings,
-        upload=measure_upload(ask.directory) if ask.directory is not None else None,
+        upload=measure_upload(required.directory) if required.directory is not None else None,
         upload_limit=upload_limit(),
-        storage_needed=ask.storage_needed,
+        storage_needed=required.storage_needed,
     )
 
 
 @dataclass(frozen=True, slots=True)
-class Unanswered:
-    """What came instead of an answer. gone: the node or the process died, or did not answer in time."""
+class NoReply:
+    """A call to a node failed. gone: the node or the process died or did not answer in time."""
 
     reason: str
     gone: bool
@@ -168,8 +188,8 @@ class Unanswered:
         return self.reason
 
 
-def answers(references: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
-    """Every node's answer, or Unanswered with the reason."""
+def collect_replies(references: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
+    """The reply of every node, or NoReply with the reason."""
     import ray
     from ray.exceptions import RayError, RayTaskError
 
@@ -177,41 +197,34 @@ def answers(references: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, reference in references.items():
         if reference not in ready:
-            found[name] = Unanswered(f"did not answer within {timeout_s:.0f} s", True)
+            found[name] = NoReply(f"did not answer within {timeout_s:.0f} s", True)
             continue
         try:
             found[name] = ray.get(reference)
         except RayTaskError as error:
-            found[name] = Unanswered((str(error.cause).splitlines() or [type(error.cause).__name__])[0], False)
+            found[name] = NoReply((str(error.cause).splitlines() or [type(error.cause).__name__])[0], False)
         except RayError as error:
-            found[name] = Unanswered((str(error).splitlines() or [type(error).__name__])[0], True)
+            found[name] = NoReply((str(error).splitlines() or [type(error).__name__])[0], True)
     return found
 
 
-def _name(node: Mapping[str, Any]) -> str:
-    """What people call a node. Its id keeps apart those that share an address, as in a cluster on one machine."""
+def _node_name(node: Mapping[str, Any]) -> str:
+    """The name of a node in the report. Part of its id distinguishes nodes of one machine, which share an address."""
     return f"{node['NodeManagerAddress']}/{node['NodeID'][:6]}"
 
 
-def _on(node: Mapping[str, Any]) -> dict[str, Any]:
+def _pinned_to(node: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of an actor that must run on the node and takes no CPU."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)}
 
 
-def _session_dir() -> str:
-    import ray
-
-    return str(Path(ray._private.worker.global_worker.node.get_session_dir_path()).parent)
-
-
 def _node_facts(
     name: str, node: Mapping[str, Any], found: dict[str, Any], clock: tuple[float | None, float]
 ) -> NodeFacts:
-    import ray
-
     resources = node["Resources"]
-    free = ray._private.state.available_resources_per_node().get(node["NodeID"], {})
+    free = free_resources_by_node().get(node["NodeID"], {})
     gpus = [
         Gpu(
             row["name"],
@@ -234,83 +247,89 @@ def _node_facts(
     )
 
 
-def _clock(one: Any) -> tuple[float | None, float]:
-    """How far a node's clock is ahead of ours, and how sure that is: half of the quickest round trip, in seconds."""
+def _clock_offset(probe: Any) -> tuple[float | None, float]:
+    """Seconds that the clock of a node is ahead of this one, and the error: half of the shortest round trip."""
     measured = []
-    for _ in range(_TRIPS):
+    for _ in range(_CLOCK_READINGS):
         before = time.time()
-        there = answers({"": one.now.remote()}, ANSWER_S)[""]
+        clock = collect_replies({"": probe.now.remote()}, REPLY_S)[""]
         after = time.time()
-        if isinstance(there, Unanswered):
+        if isinstance(clock, NoReply):
             return None, 0.0
-        measured.append(((after - before) / 2, there - (before + after) / 2))
+        measured.append(((after - before) / 2, clock - (before + after) / 2))
     error, ahead = min(measured)
     return ahead, error
 
 
-def _storage(storage: str, probes: Mapping[str, Any]) -> StorageFacts:
+def _shared_storage(storage: str, probes: Mapping[str, Any]) -> StorageFacts:
+    """Lets every node write a file and read the files of all others; deletes them."""
     mark = uuid.uuid4().hex[:12]
     files = {name: f".aft-ray-doctor-{mark}-{index}" for index, name in enumerate(probes)}
-    wrote = answers(
-        {name: one.write_token.remote(storage, files[name], name) for name, one in probes.items()}, ANSWER_S
+    wrote = collect_replies(
+        {name: probe.write_token.remote(storage, files[name], name) for name, probe in probes.items()}, REPLY_S
     )
-    written = {name: str(answer) if isinstance(answer, Unanswered) else None for name, answer in wrote.items()}
-    there = [name for name in probes if written[name] is None]
+    written = {name: str(answer) if isinstance(answer, NoReply) else None for name, answer in wrote.items()}
+    writers = [name for name in probes if written[name] is None]
     try:
-        read = answers(
-            {name: one.read_tokens.remote(storage, [files[other] for other in there]) for name, one in probes.items()},
-            ANSWER_S,
+        read = collect_replies(
+            {
+                name: probe.read_tokens.remote(storage, [files[other] for other in writers])
+                for name, probe in probes.items()
+            },
+            REPLY_S,
         )
     finally:
-        answers({name: one.delete_token.remote(storage, files[name]) for name, one in probes.items()}, ANSWER_S)
+        collect_replies(
+            {name: probe.delete_token.remote(storage, files[name]) for name, probe in probes.items()}, REPLY_S
+        )
     unseen = {}
     for name, answer in read.items():
-        tokens = {} if isinstance(answer, Unanswered) else answer
-        unseen[name] = [other for other in there if tokens.get(files[other]) != other]
+        tokens = {} if isinstance(answer, NoReply) else answer
+        unseen[name] = [other for other in writers if tokens.get(files[other]) != other]
     return StorageFacts(storage, written, unseen)
 
 
-def _ports(probes: Mapping[str, Any], addresses: Mapping[str, str]) -> dict[tuple[str, str], str]:
-    """The pairs of nodes of which the first cannot connect to the second, and why."""
-    listening = answers({name: one.listen.remote() for name, one in probes.items()}, ANSWER_S)
-    ports = {name: answer for name, answer in listening.items() if not isinstance(answer, Unanswered)}
+def _blocked_connections(probes: Mapping[str, Any], addresses: Mapping[str, str]) -> dict[tuple[str, str], str]:
+    """The reasons why nodes cannot connect, by pairs (from, to) of nodes."""
+    listening = collect_replies({name: probe.listen.remote() for name, probe in probes.items()}, REPLY_S)
+    ports = {name: answer for name, answer in listening.items() if not isinstance(answer, NoReply)}
     try:
-        outcome = answers(
+        outcome = collect_replies(
             {
-                name: one.connect.remote(
+                name: probe.connect.remote(
                     {other: (addresses[other], port) for other, port in ports.items() if other != name}, _CONNECT_S
                 )
-                for name, one in probes.items()
+                for name, probe in probes.items()
             },
-            ANSWER_S + _CONNECT_S * len(probes),
+            REPLY_S + _CONNECT_S * len(probes),
         )
     finally:
-        answers({name: one.stop_listening.remote() for name, one in probes.items()}, ANSWER_S)
+        collect_replies({name: probe.stop_listening.remote() for name, probe in probes.items()}, REPLY_S)
     blocked = {}
     for name, answer in outcome.items():
-        if isinstance(answer, Unanswered):
+        if isinstance(answer, NoReply):
             blocked[name, "any"] = str(answer)
         else:
             blocked |= {(name, other): why for other, why in answer.items() if why is not None}
     return blocked
 
 
-def ping(backend: str, nodes: Mapping[str, Any], times: int, timeout_s: float) -> PingFacts:
-    """A sum over a process on every node, `times` times; a node that dies or hangs is named."""
+def measure_all_reduce(backend: str, nodes: Mapping[str, Any], times: int, timeout_s: float) -> AllReduceFacts:
+    """Runs an all-reduce over one process per node, `times` times. A node that dies or hangs is named in the result."""
     import ray
 
     gpu = {"num_gpus": 1} if backend == "nccl" else {}
-    remote = ray.remote(probe_module.Pinger)
-    ranks = {name: remote.options(**_on(node), **gpu).remote() for name, node in nodes.items()}
+    remote = ray.remote(probe_module.AllReduceRank)
+    ranks = {name: remote.options(**_pinned_to(node), **gpu).remote() for name, node in nodes.items()}
     try:
-        started = answers({name: rank.free_port.remote() for name, rank in ranks.items()}, START_S)
-        if absent := [name for name, answer in started.items() if isinstance(answer, Unanswered)]:
-            return PingFacts(backend, PING_MIB << 20, absent=absent)
+        started = collect_replies({name: rank.free_port.remote() for name, rank in ranks.items()}, START_S)
+        if absent := [name for name, answer in started.items() if isinstance(answer, NoReply)]:
+            return AllReduceFacts(backend, ALL_REDUCE_MIB << 20, absent=absent)
         first = next(iter(nodes))
         address = f"{nodes[first]['NodeManagerAddress']}:{started[first]}"
-        results = answers(
+        results = collect_replies(
             {
-                name: rank.ping.remote(backend, address, index, len(ranks), PING_MIB, times, timeout_s)
+                name: rank.all_reduce.remote(backend, address, index, len(ranks), ALL_REDUCE_MIB, times, timeout_s)
                 for index, (name, rank) in enumerate(ranks.items())
             },
             2 * timeout_s + START_S,
@@ -318,11 +337,13 @@ def ping(backend: str, nodes: Mapping[str, Any], times: int, timeout_s: float) -
     finally:
         for rank in ranks.values():
             ray.kill(rank)
-    failed = {name: answer for name, answer in results.items() if isinstance(answer, Unanswered)}
+    failed = {name: answer for name, answer in results.items() if isinstance(answer, NoReply)}
     if failed:
         absent = [name for name, answer in failed.items() if answer.gone]
-        return PingFacts(backend, PING_MIB << 20, {name: str(answer) for name, answer in failed.items()}, absent)
+        return AllReduceFacts(
+            backend, ALL_REDUCE_MIB << 20, {name: str(answer) for name, answer in failed.items()}, absent
+        )
     times_s: Sequence[tuple[float, float]] = list(results.values())
-    return PingFacts(
-        backend, PING_MIB << 20, met_s=max(met for met, _ in times_s), seconds=max(one for _, one in times_s)
+    return AllReduceFacts(
+        backend, ALL_REDUCE_MIB << 20, met_s=max(met for met, _ in times_s), seconds=max(one for _, one in times_s)
     )

@@ -1,7 +1,6 @@
-"""What the doctor knows of a cluster, and what it says of it.
+"""Records of the doctor: facts about a cluster, and findings.
 
-Invariant: facts are what was seen, without judgement; a finding is a judgement, and every one that is not good has a
-cure.
+Invariant: facts are observations only. A finding is the result of a check; if it is not "ok", it has a cure.
 """
 
 from __future__ import annotations
@@ -11,13 +10,18 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Level = Literal["ok", "warn", "fail"]
-# The column of what concerns no single node.
+# Takes the place of a node's name in findings that concern no single node.
 CLUSTER = "cluster"
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One check on one node. message: what was seen, a short phrase. cure: what to do, one sentence."""
+    """The result of one check on one node.
+
+    Attributes:
+        message: a short phrase that says what was observed.
+        cure: what to do about it, in one or two sentences; empty if all is well.
+    """
 
     check: str
     node: str
@@ -28,7 +32,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """A row of nvidia-smi. ecc: uncorrected memory errors since the driver started; None where the GPU counts none."""
+    """A GPU according to nvidia-smi. ecc: uncorrected memory errors since the driver started; None: not counted."""
 
     name: str
     driver: str
@@ -39,12 +43,18 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True)
 class NodeFacts:
-    """What was seen on one node.
+    """What was observed on one node.
 
-    head: whether Ray's head runs there. gpus_announced, gpus_free: what Ray says. torch_gpus: None where it was not
-    asked or failed. shm_bytes: of /dev/shm. object_store_bytes: of Ray's. free_bytes: of the disk below each path.
-    models: bytes of weights of each model directory; None: it is not there. clock_s: ahead of the doctor's clock,
-    measured to within `clock_error_s`; None: not measured. labels of `free_bytes` and `models` are the paths asked for.
+    Attributes:
+        head: whether it is Ray's head node.
+        gpus_announced, gpus_free: GPUs that the node has according to Ray, and those that no work uses.
+        object_store_bytes: size of Ray's object store.
+        torch_gpus: GPUs that torch finds; None if torch failed or the node has no nvidia-smi.
+        shm_bytes: size of /dev/shm; None if there is none.
+        free_bytes: free bytes of the disk of each checked path.
+        open_files: how many files a process may open.
+        models: bytes of the weights in each model directory; None if it is missing.
+        clock_s: seconds that its clock is ahead of the doctor's, within `clock_error_s`; None: not measured.
     """
 
     name: str
@@ -66,7 +76,12 @@ class NodeFacts:
 
 @dataclass(frozen=True, slots=True)
 class StorageFacts:
-    """written: per node, what was wrong with writing there, None: nothing. unseen: per node, whose files it misses."""
+    """A test of the shared storage.
+
+    Attributes:
+        written: by node, the error of writing a file; None: the file was written.
+        unseen: by node, the nodes whose files it cannot read.
+    """
 
     storage: str
     written: Mapping[str, str | None]
@@ -74,10 +89,16 @@ class StorageFacts:
 
 
 @dataclass(frozen=True, slots=True)
-class PingFacts:
-    """A sum over all nodes. errors: per node, what went wrong there. absent: nodes that did not answer at all.
+class AllReduceFacts:
+    """An all-reduce over all nodes.
 
-    met_s: until all had met. seconds: of one sum of `bytes` bytes; None: there was none.
+    Attributes:
+        backend: gloo or nccl.
+        bytes: size of the tensor.
+        errors: by node, what failed there.
+        absent: nodes that died or did not answer.
+        met_s: seconds until the first all-reduce was done, which includes forming the process group.
+        seconds: duration of a later all-reduce; None if it did not run.
     """
 
     backend: str
@@ -90,7 +111,7 @@ class PingFacts:
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """A working directory as Ray would send it: bytes before compression, and its largest files."""
+    """The working directory that Ray would upload: bytes before compression, number of files, and the largest files."""
 
     directory: str
     bytes: int
@@ -100,14 +121,22 @@ class Upload:
 
 @dataclass(frozen=True, slots=True)
 class ClusterFacts:
-    """All that was seen. silent: nodes on which no check could run, and why. blocked: pairs that cannot connect."""
+    """Everything that was observed on a cluster.
+
+    Attributes:
+        silent: nodes on which no probe could run, and why.
+        here: versions of packages where the doctor runs.
+        blocked: why a node cannot connect to another, by pairs (from, to).
+        upload_limit: bytes that Ray accepts as a working directory.
+        storage_needed: bytes that the run will write; None: unknown.
+    """
 
     nodes: Sequence[NodeFacts]
     silent: Mapping[str, str] = field(default_factory=dict)
     here: Mapping[str, str | None] = field(default_factory=dict)
     storage: StorageFacts | None = None
     blocked: Mapping[tuple[str, str], str] = field(default_factory=dict)
-    pings: Sequence[PingFacts] = ()
+    pings: Sequence[AllReduceFacts] = ()
     upload: Upload | None = None
     upload_limit: int = 0
     storage_needed: int | None = None

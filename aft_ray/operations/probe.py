@@ -1,7 +1,7 @@
-"""What `aft-ray doctor` runs on every node: an actor that looks at the node and talks to the others.
+"""The actors that `aft-ray doctor` runs on every node.
 
-Invariants: this module goes to the nodes by value and imports nothing of ours, so that a node without aft_ray is a
-finding and no crash. No method waits longer than the deadline it is given. Whatever is written is deleted again.
+Invariants: this module is sent to the nodes by value and imports nothing of aft_ray, so it also runs on a node without
+aft_ray. No method waits longer than its deadline. Every file that is written is deleted again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
-# Distributions by what people call them: the CPU build of vLLM has a name of its own.
+# The distributions that may provide a package: the CPU build of vLLM has its own name.
 DISTRIBUTIONS = {
     "ray": ("ray",),
     "torch": ("torch",),
@@ -31,18 +31,24 @@ DISTRIBUTIONS = {
 _SMI_FIELDS = "name,driver_version,memory.total,memory.used,ecc.errors.uncorrected.volatile.total"
 
 
-class Probe:
-    """One a node, without CPUs or GPUs of its own, so that it runs on a busy cluster too."""
+class NodeProbe:
+    """Observes one node. It reserves no CPU or GPU, so it also runs on a busy cluster."""
 
     def __init__(self) -> None:
         self._listener: socket.socket | None = None
 
     def now(self) -> float:
-        """Seconds since 1970 by this node's clock."""
+        """Seconds since 1970 according to the clock of this node."""
         return time.time()
 
     def facts(self, session_dir: str, paths: list[str], models: list[str]) -> dict[str, Any]:
-        """The fields of NodeFacts. paths: whose disks matter. models: directories that should be here."""
+        """The fields of NodeFacts that are observed on the node itself.
+
+        Args:
+            session_dir: the directory of Ray's session, whose disk is checked.
+            paths: further paths whose disks are checked.
+            models: model directories that should exist here.
+        """
         return {
             "host": socket.gethostname(),
             "versions": versions(),
@@ -57,13 +63,13 @@ class Probe:
     # ── storage that all nodes share ─────────────────────────────────────────────────────────────────────────────
 
     def write_token(self, storage: str, name: str, token: str) -> None:
-        """Writes a small file; raises what the filesystem says."""
+        """Writes a small file. Raises the error of the filesystem."""
         filesystem, root = _open(storage)
         with filesystem.open_output_stream(f"{root}/{name}") as stream:
             stream.write(token.encode())
 
     def read_tokens(self, storage: str, names: list[str]) -> dict[str, str | None]:
-        """The contents of files that nodes have written; None for one that cannot be read here."""
+        """The contents of files that other nodes wrote; None for a file that cannot be read here."""
         filesystem, root = _open(storage)
         found: dict[str, str | None] = {}
         for name in names:
@@ -82,7 +88,7 @@ class Probe:
     # ── the network between nodes ────────────────────────────────────────────────────────────────────────────────
 
     def listen(self) -> int:
-        """Opens a port that answers a byte with a byte, until `stop_listening`."""
+        """Listens until `stop_listening` and answers each connection with one byte. Returns the port."""
         self._listener = socket.create_server(("", 0), backlog=256)
         threading.Thread(target=_answer, args=(self._listener,), daemon=True).start()
         return int(self._listener.getsockname()[1])
@@ -92,7 +98,7 @@ class Probe:
             self._listener.close()
 
     def connect(self, others: dict[str, tuple[str, int]], timeout_s: float) -> dict[str, str | None]:
-        """Calls every other node; what went wrong by node, None where it answered."""
+        """Connects to every other node. Returns the error for each node, or None if it answered."""
         outcome: dict[str, str | None] = {}
         for node, address in others.items():
             try:
@@ -104,18 +110,22 @@ class Probe:
         return outcome
 
 
-class Pinger:
-    """One a node: a rank of a process group that sums a tensor over all nodes."""
+class AllReduceRank:
+    """One rank of a process group with a rank on every node."""
 
     def free_port(self) -> int:
         with socket.socket() as one:
             one.bind(("", 0))
             return int(one.getsockname()[1])
 
-    def ping(
+    def all_reduce(
         self, backend: str, address: str, rank: int, world: int, mib: int, times: int, timeout_s: float
     ) -> tuple[float, float]:
-        """Seconds until all ranks had met, and seconds of one sum of `mib` MiB of float32. Raises what torch raises."""
+        """Runs all-reduces of `mib` MiB of float32.
+
+        Returns:
+            Seconds until the first one was done, which includes forming the process group, and seconds of a later one.
+        """
         from datetime import timedelta
 
         import torch
@@ -129,7 +139,7 @@ class Pinger:
             dist.all_reduce(tensor)
             met_s = time.monotonic() - started
             if float(tensor[0]) != world:
-                raise RuntimeError(f"a sum of ones over {world} nodes was {float(tensor[0])}")
+                raise RuntimeError(f"an all-reduce of ones over {world} nodes gave {float(tensor[0])}")
             started = time.monotonic()
             for _ in range(times):
                 dist.all_reduce(tensor)
@@ -141,7 +151,7 @@ class Pinger:
 
 
 def versions() -> dict[str, str | None]:
-    """What is installed here, without importing it; None: missing."""
+    """The installed versions, found without importing the packages; None: missing."""
     found: dict[str, str | None] = {"python": ".".join(map(str, sys.version_info[:3]))}
     for name, distributions in DISTRIBUTIONS.items():
         found[name] = None
@@ -156,7 +166,7 @@ def versions() -> dict[str, str | None]:
 
 
 def nvidia_smi() -> list[dict[str, str]]:
-    """The GPUs of this node, one row each; empty without a driver."""
+    """The GPUs of this node, one row per GPU; empty without a driver."""
     query = ["nvidia-smi", f"--query-gpu={_SMI_FIELDS}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=30)
@@ -169,7 +179,7 @@ def nvidia_smi() -> list[dict[str, str]]:
 
 
 def torch_gpus() -> int | None:
-    """How many GPUs torch sees, asked in a process of its own, which Ray has hidden none from; None: torch failed."""
+    """The number of GPUs that torch finds in a new process from which Ray hides none; None: torch failed."""
     environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
     code = "import torch; print(torch.cuda.device_count())"
     try:
@@ -180,7 +190,7 @@ def torch_gpus() -> int | None:
 
 
 def model_bytes(path: str) -> int | None:
-    """Bytes of the weights of a model directory; None when it is no such directory here."""
+    """Bytes of the weights of a model directory; None if there is no such directory here."""
     directory = Path(path)
     if not (directory / "config.json").is_file():
         return None
@@ -188,7 +198,7 @@ def model_bytes(path: str) -> int | None:
 
 
 def _open(storage: str) -> tuple[Any, str]:
-    """A filesystem and the directory on it that tokens lie in: the nearest that exists, so that none is made."""
+    """The filesystem, and the directory for test files: the nearest that exists, so no directory is created."""
     from pyarrow import fs
 
     if "://" in storage:

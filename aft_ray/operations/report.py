@@ -1,4 +1,4 @@
-"""What the doctor says: a table of checks and nodes, and a line with its cure for everything that is not well."""
+"""The output of `aft-ray doctor`: a table of nodes and checks, and the cure of every warning and failure."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ _STYLE = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
 
 def healthy(findings: Sequence[Finding]) -> bool:
+    """Whether no check failed. Warnings do not count."""
     return all(finding.level != "fail" for finding in findings)
 
 
 def table(findings: Sequence[Finding]) -> Table:
-    """A row a node, a column a check; the worst finding of each."""
+    """A table with a row per node and a column per check, which shows the worst finding."""
     checks = list(dict.fromkeys(finding.check for finding in findings))
     nodes = list(dict.fromkeys(finding.node for finding in findings))
     result = Table()
@@ -36,13 +37,13 @@ def table(findings: Sequence[Finding]) -> Table:
 
 
 def lines(findings: Sequence[Finding]) -> list[str]:
-    """What is not well, the failures first, and how to cure it."""
-    bad = sorted((f for f in findings if f.level != "ok"), key=lambda finding: -_WORST[finding.level])
-    return [f"{f.level}: {f.check}, {f.node}: {f.message}. {f.cure}" for f in bad]
+    """A line for every failure, then for every warning, with its cure."""
+    faults = sorted((f for f in findings if f.level != "ok"), key=lambda finding: -_WORST[finding.level])
+    return [f"{f.level}: {f.check}, {f.node}: {f.message}. {f.cure}" for f in faults]
 
 
 def as_json(facts: ClusterFacts, findings: Sequence[Finding]) -> str:
-    """Findings and the facts they rest on, for other programs."""
+    """Findings and the facts behind them as JSON, for other programs."""
     seen = asdict(facts)
     seen["blocked"] = [{"from": at, "to": to, "why": why} for (at, to), why in facts.blocked.items()]
     record = {"healthy": healthy(findings), "findings": [asdict(finding) for finding in findings], "facts": seen}

@@ -1,6 +1,7 @@
-"""`aft-ray submit`: a training run as a job of a cluster, by the very `ray job submit` that it prints.
+"""The work of `aft-ray submit`: it submits a training run to a cluster with `ray job submit`.
 
-Invariant: what is printed is what is run. A config that cannot work there is refused before anything is sent.
+Invariants: the printed command is the one that is run. A config that cannot work on the cluster is refused before
+anything is uploaded.
 """
 
 from __future__ import annotations
@@ -18,23 +19,29 @@ from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from aft_ray.cluster.compat import upload_filter
 from aft_ray.config.run import ConfigError, RunConfig, load_config
 from aft_ray.operations.upload import EXCLUDES, checkout, measure_upload, upload_limit
 from aft_ray.storage.run_dir import RunDir
 
-# What every process of the job needs, as `cluster.connected` sets it for a Ray that is started here.
+# Every process of the job needs these variables; `cluster.connect` sets them for a Ray that it starts.
 JOB_ENVIRONMENT = {"RAY_TRAIN_V2_ENABLED": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "PYTHONUNBUFFERED": "1"}
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
-_HERE = {"127.0.0.1", "localhost", "::1"}
+_LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 
 
 class SubmissionFailed(RuntimeError):
-    """A job that was not taken, or that ended without success. The message says how to look at it."""
+    """A job was not accepted, or it failed. The message says how to see its output."""
 
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """A job before it is sent. copied: a config from elsewhere, and the name it gets in the working directory."""
+    """A job that can be submitted.
+
+    Attributes:
+        copied: path of a config outside the working directory, and of its copy inside; None: no copy is needed.
+        wait: whether to show the output of the job until it ends.
+    """
 
     address: str
     id: str
@@ -54,7 +61,7 @@ class Submission:
         ]  # fmt: skip
 
     def shell(self) -> str:
-        """All of it as one line for a shell."""
+        """The whole submission as one shell command."""
         line = shlex.join(self.command())
         if self.copied is None:
             return line
@@ -62,7 +69,7 @@ class Submission:
         return f"{shlex.join(['cp', str(source), str(target)])} && {line}"
 
 
-def plan(
+def plan_submission(
     config: Path,
     overrides: Sequence[str],
     address: str | None,
@@ -70,34 +77,47 @@ def plan(
     forwarded: Sequence[str],
     wait: bool,
 ) -> Submission:
-    """Checks a run's config for a cluster and makes a job of it. Raises ConfigError, one sentence."""
+    """Checks the config of a run and plans the job.
+
+    Args:
+        address: URL of the dashboard; None: RAY_API_SERVER_ADDRESS, then RAY_ADDRESS.
+        working_dir: checkout to upload; None: this directory, else the checkout of aft_ray.
+        forwarded: environment variables of the job as NAME or NAME=VALUE.
+
+    Raises:
+        ConfigError: the job cannot work; the message is one sentence.
+    """
     address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
     if not address:
         raise ConfigError(
-            "no cluster is named: give --address http://HEAD:8265, or set RAY_API_SERVER_ADDRESS or RAY_ADDRESS"
+            "no cluster is named; give --address http://HEAD:8265, or set RAY_API_SERVER_ADDRESS or RAY_ADDRESS"
         )
     parsed = load_config(config, list(overrides))
     directory = (working_dir or checkout() or Path.cwd()).resolve()
     if not (directory / "aft_ray" / "cli.py").is_file():
-        raise ConfigError(f"{directory} is no checkout of aft_ray; name one with --working-dir")
-    more = _for_the_cluster(parsed, directory, _is_here(address))
+        raise ConfigError(f"{directory} is no checkout of aft_ray; give one with --working-dir")
+    more_overrides = _overrides_for_cluster(parsed, directory, _is_local(address))
     _check_size(directory)
     id = f"{_slug(RunDir(parsed.run_dir).name)}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     source = config.resolve()
     copied = None
     if source.is_relative_to(directory):
-        named = source.relative_to(directory)
+        name = source.relative_to(directory)
     else:
-        named = Path(f"submitted-{id}.yaml")
-        copied = (source, directory / named)
-    entrypoint = ("python", "-m", "aft_ray.cli", "train", str(named), *overrides, *more)
+        name = Path(f"submitted-{id}.yaml")
+        copied = (source, directory / name)
+    entrypoint = ("python", "-m", "aft_ray.cli", "train", str(name), *overrides, *more_overrides)
     return Submission(address, id, directory, entrypoint, JOB_ENVIRONMENT | _environment(forwarded), copied, wait)
 
 
-def run(submission: Submission, say: Callable[[str], None]) -> int:
-    """Sends the job and, when it is to be waited for, follows it. Returns the job's exit status.
+def run_submission(submission: Submission, say: Callable[[str], None]) -> int:
+    """Submits the job and, if `wait` is set, shows its output until it ends. An interrupt leaves the job running.
 
-    Raises SubmissionFailed when the cluster does not take it. Interrupted, it leaves the job running and says so.
+    Returns:
+        The exit status of the job, or of `ray job submit` without `wait`.
+
+    Raises:
+        SubmissionFailed: the cluster does not accept the job, or the job ends without an exit status.
     """
     if submission.copied is not None:
         shutil.copyfile(*submission.copied)
@@ -107,7 +127,7 @@ def run(submission: Submission, say: Callable[[str], None]) -> int:
         status = subprocess.run(command).returncode
     except KeyboardInterrupt:
         where = f"--address {submission.address} {submission.id}"
-        say(f"\nno longer following; the job goes on. See it: ray job logs -f {where}; end it: ray job stop {where}")
+        say(f"\nthe job is still running. To see its output: ray job logs -f {where}. To stop it: ray job stop {where}")
         raise
     finally:
         if submission.copied is not None:
@@ -116,83 +136,81 @@ def run(submission: Submission, say: Callable[[str], None]) -> int:
 
 
 def _job_status(submission: Submission) -> int:
-    """The exit status of an ended job's command; 1 when it has none."""
+    """The exit status of a job that has ended."""
     from ray.job_submission import JobStatus, JobSubmissionClient
 
     try:
         info = JobSubmissionClient(submission.address).get_job_info(submission.id)
     except (RuntimeError, ConnectionError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise SubmissionFailed(f"job {submission.id} was not taken by {submission.address}: {reason}") from error
+        raise SubmissionFailed(f"job {submission.id} was not accepted by {submission.address}: {reason}") from error
     if info.status == JobStatus.SUCCEEDED:
         return 0
     if info.status == JobStatus.FAILED and info.driver_exit_code:
         return int(info.driver_exit_code)
     raise SubmissionFailed(
-        f"job {submission.id} is {info.status.value.lower()}: {info.message}; its output: ray job logs --address "
-        f"{submission.address} {submission.id}"
+        f"job {submission.id} is {info.status.value.lower()}: {info.message}; to see its output: ray job logs "
+        f"--address {submission.address} {submission.id}"
     )
 
 
-def _for_the_cluster(config: RunConfig, directory: Path, here: bool) -> list[str]:
-    """Overrides that make paths mean the same there; raises ConfigError for those that cannot."""
+def _overrides_for_cluster(config: RunConfig, directory: Path, local: bool) -> list[str]:
+    """Overrides that make paths valid on the cluster. Raises ConfigError for a path that cannot be."""
     more = []
     if "://" not in config.run_dir and not Path(config.run_dir).expanduser().is_absolute():
-        if not here:
+        if not local:
             raise ConfigError(
-                f"run_dir={config.run_dir} is relative, and a job runs in a directory that goes with it; name storage "
-                "that every node sees, such as run_dir=/shared/runs/x or run_dir=s3://bucket/x"
+                f"run_dir={config.run_dir} is relative, and the working directory of a job is deleted with it; give a "
+                "path on storage that every node can access, such as run_dir=/shared/runs/x or run_dir=s3://bucket/x"
             )
         more.append(f"run_dir={Path(config.run_dir).absolute()}")
     name = config.model.name
     if name.startswith((".", "~")) or (name.count("/") != 1 and not name.startswith("/") and Path(name).is_dir()):
         raise ConfigError(
-            f"model.name={name} is a path on this machine only; put the model on storage that every node sees and "
-            "give its absolute path, or a hub name"
+            f"model.name={name} is a path on this machine only; put the model on storage that every node can access "
+            "and give its absolute path, or give a hub name"
         )
     for key, task in ((config.task_key(name), entry) for name, entry in config.task_configs.items()):
         path = task.path
-        if path is not None and not Path(path).is_absolute() and not _travels(directory, path):
+        if path is not None and not Path(path).is_absolute() and not _is_uploaded(directory, path):
             raise ConfigError(
                 f"{key}.path={path} is relative and is not part of what is uploaded; give an absolute path on storage "
-                "that every node sees"
+                "that every node can access"
             )
     return more
 
 
-def _travels(directory: Path, path: str) -> bool:
-    """Whether a relative path is below the working directory and nothing keeps it out of the upload."""
-    place = (directory / path).resolve()
-    if not place.exists() or not place.is_relative_to(directory):
+def _is_uploaded(directory: Path, path: str) -> bool:
+    """Whether a relative path is inside the working directory and not excluded from the upload."""
+    file = (directory / path).resolve()
+    if not file.exists() or not file.is_relative_to(directory):
         return False
-    from ray._private.runtime_env import packaging
-
-    matches = packaging._get_excludes(directory, list(EXCLUDES))
-    return not any(
-        matches(one) for one in (place, *place.parents) if one != directory and one.is_relative_to(directory)
-    )
+    is_excluded = upload_filter(directory, EXCLUDES)
+    inside = [part for part in (file, *file.parents) if part != directory and part.is_relative_to(directory)]
+    return not any(is_excluded(part) for part in inside)
 
 
 def _check_size(directory: Path) -> None:
+    """Raises ConfigError if Ray would refuse the upload."""
     upload = measure_upload(directory)
     limit = upload_limit()
     if upload.bytes > limit:
         largest = ", ".join(f"{name} ({size >> 20} MiB)" for name, size in upload.largest)
         raise ConfigError(
-            f"{directory} would be an upload of {upload.bytes >> 20} MiB and Ray takes {limit >> 20}; keep out what "
-            f"the job does not need, in .rayignore: the largest are {largest}"
+            f"{directory} would be an upload of {upload.bytes >> 20} MiB and Ray takes {limit >> 20}; exclude files "
+            f"that the job does not need, in .rayignore; the largest are {largest}"
         )
 
 
 def _environment(forwarded: Sequence[str]) -> dict[str, str]:
-    """NAME or NAME=VALUE as a dict. Secrets are refused: a job's environment can be read by all who see the cluster."""
+    """The variables as a dict. Secrets are refused, because everybody with access to the dashboard can read them."""
     environment = {}
     for one in forwarded:
         name, equals, value = one.partition("=")
         if _SECRET.search(name):
             raise ConfigError(
-                f"{name} looks like a secret, and everybody who sees the cluster can read a job's environment; give it "
-                "to the nodes instead (docs/clusters.md)"
+                f"{name} looks like a secret, and everybody with access to the dashboard can read the environment of a "
+                "job; give it to the nodes instead (docs/clusters.md)"
             )
         if not equals and name not in os.environ:
             raise ConfigError(f"--env {name}: there is no such variable here; write {name}=VALUE")
@@ -200,9 +218,11 @@ def _environment(forwarded: Sequence[str]) -> dict[str, str]:
     return environment
 
 
-def _is_here(address: str) -> bool:
-    return urlsplit(address if "://" in address else f"//{address}").hostname in _HERE
+def _is_local(address: str) -> bool:
+    """Whether the cluster runs on this machine."""
+    return urlsplit(address if "://" in address else f"//{address}").hostname in _LOOPBACK
 
 
 def _slug(name: str) -> str:
+    """The name with only characters that Ray allows in a submission id."""
     return re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-") or "run"

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from aft_ray.config.run import ConfigError
-from aft_ray.operations.submit import plan
+from aft_ray.operations.submit import plan_submission
 from aft_ray.operations.upload import measure_upload, upload_limit
 
 ROOT = Path(__file__).parents[2]
@@ -33,7 +33,7 @@ def project(tmp_path) -> Path:
 
 
 def planned(file, *overrides, address=ADDRESS, working_dir=ROOT, env=(), wait=True):
-    return plan(file, list(overrides), address, working_dir, list(env), wait)
+    return plan_submission(file, list(overrides), address, working_dir, list(env), wait)
 
 
 def test_the_command_is_one_that_a_shell_reads_back(file):
