@@ -7,7 +7,7 @@ from aft_ray.config.run import ConfigError
 from aft_ray.evaluation.answers import AnsweredQuestion, Response
 from aft_ray.evaluation.generations import generations_text
 from aft_ray.evaluation.targets import plan_evaluation
-from aft_ray.storage.ledger import Ledger, CheckpointRecord
+from aft_ray.storage.ledger import CheckpointRecord, Ledger
 from aft_ray.storage.records import Verdict
 from aft_ray.storage.run_dir import CONFIG, RunDir
 
