@@ -108,8 +108,8 @@ async def load(url: str, questions: list[str], n: int, seconds: float, reporter:
         elapsed = time.monotonic() - started
     p50, p99 = np.percentile(taken, [50, 99])
     reporter.say(f"answered {statuses[200]} ({statuses[200] / elapsed:.1f}/s), p50 {p50:.2f} s, p99 {p99:.2f} s")
-    reporter.say(f"refused with 429: {statuses[429]}; anything else: {dict(other) or 0}")
-    reporter.say(f"answers other than when asked alone: {wrong}")
+    reporter.say(f"rejected with 429: {statuses[429]}; other errors: {dict(other) or 0}")
+    reporter.say(f"answers that differ from those given alone: {wrong}")
     reporter.say(f"memory, MiB: {' '.join(f'{value:.0f}' for value in memory)}")
     return {
         "statuses": dict(statuses),

@@ -94,6 +94,7 @@ def _check_port_free(host: str, port: int) -> None:
 
 @contextlib.contextmanager
 def _set_on_signals(ended: threading.Event) -> Iterator[None]:
+    """Makes SIGINT and SIGTERM set `ended` while the context is open."""
     previous = {number: signal.signal(number, lambda *_: ended.set()) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
@@ -130,7 +131,7 @@ def running_service(
         http_options={
             "host": host,
             "port": port,
-            # Far above the service's own deadline: Serve's deadline is only for requests that escaped that one.
+            # Far above the service's own deadline: it only ends requests that the service failed to end itself.
             "request_timeout_s": 2 * config.limits.deadline_s + 60,
         }
     )
@@ -201,6 +202,7 @@ def _wait_until_ended(ended: threading.Event) -> None:
 
 
 def _url(host: str, port: int) -> str:
+    """Returns the URL by which this machine reaches the address that the service listens on."""
     shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     return f"http://{shown}:{port}"
 
@@ -215,15 +217,16 @@ def _metrics_url() -> str:
 
 
 def _usage_lines(config: ServeConfig, host: str, port: int) -> list[str]:
+    """Returns the lines that tell a user how to use the running service."""
     url = _url(host, port)
     key = "" if config.access.open else ' -H "Authorization: Bearer $KEY"'
     question = '{"question": "Tom has 3 apples and buys 4 more. How many apples does Tom have?"}'
     return [
-        f"  the page      {url}/",
+        f"  web page      {url}/",
         f"  ask           curl {url}/v1/reason{key} -H 'Content-Type: application/json' -d '{question}'",
         f"  OpenAI        base_url={url}/v1",
         f"  API           {url}/docs",
         f"  metrics       {_metrics_url()}",
-        "  keys          " + ("none: anyone who reaches it may ask" if config.access.open else "on"),
+        "  keys          " + ("none: anyone who can reach the service may ask" if config.access.open else "required"),
         "Ctrl-C stops it.",
     ]

@@ -348,7 +348,7 @@ class _IncrementalDetokenizer:
         self._text = ""
 
     def add(self, tokens: Sequence[int]) -> str:
-        """Returns the text that the tokens add; empty if it cannot be told before more tokens arrive."""
+        """Returns the text that the tokens add; empty if it is not known before more tokens arrive."""
         self._tokens += tokens
         text = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
         # An incomplete character decodes to U+FFFD, and an incomplete word may change the text before it.

@@ -1,6 +1,6 @@
-"""Errors of the HTTP API: an HTTP status with OpenAI's error body, whatever went wrong.
+"""Error responses of the HTTP API: an HTTP status with OpenAI's error body, for every exception.
 
-Invariant: nothing of the service's inside, such as a traceback, reaches a client.
+Invariant: a response to a client has no internal details, such as a traceback.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ErrorType = Literal[
 
 
 class ApiError(Exception):
-    """An error that a client is told: an HTTP status, OpenAI's error body, and response headers.
+    """An error response: an HTTP status, OpenAI's error body, and response headers.
 
     Args:
         status: HTTP status.
@@ -57,7 +57,7 @@ class ApiError(Exception):
 
 
 def api_error(error: Exception, request_id: str) -> ApiError:
-    """Returns what a client is told of an exception.
+    """Returns the error response for an exception.
 
     An exception that is not a mistake of the client is written to the log under the request's id.
     """

@@ -34,7 +34,7 @@ async def stream_response(
 
     Args:
         service: where the question is admitted.
-        record: the request's record, which is told of errors and of a client that closes the connection.
+        record: the request's record, in which an error or a closed connection is noted.
         events: makes the events, given the seconds that the question waited for its slot.
         error_event: name of the event that an error is sent as; None: an event without a name.
 
