@@ -1,8 +1,13 @@
 """Every private or internal name of Ray and vLLM that `aft_ray` uses, with the reason.
 
-These names may change with any release. Each function says what it is needed for, which public way is missing, and is
-checked against Ray 2.60.0 and vLLM 0.32.0. After an upgrade, this is the only module to compare with the new sources,
-together with the subclasses that the docstrings name.
+These names may change with any release. Each function says what the name is needed for and which public way is missing.
+All of them were checked against Ray 2.60.0 and vLLM 0.32.0. After an upgrade this module has to be compared with the
+new sources, together with the two modules that derive from internal classes:
+
+- `serving.engine.server`: see `ray_vllm_engine`.
+- `inference.vllm_worker`: see `nccl_weight_transfer`. Its `WeightLoader` is a worker extension (`worker_extension_cls`,
+  which is public), and also uses the worker's `model_runner.get_model()`, `model_runner.device`,
+  `model_runner.reset_lora_state()` and `vllm_config`, because an extension gets nothing but the worker itself.
 
 Invariant: importing this module imports neither Ray nor vLLM; each function imports what it needs when it is called.
 """
@@ -13,7 +18,10 @@ import logging
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import ray.data
 
 # --- Ray Core
 
@@ -65,6 +73,20 @@ def session_parent() -> Path:
     from ray._private.worker import global_worker
 
     return Path(global_worker.node.get_session_dir_path()).parent
+
+
+# --- Ray Data
+
+
+def dataset_from_blocks(blocks: Sequence[Any]) -> ray.data.Dataset:
+    """A Ray Data set whose blocks are given as Arrow tables.
+
+    `ray.data.from_arrow` runs a task of one whole CPU for each table, only to count its rows. `from_blocks` counts them
+    in this process, but `ray.data` does not export it.
+    """
+    from ray.data.read_api import from_blocks
+
+    return from_blocks(list(blocks))
 
 
 # --- Ray Jobs: the upload of a working directory
@@ -168,8 +190,8 @@ def lora_ranks() -> Any:
     return MaxLoRARanks
 
 
-def nccl_weight_transfer() -> tuple[Any, Any, Any]:
-    """`NCCLWeightTransferEngine` and the classes of its initial and of its update message.
+def nccl_weight_transfer() -> tuple[Any, Any]:
+    """`NCCLWeightTransferEngine`, and the class of the message by which it joins a group.
 
     They are the base classes of `inference.vllm_worker.transfer_engines`. vLLM's registry of transfer engines is
     public, but its NCCL engine takes neither a deadline nor a group other than NCCL. The subclasses override
@@ -177,9 +199,9 @@ def nccl_weight_transfer() -> tuple[Any, Any, Any]:
     `model_update_group` and `packed_buffer_size_bytes`.
     """
     from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitInfo
-    from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine, NCCLWeightTransferUpdateInfo
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 
-    return NCCLWeightTransferEngine, NCCLWeightTransferInitInfo, NCCLWeightTransferUpdateInfo
+    return NCCLWeightTransferEngine, NCCLWeightTransferInitInfo
 
 
 def nccl_process_group(address: str, port: int, rank: int, world_size: int, device: Any) -> Any:

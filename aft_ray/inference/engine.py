@@ -224,7 +224,6 @@ def _wake(llm: Any, memory: str) -> None:
 
 def _build(spec: EngineSpec) -> Any:
     prepare_environment(spec)
-    from vllm import EngineArgs
-    from vllm.v1.engine.llm_engine import LLMEngine
+    from vllm import EngineArgs, LLMEngine
 
     return LLMEngine.from_engine_args(EngineArgs(**engine_arguments(spec)))

@@ -9,6 +9,7 @@ import os
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from aft_ray.cluster.compat import lora_ranks
 from aft_ray.config.run import LoraConfig
 from aft_ray.weights.receive_plan import GLOO_BACKEND, NCCL_BACKEND
 
@@ -131,9 +132,7 @@ def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
 
 def _max_lora_rank(rank: int) -> int:
     """The smallest of vLLM's maximal ranks that has room for adapters of rank `rank`; ValueError when none has."""
-    from vllm.config.lora import MaxLoRARanks
-
-    supported: list[int] = sorted(get_args(MaxLoRARanks))
+    supported: list[int] = sorted(get_args(lora_ranks()))
     if rank > supported[-1]:
         raise ValueError(f"vLLM takes adapters up to rank {supported[-1]}, not lora.rank={rank}; use another transport")
     return next(size for size in supported if size >= rank)

@@ -18,6 +18,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from aft_ray.cluster.compat import dataset_from_blocks
 from aft_ray.config.run import RunConfig, SamplingConfig
 from aft_ray.inference.request_parameters import SamplingSpec
 from aft_ray.sampling.counts import SampleCounts, count_groups
@@ -116,13 +117,10 @@ def _sampled(
     how: SamplingSpec,
     purpose: str,
 ) -> ray.data.Dataset:
-    from ray.data.read_api import from_blocks
-
     _silence_ray_data()
     size, in_flight = data_flow(config.sampling, len(pool.actors))
     batches = [groups_to_table(groups[start : start + size]) for start in range(0, len(groups), size)]
-    # `ray.data.from_arrow` would run a task of one whole CPU for each batch, only to count its rows.
-    return from_blocks(batches).map_batches(
+    return dataset_from_blocks(batches).map_batches(
         SampleStage,
         fn_kwargs={"job": SampleJob(pool.handles(), manifest, how, config.sampling, config.seed, purpose)},
         # One block is one batch; many of them are in flight through the one actor of this stage.

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
+from aft_ray.cluster.compat import embedding_classes, layerwise_reload
 from aft_ray.weights.receive_plan import GLOO_BACKEND, NCCL_BACKEND
 
 WeightTransferEngineFactory.register_engine(
@@ -31,18 +32,13 @@ class WeightLoader:
     def begin_weights(self) -> None:
         """Prepares the model for new weights; an update that was broken off before is dropped."""
         from vllm.config import set_current_vllm_config
-        from vllm.model_executor.model_loader.reload.layerwise import (
-            finalize_layerwise_reload,
-            get_layerwise_info,
-            initialize_layerwise_reload,
-        )
 
-        model = self.model_runner.get_model()
+        reload, model = layerwise_reload(), self.model_runner.get_model()
         with set_current_vllm_config(self.vllm_config):
-            if any(get_layerwise_info(layer).can_load() for layer in model.modules()):
+            if any(reload.get_layerwise_info(layer).can_load() for layer in model.modules()):
                 # An earlier update was broken off. Finalizing clears its state; all weights are loaded again now.
-                finalize_layerwise_reload(model, self.vllm_config.model_config)
-            initialize_layerwise_reload(model)
+                reload.finalize_layerwise_reload(model, self.vllm_config.model_config)
+            reload.initialize_layerwise_reload(model)
 
     def load_weights_file(self, path: str) -> None:
         """Loads the tensors of one safetensors file."""
@@ -57,11 +53,10 @@ class WeightLoader:
     def finish_weights(self) -> None:
         """Makes the model ready to run with the weights that were loaded."""
         from vllm.config import set_current_vllm_config
-        from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_reload
 
         model = self.model_runner.get_model()
         with set_current_vllm_config(self.vllm_config):
-            finalize_layerwise_reload(model, self.vllm_config.model_config)
+            layerwise_reload().finalize_layerwise_reload(model, self.vllm_config.model_config)
             repack_tied_heads(model)
         self.model_runner.reset_lora_state()
 
@@ -71,15 +66,15 @@ def repack_tied_heads(model: torch.nn.Module) -> None:
 
     A tied lm_head multiplies by a packed copy of the embedding there, which vLLM's reload does not refresh.
     """
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
         return
-    # The exact type is compared, because ParallelLMHead is a subclass of VocabParallelEmbedding.
-    embeddings: list[Any] = [m for m in model.modules() if type(m) is VocabParallelEmbedding]
+    embedding_class, head_class = embedding_classes()
+    # The exact type is compared, because the class of heads is a subclass of that of embeddings.
+    embeddings: list[Any] = [m for m in model.modules() if type(m) is embedding_class]
     packed = {embedding.weight.data_ptr() for embedding in embeddings}
-    heads: list[Any] = [m for m in model.modules() if isinstance(m, ParallelLMHead)]
+    heads: list[Any] = [m for m in model.modules() if isinstance(m, head_class)]
     for module in heads:
         if module.weight.data_ptr() in packed:
             module.quant_method.process_weights_after_loading(module)

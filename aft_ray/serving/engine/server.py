@@ -16,10 +16,10 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
-from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
 
+from aft_ray.cluster.compat import ray_vllm_engine
 from aft_ray.inference.request_parameters import (
     Prompt,
     SamplingSpec,
@@ -94,7 +94,7 @@ class PolicySpec:
     follow_s: float
 
 
-class PolicyEngine(VLLMEngine):  # type: ignore[misc]
+class PolicyEngine(ray_vllm_engine()):  # type: ignore[misc]
     """Ray's vLLM engine, which gives the server access to vLLM's client."""
 
     def _start_async_llm_engine(self, vllm_engine_args: Any, vllm_engine_config: Any, placement_group: Any) -> Any:
