@@ -272,9 +272,7 @@ def test_a_file_that_is_no_config_is_refused(tmp_path, text, words):
     assert str(path) in said
 
 
-@pytest.mark.parametrize(
-    "path", sorted((Path(__file__).parents[2] / "jobs/configs").glob("*.yaml")), ids=lambda path: path.stem
-)
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_configs_that_come_along_load(path):
     assert load_config(path).task_configs
 
