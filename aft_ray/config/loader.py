@@ -64,7 +64,7 @@ def parse_section(model: type[S], tree: dict[str, Any], overrides: Sequence[str]
     for old, new in renamed.items():
         if old not in _told:
             _told.add(old)
-            _logger.warning("%s is now called %s; please use the new name, the old one will be removed", old, new)
+            _logger.warning("%s is now called %s; the old name is still understood in this release", old, new)
     return config
 
 

@@ -259,7 +259,7 @@ def explain_errors(where: str) -> Iterator[None]:
             ) from error
         if error.errno is None:  # pyarrow raises these for the errors of an object store
             raise RunDirError(
-                f"cannot use {where}: {_first_line(error)}; see to the name, the network and the credentials of this "
+                f"cannot use {where}: {_first_line(error)}; check the name, the network and the credentials of this "
                 "machine, and start again, nothing that was finished is lost"
             ) from error
         raise

@@ -77,7 +77,7 @@ def renewed_lease(store: FileStore, say: Callable[[str], None] | None = None) ->
 
 
 def lease_holder(store: FileStore) -> str | None:
-    """The driver that renewed the lease of late, as a text for people; None when there is none.
+    """The driver that renewed the lease recently, as a text for people; None when there is none.
 
     It compares the clock of this machine with that of the store, so no decision may depend on it.
     """

@@ -80,7 +80,7 @@ def test_a_process_without_a_logging_configuration_says_the_new_name_in_one_line
     code = f"from aft_ray.config.run import load_config; load_config({str(old_file)!r}); load_config({str(old_file)!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr.splitlines() == [
-        "sampling.max_parked is now called sampling.max_failed; please use the new name, the old one will be removed"
+        "sampling.max_parked is now called sampling.max_failed; the old name is still understood in this release"
     ]
 
 
