@@ -1,4 +1,7 @@
-"""Generates ordinary responses with gold answers, and the tasks that read them. The verifier's workers import this."""
+"""Generated responses with gold answers, and the tasks that extract and compare their answers.
+
+The worker processes of the verifier import this module.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ REASONING = "There are {a} of them at first and {b} come later, so there are {a}
 
 
 class MarkedAnswers:
-    """A task whose responses have the answer after `####`, or name an option in any wording."""
+    """A task whose responses give the answer after `####`, or name an option in any wording."""
 
     def __init__(self, kind: Kind) -> None:
         self.kind = kind
@@ -28,7 +31,7 @@ class MarkedAnswers:
 
 
 def ordinary_requests(count: int, seed: int) -> list[VerificationRequest]:
-    """Requests of each kind in the shares of `KINDS`, about half of them right, with 4 sentences of reasoning each."""
+    """Requests with 4 sentences of reasoning each, about half of them right; `KINDS` gives the share of each kind."""
     rng = random.Random(seed)
     tasks = {kind: MarkedAnswers(kind) for kind in KINDS}
     requests = []
@@ -43,7 +46,7 @@ def ordinary_requests(count: int, seed: int) -> list[VerificationRequest]:
 
 
 def _answer(rng: random.Random, kind: Kind, a: int, b: int) -> tuple[str, str]:
-    """An answer in a form that models write, and the gold answer."""
+    """An answer in one of the forms that models write, and the gold answer."""
     value = a + b + rng.choice((0, 0, 0, 1, 2, 10))
     if kind == "number":
         forms = ("{0}", "${0:,}.00", "{0:,} apples", "\\boxed{{{0}}}", "{0} apples or so", "**{0}**", "{0}%")

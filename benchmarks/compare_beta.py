@@ -1,8 +1,8 @@
-"""Claim: `objective.beta: auto`, the boundary of `aft_boundary` read off each group, needs no search.
+"""Claim: `objective.beta: auto` needs no search: it computes the boundary of `aft_boundary` from each group.
 
-The paper leaves a boundary without a hyper-parameter open. This compares the rules of `aft_ray/objectives/beta.py` with
-a grid of constants, from the same VFT models and groups as `compare_objectives.py`, and draws accuracy over β.
-Interrupted, it goes on where it stopped.
+The paper (arXiv 2309.02144) uses a constant. This script compares the rules of `aft_ray/objectives/beta.py` with a grid
+of constants, with the same VFT models and groups as `compare_objectives.py`, and plots accuracy as a function of β. An
+interrupted comparison is resumed.
 
     python benchmarks/compare_beta.py
 """
@@ -33,33 +33,35 @@ METRICS = ("greedy", "assessment", "maj@{k}", "perplexity")
 def main(
     seeds: Annotated[int, typer.Option(help="VFT models, each with its own groups")] = 3,
     feedback: Annotated[str, typer.Option(help="binary or steps")] = "binary",
-    beta: Annotated[list[float] | None, typer.Option(help="constants; repeatable; default 0 to 0.5")] = None,
+    beta: Annotated[
+        list[float] | None, typer.Option(help="constant to compare; may be repeated; default: 0 to 0.5")
+    ] = None,
     jobs: Annotated[int, typer.Option(help="processes, one core and about 3 GB each")] = 2,
     quick: Annotated[bool, typer.Option("--quick", help="one seed, few steps and questions")] = False,
-    directory: Annotated[Path, typer.Option(help="records, tables and pictures")] = Path("runs/compare"),
+    directory: Annotated[Path, typer.Option(help="directory of records, tables and plots")] = Path("runs/compare"),
 ) -> None:
-    """Train `aft_boundary` with constants and with rules for β, and compare."""
+    """Train `aft_boundary` with constants and with rules for β, and compare them."""
     settings, seeds = (QUICK, 1) if quick else (Settings(), seeds)
     options = [*(beta or GRID), *RULES]
-    # The default is an experiment of `compare_objectives.py` as well, and is run once for both.
-    settled: dict[Any, tuple[tuple[str, Any], ...]] = {
+    # The default is also an experiment of `compare_objectives.py`, so its record is shared.
+    options_of: dict[Any, tuple[tuple[str, Any], ...]] = {
         value: () if value == DEFAULT else (("beta", value),) for value in options
     }
     experiments = [
-        Experiment(seed, feedback, "aft_boundary", settled[value]) for seed in range(seeds) for value in options
+        Experiment(seed, feedback, "aft_boundary", options_of[value]) for seed in range(seeds) for value in options
     ]
     records = run_all(experiments, directory, settings, jobs)
     rows = {value: [r for r in records if dict(r["options"]).get("beta", DEFAULT) == value] for value in options}
     text = "\n".join([settings_line(settings, seeds), "", *table(rows, settings.evaluation_k)])
-    place = directory / settings.name
-    (place / "beta.md").write_text(text + "\n")
+    output_dir = directory / settings.name
+    (output_dir / "beta.md").write_text(text + "\n")
     print(text)
-    picture(place / "beta", rows)
-    print(f"written to {place}/beta.md, beta.svg, beta.png")
+    plot(output_dir / "beta", rows)
+    print(f"written to {output_dir}/beta.md, beta.svg, beta.png")
 
 
 def table(rows: Mapping[Any, Sequence[Mapping[str, Any]]], k: int) -> list[str]:
-    """One row a β or rule, its seeds as mean ± standard deviation."""
+    """A row per β or rule, with mean ± standard deviation over the seeds."""
     lines = [
         f"| beta | task accuracy | assessment | maj@{k} | perplexity | accuracy − β = {DEFAULT} |",
         "|---|---:|---:|---:|---:|---:|",
@@ -72,8 +74,8 @@ def table(rows: Mapping[Any, Sequence[Mapping[str, Any]]], k: int) -> list[str]:
     return lines
 
 
-def picture(path: Path, rows: Mapping[Any, Sequence[Mapping[str, Any]]]) -> None:
-    """Accuracy over the constants with the standard deviation over seeds; each rule as a level line."""
+def plot(path: Path, rows: Mapping[Any, Sequence[Mapping[str, Any]]]) -> None:
+    """Plots accuracy over the constants, with the standard deviation over seeds; a rule is a horizontal line."""
     import matplotlib
 
     matplotlib.use("Agg")

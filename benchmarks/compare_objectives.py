@@ -1,9 +1,9 @@
-"""Claim: ranking without a constraint assesses best and generates worst; with AFT's constraint it beats fine-tuning.
+"""Claim: ranking losses without a constraint generate badly; with AFT's constraint they beat further fine-tuning.
 
-From one VFT model and one set of sampled groups per seed, every objective is trained for the same number of optimiser
-steps on the arithmetic task, with binary feedback and with graded feedback (the share of right steps), and measured on
-the same unseen questions. Prints two tables in the shape of the paper's (arXiv 2309.02144) and writes them, with
-pictures, to the directory. Interrupted, it goes on where it stopped.
+For each seed, every objective starts from the same VFT model and trains on the same sampled groups of the arithmetic
+task for the same number of optimiser steps, with binary feedback and with graded feedback (the share of right steps). All
+models answer the same unseen questions. The script prints two tables like those of the paper (arXiv 2309.02144) and
+writes them, with plots, to the directory. An interrupted comparison is resumed.
 
     python benchmarks/compare_objectives.py                 # 3 seeds; under 90 minutes on two cores
     python benchmarks/compare_objectives.py --quick         # a first look, under 10 minutes
@@ -25,7 +25,7 @@ from laboratory import QUICK, Experiment, Settings, run_all
 
 from aft_ray.config.objectives import OBJECTIVES
 
-# Objective without a constraint, its constrained twins, and their name in the paper.
+# Name in the paper, objective without a constraint, and its variants with a constraint.
 FAMILIES = (
     ("RRHF", "rrhf", ("rrhf_detached",)),
     ("PRO", "pro", ("pro_detached",)),
@@ -41,7 +41,7 @@ COLUMNS = {
     "assessment": "assessment",
     "perplexity": "perplexity",
 }
-Records = Mapping[str, Sequence[Mapping[str, Any]]]  # row → the records of its seeds
+Records = Mapping[str, Sequence[Mapping[str, Any]]]  # for each row the records of its seeds
 
 
 def main(
@@ -50,9 +50,9 @@ def main(
     objective: Annotated[list[str] | None, typer.Option(help="only these; repeatable; default all")] = None,
     jobs: Annotated[int, typer.Option(help="processes, one core and about 3 GB each")] = 2,
     quick: Annotated[bool, typer.Option("--quick", help="one seed, few steps and questions")] = False,
-    directory: Annotated[Path, typer.Option(help="records, tables and pictures")] = Path("runs/compare"),
+    directory: Annotated[Path, typer.Option(help="directory of records, tables and plots")] = Path("runs/compare"),
 ) -> None:
-    """Train every objective from one VFT model and one set of groups, and compare."""
+    """Train every objective from the same VFT model on the same groups, and compare them."""
     settings, seeds = (QUICK, 1) if quick else (Settings(), seeds)
     kinds = feedback or ["binary", "steps"]
     names = objective or list(OBJECTIVES)
@@ -60,23 +60,23 @@ def main(
     experiments = [Experiment(seed, "binary", None) for seed in range(seeds)]
     for seed in range(seeds):
         for kind in kinds:
-            # VFT sees no candidate and RFT only right answers: graded feedback changes neither. With binary feedback
-            # there is one class below the best, so holding the lowest is holding all.
+            # VFT uses no candidates and RFT only right ones, so graded feedback changes neither. With binary feedback
+            # aft_detached_lowest equals aft_detached, because there is only one reward below the best.
             known = ("vft", "rft") if kind != kinds[0] else ("aft_detached_lowest",) if kind == "binary" else ()
             own = [name for name in names if name not in known]
             experiments += [Experiment(seed, kind, name) for name in own]
     records = run_all(experiments, directory, settings, jobs)
-    place = directory / settings.name
+    output_dir = directory / settings.name
     report = [f"{settings_line(settings, seeds)}\n"]
     for kind in kinds:
         chosen = rows(records, kind)
         report += [f"### Feedback: {kind}", "", *table(chosen, settings.evaluation_k), ""]
         report += ["No constraint → constraint:", "", *paper_table(chosen), ""]
     text = "\n".join(report)
-    (place / "tables.md").write_text(text + "\n")
+    (output_dir / "tables.md").write_text(text + "\n")
     print(text)
-    pictures(place, {kind: rows(records, kind) for kind in kinds})
-    print(f"{time.monotonic() - started:.0f} s; tables and pictures in {place}")
+    plots(output_dir, {kind: rows(records, kind) for kind in kinds})
+    print(f"{time.monotonic() - started:.0f} s; tables and plots in {output_dir}")
 
 
 def settings_line(settings: Settings, seeds: int) -> str:
@@ -89,7 +89,7 @@ def settings_line(settings: Settings, seeds: int) -> str:
 
 
 def rows(records: Sequence[Mapping[str, Any]], kind: str) -> dict[str, list[Mapping[str, Any]]]:
-    """The records of a feedback by the row they belong to, `start`, `vft` and `rft` among them."""
+    """The records of one kind of feedback by row, including `start`, `vft` and `rft`, which all kinds share."""
     chosen: dict[str, list[Mapping[str, Any]]] = {}
     for record in records:
         shared = record["objective"] in (None, "vft", "rft")
@@ -99,7 +99,7 @@ def rows(records: Sequence[Mapping[str, Any]], kind: str) -> dict[str, list[Mapp
 
 
 def table(chosen: Records, k: int) -> list[str]:
-    """All metrics as mean ± standard deviation over the seeds, and the task accuracy's difference to both baselines."""
+    """A table of all metrics as mean ± standard deviation over the seeds, with differences to both baselines."""
     baselines = [name for name in ("start", "vft") if name in chosen]
     titles = [*(title.format(k=k) for title in COLUMNS.values()), *(f"accuracy − `{name}`" for name in baselines)]
     lines = ["| objective | " + " | ".join(titles) + " |", "|---|" + "---:|" * len(titles)]
@@ -111,10 +111,10 @@ def table(chosen: Records, k: int) -> list[str]:
 
 
 def paper_table(chosen: Records) -> list[str]:
-    """The paper's table: each family without a constraint → with it."""
+    """The table of the paper: each family without and with a constraint."""
     lines = ["| | task accuracy | assessment | perplexity |", "|---|---:|---:|---:|"]
     columns = ("greedy", "assessment", "perplexity")
-    for name, title in (("start", "VFT (`start`)"), ("vft", "VFT, as many steps more (`vft`)")):
+    for name, title in (("start", "VFT (`start`)"), ("vft", "VFT for as many further steps (`vft`)")):
         if name in chosen:
             lines.append(f"| {title} | " + " | ".join(mean(column, chosen[name]) for column in columns) + " |")
     for family, plain, twins in FAMILIES:
@@ -126,7 +126,7 @@ def paper_table(chosen: Records) -> list[str]:
 
 
 def values(metric: str, of_seeds: Sequence[Mapping[str, Any]]) -> list[float]:
-    """A metric of each seed, percent but for the perplexity; seeds without it left out."""
+    """The values of a metric for the seeds that have it, in percent except for the perplexity."""
     scale = 1 if metric == "perplexity" else 100
     found = [record["result"]["estimates"].get(metric, {}).get("value") for record in of_seeds]
     return [scale * value for value in found if value is not None]
@@ -144,7 +144,7 @@ def spread(metric: str, of_seeds: Sequence[Mapping[str, Any]]) -> str:
 
 
 def difference(of_seeds: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]]) -> str:
-    """Mean difference of task accuracy in points with its paired 95 % bootstrap interval, questions drawn by seed."""
+    """Mean difference in task accuracy in points, with its paired 95 % bootstrap interval over the questions."""
     import numpy as np
 
     by_seed = {record["seed"]: record for record in base}
@@ -159,14 +159,14 @@ def difference(of_seeds: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str
 
 
 def right(record: Mapping[str, Any]) -> Any:
-    """[questions] 1.0 where the greedy answer was right."""
+    """Array of shape [question]: 1.0 where the greedy answer was right, else 0.0."""
     import numpy as np
 
     return np.array([float(mark) for mark in record["greedy_right"]])
 
 
-def pictures(place: Path, by_feedback: Mapping[str, Records]) -> None:
-    """overview: what each objective does to three metrics. scores: how right and wrong samples are scored."""
+def plots(output_dir: Path, by_feedback: Mapping[str, Records]) -> None:
+    """Draws two plots: overview, three metrics of each objective; scores, the scores of right and wrong samples."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -182,7 +182,7 @@ def pictures(place: Path, by_feedback: Mapping[str, Records]) -> None:
     axes[0].invert_yaxis()
     axes[0].legend(frameon=False, fontsize=8, loc="lower left")
     figure.tight_layout()
-    save(figure, place / "overview")
+    save(figure, output_dir / "overview")
 
     kind, chosen = next(iter(by_feedback.items()))
     shown = [name for name in ("start", "vft", "align", "aft_detached", "aft_boundary") if name in chosen]
@@ -192,11 +192,11 @@ def pictures(place: Path, by_feedback: Mapping[str, Records]) -> None:
     axes[0][0].legend(frameon=False)
     axes[-1][0].set_xlabel(f"score of a fresh sample, nats per token (feedback: {kind})")
     figure.tight_layout()
-    save(figure, place / "scores")
+    save(figure, output_dir / "scores")
 
 
 def overview(axis: Any, metric: str, names: Sequence[str], by_feedback: Mapping[str, Records]) -> None:
-    """One row an objective: the mean over the seeds with its standard deviation, and each seed as a dot."""
+    """Draws a row per objective: the mean over the seeds with its standard deviation, and a dot per seed."""
     styles = (("o", "#0072b2", -0.14), ("s", "#d55e00", 0.14))
     for (kind, chosen), (marker, colour, shift) in zip(by_feedback.items(), styles, strict=False):
         first = True
@@ -217,7 +217,7 @@ def overview(axis: Any, metric: str, names: Sequence[str], by_feedback: Mapping[
 
 
 def histogram(axis: Any, name: str, of_seeds: Sequence[Mapping[str, Any]]) -> None:
-    """Scores of the right and the wrong fresh samples of all seeds."""
+    """Draws the scores of right and of wrong new samples of all seeds."""
     import numpy as np
 
     samples = [sample for record in of_seeds for question in record["samples"] for sample in question]

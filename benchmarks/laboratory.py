@@ -1,9 +1,10 @@
-"""One experiment of the comparisons: a model trained on given groups with one objective, then measured.
+"""Experiments of `compare_objectives.py` and `compare_beta.py`: train a model with one objective and measure it.
 
-Not a benchmark itself; `compare_objectives.py` and `compare_beta.py` share it. Every experiment of a seed starts from
-the same VFT model and trains on the same groups for the same number of optimiser steps, through the code that a run
-trains and samples with. Invariants: a record appears whole or not at all and depends on the settings and the experiment
-alone, so an interrupted comparison goes on where it stopped and its parts may run in any order.
+All experiments of a seed start from the same VFT model and train on the same groups for the same number of optimiser
+steps, with the code that runs use for training and sampling.
+
+Invariant: a record is written completely or not at all and depends only on the settings and the experiment, so an
+interrupted comparison can be resumed and its experiments can run in any order.
 """
 
 from __future__ import annotations
@@ -34,16 +35,19 @@ from aft_ray.config.run import (
 from aft_ray.storage.files import write_atomically
 from aft_ray.storage.records import Group, Verdict
 
-# Tokens: the model's context, and the longest response.
-LENGTH, MAX_TOKENS = 160, 56
+# Length of the model's context, and of the longest response, in tokens.
+CONTEXT, MAX_TOKENS = 160, 56
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What all experiments of a comparison share; the records of other settings are not mixed with them.
+    """Settings that all experiments of a comparison share. Records of other settings are in other directories.
 
-    There are groups / groups_per_step optimiser steps. greedy_questions are answered greedily, the first
-    sampled_questions of them k times at temperature 1 as well.
+    The number of optimiser steps is groups / groups_per_step.
+
+    Attributes:
+        greedy_questions: number of test questions, which are answered greedily.
+        sampled_questions: how many of them are also answered evaluation_k times at temperature 1.
     """
 
     train_size: int = 5000
@@ -59,7 +63,7 @@ class Settings:
 
     @property
     def name(self) -> str:
-        """A directory name that changes with any setting."""
+        """The name of the directory of these settings: a digest of all of them."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -68,9 +72,12 @@ QUICK = Settings(vft_epochs=3, groups=320, greedy_questions=300, sampled_questio
 
 @dataclass(frozen=True)
 class Experiment:
-    """A cell of a table: an objective with its options, the feedback that set the rewards, and the seed.
+    """One training run and its measurement.
 
-    objective: None measures the VFT model that the others start from.
+    Attributes:
+        feedback: the kind of feedback that sets the rewards.
+        objective: the objective to train with; None: measure the VFT model that the others start from.
+        options: the options of the objective.
     """
 
     seed: int
@@ -89,7 +96,7 @@ class Experiment:
 
 
 class Laboratory:
-    """Runs experiments in this process: one thread, one vLLM engine that takes each trained model's weights in turn."""
+    """Runs experiments in this process with one thread and one vLLM engine, which loads each trained model."""
 
     def __init__(self, directory: Path, settings: Settings) -> None:
         import torch
@@ -97,13 +104,13 @@ class Laboratory:
 
         torch.set_num_threads(1)
         self.directory, self.settings = directory / settings.name, settings
-        if not dist.is_initialized():  # DeepSpeed asks for a process group, also for one process
+        if not dist.is_initialized():  # DeepSpeed needs a process group even for one process
             os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
             store = dist.HashStore()
             dist.init_process_group("gloo", store=store, rank=0, world_size=1)
 
     def prepare(self, seed: int) -> None:
-        """The seed's VFT model and its sampled, labelled groups, made once."""
+        """Creates the VFT model of a seed and its labelled groups, if they do not exist yet."""
         model, groups = self._vft_model(seed), self._groups_file(seed)
         if not model.exists():
             from jobs.tiny_model import build_tiny_model
@@ -125,7 +132,7 @@ class Laboratory:
             write_atomically(groups, buffer.getvalue())
 
     def run(self, experiment: Experiment) -> dict[str, Any]:
-        """The record of an experiment, from its file when it ran before."""
+        """The record of an experiment. It is read from its file if the experiment was run before."""
         path = self.directory / experiment.file_name
         if path.exists():
             record: dict[str, Any] = json.loads(path.read_text())
@@ -173,7 +180,7 @@ class Laboratory:
         return table_to_groups(pq.read_table(self._groups_file(seed)))
 
     def _config(self, seed: int, model: Path) -> RunConfig:
-        """The task of `make demo`: references that half of the time work out two steps at once."""
+        """The config of the task of `make demo`, in which half of the references compute two steps at once."""
         task = ArithmeticConfig(
             max_operand=10, max_value=20, operations="+-", distractors=0.2, terse=0.5,
             train_size=self.settings.train_size, test_size=self.settings.greedy_questions,
@@ -182,7 +189,7 @@ class Laboratory:
             {
                 "run_dir": str(self.directory),
                 "seed": seed,
-                "model": {"name": str(model), "dtype": "float32", "max_length": LENGTH},
+                "model": {"name": str(model), "dtype": "float32", "max_length": CONTEXT},
                 "data": DataConfig(arithmetic=task).model_dump(),
                 "sampling": {"max_tokens": MAX_TOKENS},
             }
@@ -191,7 +198,7 @@ class Laboratory:
     def _train(
         self, start: Path, groups: Sequence[Group], name: str, options: dict[str, Any], seed: int, output: Path
     ) -> dict[str, Any]:
-        """Trains as a run does, with one worker; writes the model to `output`, whole or not at all."""
+        """Trains with one worker in the same way as a run, and writes the model to `output` atomically."""
         import torch
 
         from aft_ray.objectives import build_objective
@@ -270,9 +277,9 @@ class Laboratory:
         from aft_ray.verify.label import label_groups
         from aft_ray.verify.process_pool import shared_verifier
 
-        how = SamplingSpec(k, temperature, 1.0, MAX_TOKENS)
+        spec = SamplingSpec(k, temperature, 1.0, MAX_TOKENS)
         futures = [
-            self._engine.sample(Prompt(g.prompt_token_ids, question_seed(0, purpose, g.question.id)), how)
+            self._engine.sample(Prompt(g.prompt_token_ids, question_seed(0, purpose, g.question.id)), spec)
             for g in questions
         ]
         tokenizer = _tokenizer()
@@ -284,13 +291,13 @@ class Laboratory:
 
     @cached_property
     def _test_questions(self) -> list[Group]:
-        """They depend on the settings alone."""
+        """The test questions. They depend only on the settings."""
         from aft_ray.tasks.dataset import tokenize_split
 
         return tokenize_split(self._config(0, Path()), "test", _tokenizer()).groups
 
     def _measure(self) -> dict[str, Any]:
-        """The metrics on unseen questions, the same for every experiment; which questions were right, one by one."""
+        """Metrics on the test questions, and for each question whether its answers were right."""
         from aft_ray.evaluation.answers import AnsweredQuestion, response_from_candidate
         from aft_ray.evaluation.statistics.metrics import measure
 
@@ -317,13 +324,13 @@ class Laboratory:
 
 
 def run_all(experiments: Sequence[Experiment], directory: Path, settings: Settings, jobs: int) -> list[dict[str, Any]]:
-    """The records of all experiments in their order, made by `jobs` processes; shows how far it is."""
-    place = directory / settings.name
-    place.mkdir(parents=True, exist_ok=True)
-    (place / "settings.json").write_text(json.dumps(asdict(settings), indent=1) + "\n")
+    """Runs all experiments in `jobs` processes and prints the progress. Returns the records in the same order."""
+    records_dir = directory / settings.name
+    records_dir.mkdir(parents=True, exist_ok=True)
+    (records_dir / "settings.json").write_text(json.dumps(asdict(settings), indent=1) + "\n")
     seeds = sorted({experiment.seed for experiment in experiments})
     started = time.monotonic()
-    # A process of its own each: an engine and a DeepSpeed engine take over the process they live in.
+    # Each worker is a new process, because vLLM and DeepSpeed change global state of their process.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=_open, initargs=(directory, settings)) as pool:
         prepared = {pool.submit(_prepare, seed): seed for seed in seeds}

@@ -1,15 +1,17 @@
-"""Claim: sampling round r+1 while round r trains gives at least 0.85 of the speed-up that it can give at best.
+"""Claim: sampling round r+1 while round r trains reaches at least 0.85 of the ideal speed-up.
 
-Whole runs (`aft_ray.run.launch.run`) with max_staleness 0 and 1 take turns, sampler and train worker pinned to one core
-each. G is a round's sampling and T its training and publication, means over the window's rounds with staleness 0, by
-the runs' own metrics. In a steady state a round takes G + T with staleness 0 and max(G, T) with 1, so the ideal is
-(G + T) / max(G, T); it is what counts, measured from the end of round 1's training to the end of the last round's. The
-whole run, from the first question, is shown beside it: R rounds cannot take less than G + (R-1) max(G, T) + T. Loading
-new weights, reading groups and waking up are in neither G nor T. They count against the overlap, but also against
-staleness 0, where nothing hides them; so the share of the overlapped time that max(G, T) makes up is shown as well.
+The script measures whole runs (`aft_ray.run.launch.run`) with max_staleness 0 and 1 alternately. The sampler and the
+train worker are pinned to one core each. G is the time in which a round samples, and T the time in which it trains and
+publishes, both as means over the rounds of the window with staleness 0, from the metrics of the runs. In a steady state
+a round takes G + T with staleness 0, and at least max(G, T) with staleness 1, so the ideal speed-up is
+(G + T) / max(G, T). The target applies to the steady state, from the end of the training of round 1 to that of the last
+round. The whole run, from the first question, is shown as well: R rounds take at least G + (R-1) max(G, T) + T.
 
-The model is untrained and its learning rate next to nothing, so that every round is as much work as the one before.
-Choose --epochs so that G and T are about equal: there the ideal is highest, and hardest to reach.
+Loading new weights, reading groups and waiting for messages belong to neither G nor T. They lengthen both kinds of
+runs, so max(G, T) as a share of the overlapped time is shown as well.
+
+The model is untrained and its learning rate is nearly zero, so every round has the same amount of work. Choose --epochs
+so that G and T are about equal: the ideal is then highest and hardest to reach.
 
     python benchmarks/overlap.py --json overlap.json
 """
@@ -40,7 +42,13 @@ TARGET = 0.85
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds. sampling and training: of each round; whole: all rounds; steady: all rounds but the first."""
+    """Times of one run in seconds.
+
+    Attributes:
+        sampling, training: of each round.
+        whole: of all rounds.
+        steady: of all rounds except the first.
+    """
 
     staleness: int
     sampling: list[float]
@@ -50,21 +58,25 @@ class Timing:
 
 
 def main(
-    questions: Annotated[int, typer.Option(help="in a round")] = 240,
+    questions: Annotated[int, typer.Option(help="questions in a round")] = 240,
     k: Annotated[int, typer.Option(help="candidates per question")] = 6,
     max_tokens: Annotated[int, typer.Option(help="longest response")] = 64,
-    epochs: Annotated[int, typer.Option(help="passes of training over a round's groups")] = 4,
-    rounds: Annotated[int, typer.Option(help="in a run")] = 6,
+    epochs: Annotated[int, typer.Option(help="training passes over the groups of a round")] = 4,
+    rounds: Annotated[int, typer.Option(help="rounds in a run")] = 6,
     repeats: Annotated[int, typer.Option(help="runs of each setting")] = 2,
-    model: Annotated[str | None, typer.Option(help="a model directory; float32; none: a tiny untrained one")] = None,
-    setting: Annotated[list[str] | None, typer.Option(help="key.sub=value of the run's config; repeatable")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="write the figures to this file")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="model directory, used in float32; default: a tiny untrained model")
+    ] = None,
+    setting: Annotated[
+        list[str] | None, typer.Option(help="key.sub=value of the run's config; may be repeated")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write all numbers to this file")] = None,
 ) -> None:
-    """Rounds per hour with and without overlap, beside the ideal."""
+    """Compare rounds per hour with and without overlap with the ideal."""
     if rounds < 2:
-        raise SystemExit("--rounds must be at least 2: the first is not counted")
+        raise SystemExit("--rounds must be at least 2, because the first round is not counted")
     if len(os.sched_getaffinity(0)) < 2:
-        raise SystemExit("two cores are needed: one for the sampler, one for the train worker")
+        raise SystemExit("this benchmark needs two cores: one for the sampler, one for the train worker")
     timings = []
     with tempfile.TemporaryDirectory(prefix="aft-ray-benchmark-") as scratch:
         if model is None:
@@ -82,14 +94,14 @@ def main(
                     "sampling": {"k": k, "max_tokens": max_tokens},
                     "training": {"epochs": epochs, "learning_rate": 1e-9},
                 }
-                for one in setting or []:
-                    apply_override(tree, one)
+                for override in setting or []:
+                    apply_override(tree, override)
                 timings.append(_run(parse_config(tree)))
                 typer.echo(_line(timings[-1]))
-    figures = _figures(timings, rounds)
-    _show(figures)
+    results = _results(timings, rounds)
+    _show(results)
     if json_file:
-        json_file.write_text(json.dumps(figures, indent=1))
+        json_file.write_text(json.dumps(results, indent=1))
 
 
 def _run(config: RunConfig) -> Timing:
@@ -120,14 +132,14 @@ def _run(config: RunConfig) -> Timing:
 
 @contextmanager
 def _pinned() -> Iterator[None]:
-    """Binds every thread of the sampler to one core and of the train worker to another, from when they appear."""
+    """Pins all threads of the sampler to one core, and those of the train worker to another, as soon as they start."""
     import psutil
 
     cores = dict(zip(("ray::Sampler", "ray::RayTrainWorker"), sorted(os.sched_getaffinity(0)), strict=False))
     ended = threading.Event()
-    bound: set[str] = set()
+    pinned: set[str] = set()
 
-    def bind() -> None:
+    def pin() -> None:
         while not ended.wait(1.0):
             for process in psutil.Process().children(recursive=True):
                 with suppress(psutil.Error, OSError):
@@ -136,39 +148,39 @@ def _pinned() -> Iterator[None]:
                         if title.startswith(name):
                             for thread in os.listdir(f"/proc/{process.pid}/task"):
                                 os.sched_setaffinity(int(thread), {core})
-                            bound.add(name)
+                            pinned.add(name)
 
-    thread = threading.Thread(target=bind, daemon=True)
+    thread = threading.Thread(target=pin, daemon=True)
     thread.start()
     try:
         yield
     finally:
         ended.set()
         thread.join()
-    if missing := set(cores) - bound:
-        raise RuntimeError(f"never found a process named {' or '.join(missing)} to bind to a core")
+    if missing := set(cores) - pinned:
+        raise RuntimeError(f"never found a process named {' or '.join(missing)} to pin to a core")
 
 
 def _line(timing: Timing) -> str:
     sampling, training = statistics.mean(timing.sampling), statistics.mean(timing.training)
     return (
-        f"max_staleness {timing.staleness}: sampling {sampling:.1f} s and training {training:.1f} s a round, "
+        f"max_staleness {timing.staleness}: sampling {sampling:.1f} s and training {training:.1f} s per round, "
         f"{timing.whole:.1f} s in all, {timing.steady:.1f} s after round 1"
     )
 
 
-def _figures(timings: list[Timing], rounds: int) -> dict[str, Any]:
-    apart, overlapped = [t for t in timings if t.staleness == 0], [t for t in timings if t.staleness == 1]
-    figures: dict[str, Any] = {"benchmark": "overlap", "rounds": rounds}
+def _results(timings: list[Timing], rounds: int) -> dict[str, Any]:
+    alternating, overlapped = [t for t in timings if t.staleness == 0], [t for t in timings if t.staleness == 1]
+    results: dict[str, Any] = {"benchmark": "overlap", "rounds": rounds}
     for name, skipped in (("steady", 1), ("whole", 0)):
-        # Round 1 is slower, as everything happens for the first time: its G and T belong only to its own window.
-        g = statistics.mean(seconds for timing in apart for seconds in timing.sampling[skipped:])
-        t = statistics.mean(seconds for timing in apart for seconds in timing.training[skipped:])
+        # Round 1 is slower because of warm-up, so its G and T are used only for the window of the whole run.
+        g = statistics.mean(seconds for timing in alternating for seconds in timing.sampling[skipped:])
+        t = statistics.mean(seconds for timing in alternating for seconds in timing.training[skipped:])
         count, longer = rounds - skipped, max(g, t)
         ideal = (g + t) / longer if skipped else count * (g + t) / (g + (count - 1) * longer + t)
-        before = statistics.mean(getattr(timing, name) for timing in apart)
+        before = statistics.mean(getattr(timing, name) for timing in alternating)
         after = statistics.mean(getattr(timing, name) for timing in overlapped)
-        figures[name] = {
+        results[name] = {
             "sampling_s": g,
             "training_s": t,
             "rounds_per_hour": {"0": 3600 * count / before, "1": 3600 * count / after},
@@ -177,19 +189,19 @@ def _figures(timings: list[Timing], rounds: int) -> dict[str, Any]:
             "share_of_ideal": before / after / ideal,
             "longer_side_busy": count * longer / after,
         }
-    return figures | {"target": TARGET, "runs": [asdict(timing) for timing in timings]}
+    return results | {"target": TARGET, "runs": [asdict(timing) for timing in timings]}
 
 
-def _show(figures: dict[str, Any]) -> None:
+def _show(results: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table("", "G", "T", "rounds/h: staleness 0", "1", "speed-up", "ideal", "of ideal", "longer side busy")
-    for name, label in (("steady", f"after round 1 (counts; target {TARGET:g})"), ("whole", "the whole run")):
-        figure = figures[name]
-        seconds = [f"{figure[key]:.1f} s" for key in ("sampling_s", "training_s")]
-        speeds = [f"{figure['rounds_per_hour'][staleness]:.0f}" for staleness in ("0", "1")]
-        ratios = [f"{figure[key]:.3f}" for key in ("speedup", "ideal", "share_of_ideal", "longer_side_busy")]
+    for name, label in (("steady", f"after round 1 (target {TARGET:g})"), ("whole", "the whole run")):
+        window = results[name]
+        seconds = [f"{window[key]:.1f} s" for key in ("sampling_s", "training_s")]
+        speeds = [f"{window['rounds_per_hour'][staleness]:.0f}" for staleness in ("0", "1")]
+        ratios = [f"{window[key]:.3f}" for key in ("speedup", "ideal", "share_of_ideal", "longer_side_busy")]
         table.add_row(label, *seconds, *speeds, *ratios)
     Console(width=140).print(table)
 

@@ -1,11 +1,11 @@
-"""Claim: the sampling stage gives at least 0.9 of the tokens/s of vLLM alone.
+"""Claim: the sampling stage reaches at least 0.9 of the tokens/s of vLLM alone.
 
-The stage is what a round runs: Ray Data start-up, questions to the sampler actor, k candidates each, decoding to text,
-verdicts, Parquet files, commits to the ledger; timed from the first question to the last commit. The peer is one
-`vllm.LLM.generate` call with all questions at once, in a process of its own and with nothing decoded or written. Both
-have one thread and the same engine arguments, token ids, seeds, k and max_tokens. They take turns, each idle while the
-other works; every turn has new seeds, and so may differ from the next in its number of tokens, but not between the two.
-The ratio is that of the medians.
+The stage is everything that a round does to sample: it starts Ray Data, sends questions to the sampler actor, samples k
+candidates of each, decodes and verifies them, writes Parquet files and commits them to the ledger. The time is measured
+from the first question to the last commit. The peer is one `vllm.LLM.generate` call with all questions in its own
+process; it decodes and writes nothing. Both use one thread and the same engine arguments, token ids, seeds, k and
+max_tokens. They run alternately, and each is idle while the other works. Every repetition has new seeds, so numbers of
+tokens may differ between repetitions, but not between the two sides. The ratio is that of the medians.
 
     python benchmarks/sampling.py --json sampling.json
 """
@@ -34,8 +34,8 @@ TARGET = 0.9
 WARM_UP_QUESTIONS = 64
 
 
-class Turn(NamedTuple):
-    """engine_s: the seconds, out of all, in which the engine had a request; the rest is before and after it."""
+class Measurement(NamedTuple):
+    """One timed repetition. engine_s: the part of `seconds` in which the engine had a request."""
 
     tokens: int
     seconds: float
@@ -46,8 +46,8 @@ class Turn(NamedTuple):
         return self.tokens / self.seconds
 
 
-class Raw:
-    """`vllm.LLM` in an actor of its own. `spec` is the engine that the samplers have."""
+class PlainVllm:
+    """An actor with `vllm.LLM`. `spec` describes the same engine as that of the samplers."""
 
     def __init__(self, spec: EngineSpec) -> None:
         prepare_environment(spec)
@@ -56,31 +56,33 @@ class Raw:
         self._spec = spec
         self._llm = LLM(**engine_arguments(spec))
 
-    def generate(self, prompts: list[Any], how: SamplingSpec) -> Turn:
+    def generate(self, prompts: list[Any], sampling: SamplingSpec) -> Measurement:
         inputs = [{"prompt_token_ids": prompt.token_ids} for prompt in prompts]
-        limits = [min(how.max_tokens, self._spec.max_length - len(prompt.token_ids)) for prompt in prompts]
+        limits = [min(sampling.max_tokens, self._spec.max_length - len(prompt.token_ids)) for prompt in prompts]
         parameters = [
-            request_parameters(prompt, how, limit, self._spec.eos_token_id)
+            request_parameters(prompt, sampling, limit, self._spec.eos_token_id)
             for prompt, limit in zip(prompts, limits, strict=True)
         ]
         started = time.monotonic()
         outputs = self._llm.generate(inputs, parameters, use_tqdm=False)
         seconds = time.monotonic() - started
-        return Turn(sum(len(one.token_ids) for output in outputs for one in output.outputs), seconds, seconds)
+        return Measurement(sum(len(one.token_ids) for output in outputs for one in output.outputs), seconds, seconds)
 
 
 def main(
-    questions: Annotated[int, typer.Option(help="questions in a turn")] = 800,
+    questions: Annotated[int, typer.Option(help="questions per repetition")] = 800,
     k: Annotated[int, typer.Option(help="candidates per question")] = 6,
     max_tokens: Annotated[int, typer.Option(help="longest response")] = 64,
-    repeats: Annotated[int, typer.Option(help="turns of each, after a warm-up")] = 3,
+    repeats: Annotated[int, typer.Option(help="repetitions of each side, after a warm-up")] = 3,
     hidden_size: Annotated[int, typer.Option(help="width of the untrained model")] = 128,
     layers: Annotated[int, typer.Option(help="layers of the untrained model")] = 4,
-    model: Annotated[str | None, typer.Option(help="a model directory instead; float32")] = None,
-    setting: Annotated[list[str] | None, typer.Option(help="key.sub=value of the run's config; repeatable")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="write the figures to this file")] = None,
+    model: Annotated[str | None, typer.Option(help="use this model directory, in float32")] = None,
+    setting: Annotated[
+        list[str] | None, typer.Option(help="key.sub=value of the run's config; may be repeated")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write all numbers to this file")] = None,
 ) -> None:
-    """Tokens/s of the sampling stage beside vLLM alone."""
+    """Compare the tokens/s of the sampling stage with those of vLLM alone."""
     with tempfile.TemporaryDirectory(prefix="aft-ray-benchmark-") as scratch:
         if model is None:
             from jobs.tiny_model import build_tiny_model
@@ -89,10 +91,10 @@ def main(
             model = str(build_tiny_model(f"{scratch}/model", 0, hidden_size, layers, heads))
         config = _config(f"{scratch}/run", model, questions, k, max_tokens, setting or [])
         turns = _measure(config, repeats)
-    figures = _figures(config, turns)
-    _show(figures)
+    results = _results(config, turns)
+    _show(results)
     if json_file:
-        json_file.write_text(json.dumps(figures, indent=1))
+        json_file.write_text(json.dumps(results, indent=1))
 
 
 def _config(run_dir: str, model: str, questions: int, k: int, max_tokens: int, settings: list[str]) -> RunConfig:
@@ -103,13 +105,13 @@ def _config(run_dir: str, model: str, questions: int, k: int, max_tokens: int, s
         "sampling": {"k": k, "max_tokens": max_tokens},
         "cluster": {"logical_cpus": 4},
     }
-    for one in settings:
-        apply_override(tree, one)
+    for override in settings:
+        apply_override(tree, override)
     return parse_config(tree)
 
 
-def _measure(config: RunConfig, repeats: int) -> dict[str, list[Turn]]:
-    """The turns of both, after one of each that is not counted."""
+def _measure(config: RunConfig, repeats: int) -> dict[str, list[Measurement]]:
+    """The measurements of both sides. A warm-up of each side is not counted."""
     import ray
 
     from aft_ray.cluster.connect import connected
@@ -127,22 +129,22 @@ def _measure(config: RunConfig, repeats: int) -> dict[str, list[Turn]]:
     groups = tokenize_split(config, "train", tokenizer).groups
     run_dir = RunDir(config.run_dir)
     ledger = Ledger(run_dir)
-    turns: dict[str, list[Turn]] = {"vllm": [], "stage": []}
+    turns: dict[str, list[Measurement]] = {"vllm": [], "stage": []}
     with connected(config.cluster, evaluation_reservations(config)):
         pool = SamplerPool.start(config, config.model.name, tokenizer.eos_token_id, None, None)
         spec = sampler_engine_spec(config, config.model.name, tokenizer.eos_token_id)
-        raw = ray.remote(Raw).options(num_cpus=1).remote(spec)
+        plain = ray.remote(PlainVllm).options(num_cpus=1).remote(spec)
 
-        def alone(number: int) -> Turn:
+        def vllm_alone(number: int) -> Measurement:
             purpose = f"round {number}"
             prompts = [
                 Prompt(group.prompt_token_ids, question_seed(config.seed, purpose, group.question.id))
                 for group in chosen
             ]
-            done: Turn = ray.get(raw.generate.remote(prompts, sampling_spec(config.sampling)))
+            done: Measurement = ray.get(plain.generate.remote(prompts, sampling_spec(config.sampling)))
             return done
 
-        def stage(number: int) -> Turn:
+        def stage(number: int) -> Measurement:
             ledger.open_round(number)
             before = pool.statuses()[0].busy_s
             started, total = time.monotonic(), SampleCounts()
@@ -152,15 +154,15 @@ def _measure(config: RunConfig, repeats: int) -> dict[str, list[Turn]]:
                 ledger.commit(written.file)
                 total += written.counts
             seconds = time.monotonic() - started
-            return Turn(total.tokens, seconds, pool.statuses()[0].busy_s - before)
+            return Measurement(total.tokens, seconds, pool.statuses()[0].busy_s - before)
 
         pool.wait_ready(config.sampling.samplers)
         for number in range(repeats + 1):
             chosen = groups if number else groups[:WARM_UP_QUESTIONS]
-            for name, turn in (("vllm", alone), ("stage", stage)):
+            for name, turn in (("vllm", vllm_alone), ("stage", stage)):
                 done = turn(number)
                 typer.echo(
-                    f"turn {number} {name:5}  {done.tokens} tokens in {done.seconds:.1f} s, the engine at work for "
+                    f"repetition {number} {name:5}  {done.tokens} tokens in {done.seconds:.1f} s, engine busy for "
                     f"{done.engine_s:.1f} s: {done.speed:,.0f} tokens/s{'' if number else ' (warm-up)'}"
                 )
                 if number:
@@ -169,7 +171,7 @@ def _measure(config: RunConfig, repeats: int) -> dict[str, list[Turn]]:
     return turns
 
 
-def _figures(config: RunConfig, turns: dict[str, list[Turn]]) -> dict[str, Any]:
+def _results(config: RunConfig, turns: dict[str, list[Measurement]]) -> dict[str, Any]:
     speeds = {name: [turn.speed for turn in of] for name, of in turns.items()}
     medians = {name: statistics.median(of) for name, of in speeds.items()}
     return {
@@ -184,16 +186,16 @@ def _figures(config: RunConfig, turns: dict[str, list[Turn]]) -> dict[str, Any]:
     }
 
 
-def _show(figures: dict[str, Any]) -> None:
+def _show(results: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("", "tokens/s (median)", "turns")
+    table = Table("", "tokens/s (median)", "repetitions")
     for name, title in (("vllm", "vllm.LLM.generate alone"), ("stage", "sampling stage")):
-        turns = ", ".join(f"{turn['tokens'] / turn['seconds']:,.0f}" for turn in figures["turns"][name])
-        table.add_row(title, f"{figures['tokens_per_s'][name]:,.0f}", turns)
-    pairs = ", ".join(f"{ratio:.3f}" for ratio in figures["ratio_of_each_pair"])
-    table.add_row("ratio", f"{figures['ratio']:.3f} (target {TARGET:g})", pairs)
+        turns = ", ".join(f"{turn['tokens'] / turn['seconds']:,.0f}" for turn in results["turns"][name])
+        table.add_row(title, f"{results['tokens_per_s'][name]:,.0f}", turns)
+    pairs = ", ".join(f"{ratio:.3f}" for ratio in results["ratio_of_each_pair"])
+    table.add_row("ratio", f"{results['ratio']:.3f} (target {TARGET:g})", pairs)
     Console().print(table)
 
 
