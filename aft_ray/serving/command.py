@@ -63,13 +63,17 @@ def serve(config: ServeConfig, host: str, port: int, log: Path) -> None:
 
 
 def _open_on_loopback(config: ServeConfig, host: str) -> ServeConfig:
+    """Returns the config, with `access.open` set if there are no keys and `host` is a loopback address.
+
+    Raises ConfigError if there are no keys and other machines could reach the service.
+    """
     access = config.access
     if access.open or access.keys_file or os.environ.get(access.keys_env):
         return config
     if not _is_loopback(host):
         raise ConfigError(
             f"{host} can be reached from other machines and there are no keys: name a file of keys with "
-            f"access.keys_file=FILE, set {access.keys_env}, or say access.open=true to let anyone ask"
+            f"access.keys_file=FILE, set {access.keys_env}, or set access.open=true to let anyone ask"
         )
     return config.model_copy(update={"access": access.model_copy(update={"open": True})})
 
@@ -82,6 +86,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _check_port_free(host: str, port: int) -> None:
+    """Raises ConfigError if the service could not listen at this address."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

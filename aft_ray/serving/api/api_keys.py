@@ -35,7 +35,7 @@ class ApiKeys:
         self.required = bool(self._keys) or not access.open
         if self.required and not self._keys:
             raise ConfigError(
-                f"there are no keys to serve with: name a file of keys with access.keys_file, set {self._env}, or say "
+                f"there are no keys to serve with: name a file of keys with access.keys_file, set {self._env}, or set "
                 f"access.open=true to let anyone ask"
             )
 
