@@ -1,8 +1,8 @@
 """Claim: ranking losses without a constraint generate badly; with AFT's constraint they beat further fine-tuning.
 
 For each seed, every objective starts from the same VFT model and trains on the same sampled groups of the arithmetic
-task for the same number of optimiser steps, with binary feedback and with graded feedback (the share of right steps). All
-models answer the same unseen questions. The script prints two tables like those of the paper (arXiv 2309.02144) and
+task for the same number of optimiser steps, with binary feedback and with graded feedback (the share of right steps).
+All models answer the same unseen questions. The script prints two tables like those of the paper (arXiv 2309.02144) and
 writes them, with plots, to the directory. An interrupted comparison is resumed.
 
     python benchmarks/compare_objectives.py                 # 3 seeds; under 90 minutes on two cores
