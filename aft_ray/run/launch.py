@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ray.exceptions import RayError
 
 from aft_ray.cluster.connect import connected
+from aft_ray.cluster.remote_errors import traceback_message
 from aft_ray.cluster.reservations import training_reservations
 from aft_ray.config.run import RunConfig
 from aft_ray.coordination.client import CoordinatorClient
@@ -29,7 +30,6 @@ from aft_ray.run.resume import adopt_config, version_on_disk
 from aft_ray.run.samplers import NoSamplers, RunSamplers
 from aft_ray.sampling.judge_actor import check_judge, start_judge
 from aft_ray.sampling.round import RoundSampling, RunFailed
-from aft_ray.sampling.sampler_health import last_line
 from aft_ray.sampling.stream import sample_round
 from aft_ray.storage.ledger import Ledger
 from aft_ray.storage.records import Group
@@ -230,4 +230,4 @@ def _training_failure(error: Exception, run_dir: RunDir) -> str:
         cause = worker_error
     # Processes cannot print into an object store.
     where = f"{run_dir.uri(LOGS)}/trainer-*.log" if run_dir.is_local else "Ray's logs of their nodes"
-    return f"training failed: {last_line(str(cause))} (the workers' output: {where})"
+    return f"training failed: {traceback_message(str(cause))} (the workers' output: {where})"

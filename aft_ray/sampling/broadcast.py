@@ -13,12 +13,12 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError
 
+from aft_ray.cluster.remote_errors import traceback_message
 from aft_ray.coordination.broadcast_group import BroadcastGroup, Receiver
 from aft_ray.coordination.coordinator import call
 from aft_ray.inference.update_phases import GRACE_S
 from aft_ray.inference.versioned_engine import UpdateReport
 from aft_ray.sampling.sampler_handles import SamplerHandles
-from aft_ray.sampling.sampler_health import last_line
 from aft_ray.sampling.sampler_pool import SamplerPool
 from aft_ray.weights.receive_plan import FromBroadcast
 from aft_ray.weights.version_manifest import VersionManifest
@@ -106,5 +106,5 @@ def _results(calls: dict[int, Any], timeout_s: float) -> BroadcastResult:
         except RayActorError:
             result.missed.append(f"sampler {index}: its process or node ended")
         except RayError as error:
-            result.missed.append(last_line(str(getattr(error, "cause", None) or error)))
+            result.missed.append(traceback_message(str(getattr(error, "cause", None) or error)))
     return result

@@ -14,10 +14,10 @@ from typing import Any, Protocol
 
 from ray.exceptions import RayError
 
+from aft_ray.cluster.remote_errors import traceback_message
 from aft_ray.config.run import RunConfig
 from aft_ray.sampling.counts import SampleCounts, count_groups
 from aft_ray.sampling.judge_actor import RemoteJudge
-from aft_ray.sampling.sampler_health import last_line
 from aft_ray.sampling.stream import WrittenGroups
 from aft_ray.storage.group_files import write_group_file
 from aft_ray.storage.ledger import Ledger
@@ -137,8 +137,8 @@ class RoundSampling:
                 self.reporter.progress(what, done, questions, note)
         except RayError as error:
             raise RunFailed(
-                f"sampling of round {round_number} failed: {last_line(str(error))}; what is sampled is kept, start "
-                f"the same command again to go on"
+                f"sampling of round {round_number} failed: {traceback_message(str(error))}; what is sampled is "
+                f"kept, start the same command again to go on"
             ) from error
         return counts
 

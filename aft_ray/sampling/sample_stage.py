@@ -15,12 +15,13 @@ from dataclasses import dataclass, replace
 import pyarrow as pa
 from ray.exceptions import RayError
 
+from aft_ray.cluster.remote_errors import traceback_message
 from aft_ray.config.run import SamplingConfig
 from aft_ray.inference.request_parameters import Prompt, SamplingSpec
 from aft_ray.inference.versioned_engine import WrongVersion
 from aft_ray.sampling.sampler import RefusedQuestion
 from aft_ray.sampling.sampler_handles import SamplerHandles
-from aft_ray.sampling.sampler_health import SamplerHealth, last_line, reason_of
+from aft_ray.sampling.sampler_health import SamplerHealth, reason_of
 from aft_ray.storage.records import GROUP_SCHEMA, Candidate, Group, groups_to_table, table_to_groups
 from aft_ray.weights.version_manifest import VersionManifest, WeightUpdateFailed
 
@@ -130,7 +131,9 @@ class SampleStage:
         try:
             answers = await asyncio.wait_for(self._call(job, index, prompts), job.sampling.timeout_s)
         except WeightUpdateFailed as error:
-            raise WeightUpdateFailed(last_line(str(error))) from None  # the sampler lives and refuses the weights
+            raise WeightUpdateFailed(
+                traceback_message(str(error))
+            ) from None  # the sampler lives and refuses the weights
         except (RayError, WrongVersion) as error:
             # The sampler is asked again when it answers. Until then its load of 0 must not make it the first choice.
             health.mark_lost(index, reason_of(error))

@@ -7,19 +7,18 @@ ready from that moment on; Ray restarts it where there is room, and it is ready 
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ray.exceptions import ActorDiedError, RayActorError, RayError
 
+from aft_ray.cluster.remote_errors import traceback_message
+
 # Seconds between two status calls to a sampler that is lost or has not answered yet, and to one that is ready.
 _LOST_INTERVAL_S, _READY_INTERVAL_S = 2.0, 5.0
 # Seconds after which a ready sampler that does not answer a status call is lost.
 _STATUS_TIMEOUT_S = 30.0
-# The prefix of an exception of this package in a traceback.
-_OWN_EXCEPTION = re.compile(r"^aft_ray(\.\w+)+: ")
 
 
 class SamplersFailed(RuntimeError):
@@ -165,15 +164,8 @@ class SamplerHealth:
 def reason_of(error: BaseException) -> str:
     """Why a call to a sampler failed, as a short phrase."""
     if isinstance(error, ActorDiedError):
-        return f"it is gone for good: {last_line(str(error))}"
+        return f"it is gone for good: {traceback_message(str(error))}"
     if isinstance(error, RayActorError):
         return "its process or node ended"
     cause = getattr(error, "cause", None) or error
-    return f"{type(cause).__name__}: {last_line(str(cause))}"
-
-
-def last_line(text: str) -> str:
-    """The error message in a remote traceback: that of this package's last exception in it, else the last line."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    messages = [message for line in lines if (message := _OWN_EXCEPTION.sub("", line)) != line]
-    return (messages or lines or ["no reason given"])[-1]
+    return f"{type(cause).__name__}: {traceback_message(str(cause))}"

@@ -19,12 +19,13 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from aft_ray.cluster.compat import dataset_from_blocks
+from aft_ray.cluster.remote_errors import traceback_message
 from aft_ray.config.run import RunConfig, SamplingConfig
 from aft_ray.inference.request_parameters import SamplingSpec
 from aft_ray.sampling.counts import SampleCounts, count_groups
 from aft_ray.sampling.judge_actor import RemoteJudge
 from aft_ray.sampling.sample_stage import SampleJob, SampleStage, split_failed
-from aft_ray.sampling.sampler_health import SamplersFailed, last_line
+from aft_ray.sampling.sampler_health import SamplersFailed
 from aft_ray.sampling.sampler_pool import SamplerPool
 from aft_ray.storage.group_files import GroupFile, write_group_file
 from aft_ray.storage.ledger import FailedQuestion
@@ -101,7 +102,7 @@ def sample_all(
             answered, reasons, _ = split_failed(batch)
             yield from zip(label_groups(answered, tasks, shared_verifier()), reasons, strict=True)
     except RayError as error:
-        raise SamplersFailed(f"{purpose} failed: {last_line(str(error))}") from error
+        raise SamplersFailed(f"{purpose} failed: {traceback_message(str(error))}") from error
 
 
 def data_flow(sampling: SamplingConfig, samplers: int) -> tuple[int, int]:

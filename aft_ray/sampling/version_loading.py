@@ -11,9 +11,10 @@ from collections.abc import Iterable
 
 from ray.exceptions import RayActorError, RayError
 
+from aft_ray.cluster.remote_errors import traceback_message
 from aft_ray.inference.versioned_engine import UpdateReport
 from aft_ray.sampling.sampler_handles import SamplerHandles
-from aft_ray.sampling.sampler_health import SamplerHealth, SamplersFailed, last_line, reason_of
+from aft_ray.sampling.sampler_health import SamplerHealth, SamplersFailed, reason_of
 from aft_ray.weights.version_manifest import VersionManifest, WeightUpdateFailed
 
 # A sampler has a deadline for each of three phases. It gets so many seconds more to say which of them it missed.
@@ -78,7 +79,7 @@ async def _load_into(
             if isinstance(cause, WeightUpdateFailed):
                 raise cause from None
             raise WeightUpdateFailed(
-                f"sampler {index} did not load version {manifest.version}: {last_line(str(cause))}"
+                f"sampler {index} did not load version {manifest.version}: {traceback_message(str(cause))}"
                 f"{samplers.logs_of([index])}"
             ) from error
     return reports

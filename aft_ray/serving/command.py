@@ -168,10 +168,10 @@ def running_service(
 
 def _failure_reason(status: object) -> str:
     """Returns the sentence that tells why a deployment did not start, from Serve's message with its stack frames."""
-    from aft_ray.sampling.sampler_health import last_line
+    from aft_ray.cluster.remote_errors import traceback_message
 
     messages = [one.message for one in status.deployments.values() if one.message]  # type: ignore[attr-defined]
-    return last_line("\n".join(messages or [status.message]))  # type: ignore[attr-defined]
+    return traceback_message("\n".join(messages or [status.message]))  # type: ignore[attr-defined]
 
 
 def _wait_ready(host: str, port: int, timeout_s: float) -> None:
