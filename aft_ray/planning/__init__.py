@@ -1,6 +1,6 @@
-"""What a run needs before it runs: memory, placement, time and cost, from its config and a description of the nodes.
+"""What a run needs before it starts: memory, placement, time and cost, from its config and a description of the nodes.
 
-Invariant: pure arithmetic. Nothing here starts Ray, loads weights or imports torch; every figure carries its formula.
+Invariant: pure arithmetic. Nothing here starts Ray, loads weights or imports torch, and every number has its formula.
 """
 
 from aft_ray.planning.plan.plan import RunPlan as RunPlan

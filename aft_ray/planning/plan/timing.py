@@ -75,26 +75,26 @@ class TimeModel:
         """The seconds of one decoding step, in which each of `running` sequences gets a token."""
         assumptions, sampling, model = self.assumptions, self.config.sampling, self.model
         stages = sampling.pipeline_parallel_size
-        one = device(self.node, sampling.gpus_per_sampler, sampling.cpus_per_sampler)
+        peak = device(self.node, sampling.gpus_per_sampler, sampling.cpus_per_sampler)
         # Pipeline stages work on different parts of the batch at the same time: a step takes one stage's time for its
         # part.
-        part = running / stages
+        batch = running / stages
         mean = self.work.prompt + self.work.response / 2
-        reading = (memory.weights + part * mean * memory.kv_token) / (one.bandwidth * assumptions.memory_efficiency)
-        flops = 2 * (model.body_parameters + model.embedding_parameters) / (stages * tensor_parallel) * part
-        computing = flops / (one.flops * assumptions.prefill_mfu)
-        overhead = assumptions.step_overhead_s + part * assumptions.token_overhead_s
+        reading = (memory.weights + batch * mean * memory.kv_token) / (peak.bandwidth * assumptions.memory_efficiency)
+        flops = 2 * (model.body_parameters + model.embedding_parameters) / (stages * tensor_parallel) * batch
+        computing = flops / (peak.flops * assumptions.prefill_mfu)
+        overhead = assumptions.step_overhead_s + batch * assumptions.token_overhead_s
         if reading > computing:
             how = (
-                f"({gigabytes(memory.weights)} + {part:,.0f} x {mean:.0f} tokens x {gigabytes(memory.kv_token)}) / "
-                f"({one.bandwidth / GB:,.0f} GB/s x {assumptions.memory_efficiency:g})"
+                f"({gigabytes(memory.weights)} + {batch:,.0f} x {mean:.0f} tokens x {gigabytes(memory.kv_token)}) / "
+                f"({peak.bandwidth / GB:,.0f} GB/s x {assumptions.memory_efficiency:g})"
             )
         else:
-            how = f"{flops:.3g} FLOP / ({one.flops:.3g} FLOP/s x {assumptions.prefill_mfu:g})"
+            how = f"{flops:.3g} FLOP / ({peak.flops:.3g} FLOP/s x {assumptions.prefill_mfu:g})"
         how += f" = {duration(max(reading, computing))} + overheads {duration(overhead)}"
         reduces = 0.0
         if tensor_parallel > 1:
-            volume = part * model.hidden * self.width * 2 * (tensor_parallel - 1) / tensor_parallel
+            volume = batch * model.hidden * self.width * 2 * (tensor_parallel - 1) / tensor_parallel
             count = 2 * model.layers / stages
             reduces = count * (assumptions.all_reduce_s + volume / self._link_bandwidth(tensor_parallel, inside=True))
             how += f" + {count:.0f} all-reduces {duration(reduces)}"
@@ -117,15 +117,15 @@ class TimeModel:
         step = full.value
         tokens = questions * k * work.response
         decoding = tokens / running * step
-        one = device(self.node, sampling.gpus_per_sampler, sampling.cpus_per_sampler)
+        peak = device(self.node, sampling.gpus_per_sampler, sampling.cpus_per_sampler)
         processes = sampling.pipeline_parallel_size * tensor_parallel
         flops = questions * work.prompt * self._forward_flops(work.prompt)
-        reading = flops / (processes * one.flops * assumptions.prefill_mfu)
+        reading = flops / (processes * peak.flops * assumptions.prefill_mfu)
         last = self.step(1, memory, tensor_parallel).value
         tail = sampling.max_tokens * last if questions else 0.0
         lines = (
             Quantity("reading prompts", reading, "s", f"{questions:,} questions x {work.prompt:.0f} tokens (their k "
-                   f"candidates share them) = {flops:.3g} FLOP / ({processes} x {one.flops:.3g} FLOP/s x "
+                   f"candidates share them) = {flops:.3g} FLOP / ({processes} x {peak.flops:.3g} FLOP/s x "
                    f"{assumptions.prefill_mfu:g})"),
             replace(full, label=f"a step of {running:,} sequences"),
             Quantity("decoding", decoding, "s", f"{questions:,} x k={k} x {work.response:.0f} tokens / {running:,} at "
@@ -169,7 +169,7 @@ class TimeModel:
         if not steps:
             return TrainingTime(0.0, 0.0, 0.0, ())
         training = config.training
-        one = device(self.node, training.gpus_per_worker, training.cpus_per_worker)
+        peak = device(self.node, training.gpus_per_worker, training.cpus_per_worker)
         length = work.row / assumptions.filling
         group = rows * length
         groups = -(-min(per_step, questions) // workers)
@@ -178,7 +178,7 @@ class TimeModel:
         # A backward pass costs two forward passes; with frozen weights only one, as their gradients are not needed.
         factor = (2 if config.lora is not None else 3) + (1 if training.activation_checkpointing else 0)
         forward = self._forward_flops(length, work.response / work.row)
-        computing = groups * group * factor * forward / (one.flops * assumptions.mfu)
+        computing = groups * group * factor * forward / (peak.flops * assumptions.mfu)
         moved, how = self._communicated_bytes(workers, passes)
         link = self._link_bandwidth(workers)
         moving = moved / link
@@ -190,7 +190,7 @@ class TimeModel:
             Quantity("steps", steps, "", f"{epochs} x {questions:,} groups / {per_step}, rounded up"),
             Quantity("computing, a step", computing, "s", f"{groups} groups of the busiest worker x {rows:.3g} rows x "
                    f"{work.row:.0f} tokens / {assumptions.filling:g} = {groups * group:,.0f} tokens x {factor} x "
-                   f"{giga(forward)} FLOP / ({one.flops:.3g} FLOP/s x {assumptions.mfu:g})"),
+                   f"{giga(forward)} FLOP / ({peak.flops:.3g} FLOP/s x {assumptions.mfu:g})"),
         ]  # fmt: skip
         if workers > 1:
             how += f" = {gigabytes(moved)} / {link / GB:.0f} GB/s = {duration(moving)}"
