@@ -1,4 +1,4 @@
-"""The command as a person meets it: help, a dry run, the state of a run, and one sentence for every mistake."""
+"""The `aft-ray` command: help, dry runs, the state of a run, and one sentence for every mistake."""
 
 import subprocess
 import sys
@@ -17,7 +17,7 @@ from aft_ray.tasks.dataset import load_tokenizer, questions_of_round, tokenize_s
 
 
 def command(*arguments, status=0, timeout=120):
-    """The command's output; on a mistake, the sentence it ends with."""
+    """Runs the command. Returns its output, or the sentence of its error if `status` is not 0."""
     done = subprocess.run(
         [sys.executable, "-m", "aft_ray.cli", *map(str, arguments)],
         capture_output=True,

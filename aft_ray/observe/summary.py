@@ -84,7 +84,7 @@ def state_lines(config: RunConfig, run_dir: RunDir) -> list[str]:
     current = trained[-1] + 1 if trained else (0 if config.vft.epochs else 1)
     lines = [f"trained: {', '.join(map(str, trained)) or 'no round yet'} of rounds up to {last}"]
     for number in range(current, last + 1):
-        files, failed = ledger.group_files(number), ledger.parked(number)
+        files, failed = ledger.group_files(number), ledger.failed_questions(number)
         if files or failed:
             groups = sum(len(file.question_ids) for file in files)
             complete = " (complete)" if ledger.sampled(number) else ""

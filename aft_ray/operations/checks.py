@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from aft_ray.operations.findings import CLUSTER, AllReduceFacts, ClusterFacts, Finding, NodeFacts
 
 GIB = 1 << 30
-# Limits of the clock difference in seconds. Above the first, log lines are out of order; S3 refuses larger differences.
+# Limits of the clock difference in seconds. Above the first, log lines of a run are out of order. S3 refuses requests
+# from clocks that are wrong by 15 minutes.
 CLOCK_WARN_S, CLOCK_FAIL_S = 1.0, 60.0
 # Limits of open files per process. Ray recommends 65536; a head with a few hundred workers needs more than 1024.
 FILES_WARN, FILES_FAIL = 8192, 1024

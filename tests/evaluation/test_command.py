@@ -1,4 +1,4 @@
-"""`aft-ray evaluate` of files: as a person gives it, in a process of its own that has no engine to fall back on."""
+"""`aft-ray evaluate` on files of answers, run as a command in a process that imports no engine."""
 
 import json
 import subprocess
@@ -16,7 +16,7 @@ from aft_ray.evaluation.statistics.metrics import EvaluationMetrics, measure
 from aft_ray.evaluation.targets import plan_evaluation
 from aft_ray.storage.records import Verdict
 
-# Runs the command, then says which of the engine's modules it imported.
+# Runs the command, then prints which modules of engines it imported.
 WATCHED = """
 import sys
 from aft_ray.cli import main
@@ -29,7 +29,7 @@ finally:
 
 
 def command(directory, *arguments, status=0) -> str:
-    """The command's output; on a mistake, the sentence it ends with."""
+    """Runs the command. Returns its output, or the sentence of its error if `status` is not 0."""
     done = subprocess.run(
         [sys.executable, "-c", WATCHED, "evaluate", *map(str, arguments)],
         cwd=directory,
@@ -48,7 +48,7 @@ def command(directory, *arguments, status=0) -> str:
 
 
 def answers(right, task="arithmetic") -> list[AnsweredQuestion]:
-    """Questions of which the first `right` of 8 are answered rightly, with 4 samples by each of 2 seeds."""
+    """8 questions, of which the first `right` have right answers, with 4 samples for each of 2 seeds."""
 
     def response(good, score, seed=0):
         return Response(
@@ -108,7 +108,7 @@ def test_two_files_are_compared_with_the_baseline_that_is_named(here):
     ]  # fmt: skip
 
 
-def test_answers_are_verified_anew_by_the_task_of_a_config_and_written_down(here):
+def test_answers_are_verified_again_by_the_task_of_a_config_and_written(here):
     lines = [{"id": "a", "gold": "4", "responses": ["#### 4", "#### 6"]}, {"id": "b", "gold": "5", "responses": ["5"]}]
     (here / "theirs.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert "add --config" in command(here, "theirs.jsonl", status=2)
@@ -157,7 +157,7 @@ def test_help_shows_how_each_kind_of_target_is_given(here):
         assert example in said
 
 
-def test_targets_of_one_name_are_told_apart(here):
+def test_targets_with_the_same_name_get_distinct_labels(here):
     for place in ("one", "two"):
         (here / place / "model").mkdir(parents=True)
     arguments = [str(here / place / "model") for place in ("one", "two")]

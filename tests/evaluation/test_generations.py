@@ -40,7 +40,7 @@ ANSWERED = st.lists(
 
 @pytest.fixture
 def config(tmp_path):
-    """The arithmetic task, whose answers stand after ####."""
+    """The config of the arithmetic task, whose answers follow ####."""
     return parse_config({"run_dir": str(tmp_path), "model": {"name": "none"}})
 
 
@@ -60,7 +60,7 @@ def test_what_is_written_reads_back_equal(tmp_path_factory, questions):
     assert measure(read, resamples=100).to_json() == measure(questions, resamples=100).to_json()
 
 
-def test_answers_from_elsewhere_are_read_and_verified_by_the_task(tmp_path, config):
+def test_answers_of_other_programs_are_read_and_verified_by_the_task(tmp_path, config):
     path = written(
         tmp_path,
         {"question": "2 + 2?", "gold": 4, "responses": ["So #### 4", "So #### 5"], "scores": [-0.25, -0.5]},
@@ -79,7 +79,7 @@ def test_answers_from_elsewhere_are_read_and_verified_by_the_task(tmp_path, conf
     assert read_generations(path, config)[0].id == first.id  # a question without an id has the same one every time
 
 
-def test_verdicts_of_a_file_are_taken_without_a_task_and_made_anew_with_one(tmp_path, config):
+def test_verdicts_of_a_file_are_used_without_a_task_and_replaced_with_one(tmp_path, config):
     row = {"id": "a", "gold": "4", "responses": [{"text": "#### 4", "verdict": "wrong"}], "greedy": {"text": "#### 4",
            "verdict": True}}  # fmt: skip
     path = written(tmp_path, row)
@@ -97,7 +97,7 @@ def test_verdicts_without_texts_are_enough(tmp_path, config):
         assert [s.seed for s in question.samples] == [1, 2]
 
 
-def test_a_response_that_never_came_stays_undecided(tmp_path, config):
+def test_a_missing_response_stays_undecided(tmp_path, config):
     path = tmp_path / "generations.jsonl"
     path.write_text(generations_text([AnsweredQuestion("a", missing_response(), [missing_response(3)], "", "?", "4")]))
     (question,) = read_generations(path, config)

@@ -36,12 +36,12 @@ def test_a_run_means_its_last_model_and_a_version_can_be_named(run_dir):
     assert planned.targets[0].model.max_length == planned.config.model.max_length
 
 
-def test_versions_that_there_are_not_are_refused(run_dir):
+def test_unknown_versions_are_refused(run_dir):
     with pytest.raises(ConfigError, match="has no version 7; it has published: 0, 1"):
         plan_evaluation([f"{run_dir.local_path()}@7"], None)
 
 
-def test_a_config_decides_what_is_asked_and_a_run_how_its_model_is(run_dir, tmp_path):
+def test_a_config_sets_the_questions_and_a_run_its_model_section(run_dir, tmp_path):
     tree = tiny_tree(tmp_path / "other", tmp_path / "model", data={"test_limit": 3}, model={"max_length": 99})
     (tmp_path / "other.yaml").write_text(yaml.safe_dump(tree))
     planned = plan_evaluation(
@@ -54,7 +54,7 @@ def test_a_config_decides_what_is_asked_and_a_run_how_its_model_is(run_dir, tmp_
     assert planned.config.model.max_length == 99
 
 
-def test_files_are_told_from_models(run_dir, tmp_path):
+def test_files_and_models_are_distinguished(run_dir, tmp_path):
     (tmp_path / "generations-x.jsonl").write_text(generations_text([AnsweredQuestion("a", Response(Verdict.RIGHT))]))
     (tmp_path / "model").mkdir()
     (tmp_path / "groups").mkdir()

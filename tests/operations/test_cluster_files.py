@@ -1,4 +1,4 @@
-"""cluster.yaml and jobs/kuberay: valid for those that read them, consistent with each other, and free of secrets.
+"""cluster.yaml and jobs/kuberay: valid for Ray and KubeRay, consistent with each other, and free of secrets.
 
 KubeRay's own schemas are in no package registry. What the operator takes is written down here from its API types
 (ray.io/v1 of KubeRay 1.3), with Kubernetes' types from lightkube; keys that neither knows are errors, where a cluster
@@ -105,7 +105,7 @@ SPECS = {"RayCluster": RayClusterSpec, "RayJob": RayJobSpec, "RayService": RaySe
 
 
 def manifest_faults(manifest: dict) -> list[str]:
-    """What no cluster would take, or would drop: missing keys and wrong types, else unknown keys, by their place."""
+    """The faults of a manifest: missing keys and wrong types, otherwise unknown keys, which a cluster would drop."""
     kind = manifest["kind"]
     if kind in SPECS:
         assert manifest["apiVersion"] == "ray.io/v1"
@@ -192,7 +192,7 @@ def test_a_mistake_in_a_manifest_is_found(path, key, value, fault):
     assert all(fault in one for one in found)
 
 
-def test_the_groups_fit_together():
+def test_the_worker_groups_are_consistent():
     (requirement,) = [
         line.partition("==")[2]
         for line in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]

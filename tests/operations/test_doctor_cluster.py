@@ -1,4 +1,4 @@
-"""The doctor on a cluster of several nodes: well, with one node that has every fault, and with a node that dies."""
+"""The doctor on a cluster of several nodes: healthy, with a node that has every fault, and with a node that dies."""
 
 import json
 import os
@@ -14,7 +14,7 @@ import pytest
 from local_cluster import local_cluster
 
 pytestmark = pytest.mark.timeout(900)
-# Rights to mount: on one node another, empty directory lies where the others have the shared one.
+# Mounts an empty directory in place of the shared one, on one node only. This needs the right to mount.
 UNSHARE = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none "$HIDDEN" && exec "$@"', "sh"]
 
 
@@ -37,7 +37,7 @@ def cluster():
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory, tiny_model) -> Path:
-    """Storage with a run directory to be and a model."""
+    """Shared storage with a model and the config of a run."""
     place = tmp_path_factory.mktemp("shared")
     shutil.copytree(tiny_model, place / "model")
     (place / "run.yaml").write_text(json.dumps({"run_dir": f"{place}/runs/x", "model": {"name": f"{place}/model"}}))
@@ -52,7 +52,7 @@ def doctor(cluster, *arguments) -> tuple[int, dict]:
 
 
 def said(record: dict, level: str) -> dict[str, list[tuple[str, str]]]:
-    """Node and message of the findings of a level, by check."""
+    """Nodes and messages of the findings of a level, by check."""
     found: dict[str, list[tuple[str, str]]] = {}
     for finding in record["findings"]:
         if finding["level"] == level:
@@ -80,7 +80,7 @@ def test_every_fault_of_a_node_is_found_and_named(cluster, shared, tmp_path):
     other = tmp_path / "site/ray-9.9.9.dist-info"
     other.mkdir(parents=True)
     (other / "METADATA").write_text("Metadata-Version: 2.1\nName: ray\nVersion: 9.9.9\n")
-    # As a clock that is wrong looks to every Python process of the node.
+    # Every Python process of the node sees a clock that is wrong by 300 s.
     (tmp_path / "site/sitecustomize.py").write_text(
         "import time\nright = time.time\ntime.time = lambda: right() + 300\n"
     )
@@ -96,19 +96,19 @@ def test_every_fault_of_a_node_is_found_and_named(cluster, shared, tmp_path):
         node.wait(60)
     assert status == 1
     bad = said(record, "fail")
-    (sick,) = {node for node, _ in bad["versions"]}
-    assert bad["versions"] == [(sick, "ray 9.9.9, here 2.60.0")]
-    assert [node for node, _ in bad["model"]] == [sick]
-    assert bad["clock"][0][0] == sick
+    (faulty,) = {node for node, _ in bad["versions"]}
+    assert bad["versions"] == [(faulty, "ray 9.9.9, here 2.60.0")]
+    assert [node for node, _ in bad["model"]] == [faulty]
+    assert bad["clock"][0][0] == faulty
     assert bad["clock"][0][1].startswith(("+300.", "+299."))
-    # The two others see each other's files, and neither the sick one's; it sees none.
+    # The two others can read each other's files but not those of the faulty node, which can read none.
     unseen = dict(bad["storage"])
     assert len(unseen) == 3
-    assert all(sick in message for node, message in unseen.items() if node != sick)
+    assert all(faulty in message for node, message in unseen.items() if node != faulty)
     assert set(bad) == {"versions", "model", "clock", "storage"}
 
 
-def test_a_node_that_dies_during_the_sum_is_named(cluster):
+def test_a_node_that_dies_during_the_all_reduce_is_named(cluster):
     import ray
 
     from aft_ray.operations import doctor as module

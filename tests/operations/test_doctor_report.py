@@ -1,4 +1,4 @@
-"""What the doctor says of what it saw: pure judgement, a fault at a time."""
+"""The checks of the doctor as pure functions of facts, with one fault at a time, and its report."""
 
 import json
 from dataclasses import replace
@@ -107,11 +107,11 @@ def test_a_head_without_gpus_may_do_without_engines_but_not_without_torch():
     assert only(cluster(node("a", versions={**without, "torch": None}, **plain), node("b"))).check == "versions"
 
 
-def test_memory_in_use_on_a_gpu_that_ray_gave_away_is_no_fault():
+def test_memory_in_use_on_a_gpu_that_ray_assigned_is_no_fault():
     assert bad(cluster(node("a", gpus=[replace(H100, used_mib=70000)] * 2, gpus_free=0))) == []
 
 
-def test_drivers_that_differ_are_said_of_both():
+def test_different_drivers_are_reported_for_both_nodes():
     other = node("b", gpus=[replace(H100, driver="570.9")] * 2)
     assert bad(cluster(node("a"), other)) == [("gpus", "a", "warn"), ("gpus", "b", "warn")]
 
@@ -133,7 +133,7 @@ def test_ports_that_are_closed_name_the_pair():
     assert "cannot connect to b (timed out)" in finding.message
 
 
-def test_nodes_that_did_not_come_are_named_and_those_that_waited_for_them_are_not():
+def test_nodes_that_did_not_join_are_named_and_those_that_waited_for_them_are_not():
     ping = AllReduceFacts("gloo", 1 << 20, errors={"a": "timed out", "b": "gone"}, absent=["b"])
     assert bad(cluster(node("a"), node("b"), pings=[ping])) == [("gloo", "b", "fail")]
     failed = AllReduceFacts("nccl", 1 << 20, errors={"a": "unhandled system error"})
@@ -150,7 +150,7 @@ def test_a_node_on_which_nothing_ran_is_a_failure():
 
 
 @pytest.mark.parametrize(("mib", "level"), [(49, "ok"), (60, "warn"), (101, "fail")])
-def test_an_upload_is_held_against_rays_limit_and_its_largest_files_are_named(mib, level):
+def test_an_upload_is_compared_with_rays_limit_and_its_largest_files_are_named(mib, level):
     facts = cluster(node("a"), upload=Upload("/project", mib << 20, 7, [("data/train.bin", 40 << 20)]))
     (finding,) = (one for one in check_all(facts) if one.check == "upload")
     assert finding.level == level
@@ -166,24 +166,24 @@ def test_a_clock_is_only_blamed_for_what_is_certain(ahead, error):
     assert finding.level == ("fail" if certain >= CLOCK_FAIL_S else "warn" if certain >= CLOCK_WARN_S else "ok")
 
 
-def test_the_space_that_a_run_needs_is_worked_out_and_compared(tmp_path, tiny_model):
+def test_the_space_that_a_run_needs_is_computed_and_compared(tmp_path, tiny_model):
     tree = {"run_dir": "/shared/run", "model": {"name": str(tiny_model)}, "rounds": {"count": 3}}
-    ask = requirements_of(parse_config(tree), None, None)
+    required = requirements_of(parse_config(tree), None, None)
     weights = (tiny_model / "model.safetensors").stat().st_size
-    # Four models, and two checkpoints with 12 bytes a parameter, which has two in bfloat16.
-    assert ask.storage_needed == 4 * weights + 2 * 6 * weights
-    assert (ask.storage, ask.models) == ("/shared/run", (str(tiny_model),))
+    # Four models in bfloat16 (2 bytes per parameter), and two checkpoints with 12 bytes per parameter.
+    assert required.storage_needed == 4 * weights + 2 * 6 * weights
+    assert (required.storage, required.models) == ("/shared/run", (str(tiny_model),))
     finding = only(cluster(node("a"), storage_needed=9000 * GIB))
     assert (finding.check, finding.level) == ("disk", "warn")
     assert "and the run wants 9000" in finding.message
 
 
-def test_the_report_shows_the_worst_of_each_check_and_says_failures_first():
+def test_the_report_shows_the_worst_of_each_check_and_lists_failures_first():
     facts = cluster(node("a", open_files=4096), node("b", clock_s=100.0))
     findings = check_all(facts)
-    said = report.lines(findings)
-    assert [line.partition(":")[0] for line in said] == ["fail", "warn"]
-    assert "clock, b: +100.00 s" in said[0]
+    lines = report.lines(findings)
+    assert [line.partition(":")[0] for line in lines] == ["fail", "warn"]
+    assert "clock, b: +100.00 s" in lines[0]
     assert not report.healthy(findings)
     assert report.healthy(check_all(cluster(node("a", open_files=4096))))
     record = json.loads(report.as_json(facts, findings))

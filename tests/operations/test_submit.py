@@ -1,4 +1,4 @@
-"""`aft-ray submit` before it reaches a cluster: what it refuses, and the command it prints."""
+"""`aft-ray submit` without a cluster: what it refuses, and the command that it prints."""
 
 import json
 import shlex
@@ -24,7 +24,7 @@ def file(tmp_path) -> Path:
 
 @pytest.fixture
 def project(tmp_path) -> Path:
-    """A checkout small enough to be looked at."""
+    """A small checkout."""
     directory = tmp_path / "project"
     for name in ("aft_ray/cli.py", "jobs/run.yaml", "runs/big", "data/small.jsonl", "questions/train.jsonl"):
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ def test_the_command_is_one_that_a_shell_reads_back(file):
     assert {".git", ".venv", "/runs"} <= set(runtime["excludes"])
 
 
-def test_a_config_of_the_project_is_named_where_it_lies(project):
+def test_a_config_inside_the_checkout_is_not_copied(project):
     submission = planned(project / "jobs/run.yaml", working_dir=project)
     assert submission.copied is None
     assert submission.entrypoint[-1] == "jobs/run.yaml"
@@ -85,7 +85,7 @@ def test_the_address_comes_from_the_environment_in_rays_order(file, monkeypatch)
         ("training.lr=1", "unknown key training.lr"),
     ],
 )
-def test_what_cannot_work_on_a_cluster_is_refused_before_anything_is_sent(file, override, sentence):
+def test_what_cannot_work_on_a_cluster_is_refused_before_anything_is_uploaded(file, override, sentence):
     with pytest.raises(ConfigError, match=sentence):
         planned(file, override)
 
@@ -99,7 +99,7 @@ def test_on_this_machine_a_relative_run_directory_is_made_absolute(file):
     assert submission.entrypoint[-1] == f"run_dir={Path('runs/x').absolute()}"
 
 
-def test_data_that_travels_with_the_project_may_be_relative(project):
+def test_data_that_is_uploaded_may_have_a_relative_path(project):
     file = project / "jobs/run.yaml"
     planned(file, "data.path=questions/train.jsonl", working_dir=project)
     for excluded in ("data/small.jsonl", "../outside"):
@@ -107,7 +107,7 @@ def test_data_that_travels_with_the_project_may_be_relative(project):
             planned(file, f"data.path={excluded}", working_dir=project)
 
 
-def test_secrets_do_not_travel(file, monkeypatch):
+def test_secrets_are_refused(file, monkeypatch):
     for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY=x", "MY_PASSWORD=x"):
         with pytest.raises(ConfigError, match="looks like a secret"):
             planned(file, env=[name])
@@ -130,7 +130,7 @@ def test_a_directory_that_is_no_checkout_is_refused(file, tmp_path):
         planned(file, working_dir=tmp_path)
 
 
-def test_what_is_measured_is_what_ray_packs(project, tmp_path):
+def test_the_measured_files_are_those_that_ray_packs(project, tmp_path):
     from zipfile import ZipFile
 
     from ray._private.runtime_env import packaging

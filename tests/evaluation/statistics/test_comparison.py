@@ -46,13 +46,13 @@ def test_mcnemar_of_thousands_of_questions_is_the_normal_approximation():
 
 
 def columns(values) -> np.ndarray:
-    """One seed's accuracies, as the test takes them."""
+    """The columns of one metric with one seed, as the permutation test takes them."""
     return np.stack([np.array(values, dtype=float), np.ones(len(values))], axis=-1)[None]
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from([0, 0.5, 1]), st.sampled_from([0, 0.5, 1])), min_size=1, max_size=7))
-def test_the_exchange_test_counts_every_exchange(both):
+def test_the_permutation_test_counts_every_permutation(both):
     a, b = ([values[side] for values in both] for side in (0, 1))
     observed = abs(sum(b) - sum(a))
     as_large = sum(
@@ -63,8 +63,8 @@ def test_the_exchange_test_counts_every_exchange(both):
     assert p == pytest.approx(as_large / 2 ** len(both))
 
 
-def test_a_drawn_exchange_test_is_close_to_mcnemar_of_the_same_answers():
-    """On right and wrong of one sample the two ask the same question."""
+def test_a_random_permutation_test_is_close_to_mcnemar_of_the_same_answers():
+    """For one right or wrong answer per question, both tests have the same null hypothesis."""
     rng = np.random.default_rng(5)
     a = (rng.random(300) < 0.5).astype(float)
     b = np.where(rng.random(300) < 0.8, a, (rng.random(300) < 0.75).astype(float))
@@ -74,7 +74,7 @@ def test_a_drawn_exchange_test_is_close_to_mcnemar_of_the_same_answers():
     assert permutation_test(columns(a), columns(b), np.random.default_rng(0)) == pytest.approx(exact, rel=0.15)
 
 
-def test_models_that_do_not_differ_are_found_different_as_often_as_said():
+def test_equal_models_are_found_different_as_often_as_the_level_says():
     rng = np.random.default_rng(3)
     found = 0
     for _ in range(200):
@@ -164,7 +164,7 @@ def test_what_only_one_side_has_of_a_question_is_left_out_on_both():
     assert (comparison.differences["pass@1"].value, comparison.differences["pass@1"].questions) == (-1.0, 1)
 
 
-def test_tasks_are_compared_apart():
+def test_tasks_are_compared_separately():
     one = [*greedy([True, True], task="gsm8k"), *greedy([True, False], first=2, task="ecqa")]
     other = [*greedy([True, True], task="gsm8k"), *greedy([False, False], first=2, task="ecqa")]
     comparison = compare(one, other)
@@ -174,7 +174,7 @@ def test_tasks_are_compared_apart():
     assert json.loads(json.dumps(comparison.to_json(), allow_nan=False))["tasks"]["ecqa"]["questions"] == 2
 
 
-def test_questions_meet_by_text_where_ids_differ():
+def test_questions_are_matched_by_text_if_ids_differ():
     one = greedy([True, False], text="How many? ")
     other = [AnsweredQuestion(f"x{i}", q.greedy, (), "", q.question) for i, q in enumerate(one)]
     assert [(a.id, b.id) for a, b in match_questions(one, other)] == [("q0000", "x0"), ("q0001", "x1")]

@@ -15,7 +15,7 @@ RIGHT, WRONG, UNDECIDED = Verdict.RIGHT, Verdict.WRONG, Verdict.UNDECIDED
 
 
 def sampled(id, pattern, scores=None, seed=0) -> AnsweredQuestion:
-    """A question whose samples are right where the pattern says "r"."""
+    """A question whose samples are right where the pattern has an "r"."""
     scores = scores or [-1.0 - i / 7 for i in range(len(pattern))]
     samples = [
         Response(RIGHT, "4", score, seed) if letter == "r" else Response(WRONG, letter, score, seed)
@@ -31,7 +31,7 @@ def test_the_numbers_of_samples_double_up_to_k():
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.text("rab", min_size=5, max_size=5), min_size=1, max_size=5))
 def test_a_point_is_the_mean_over_all_subsets(patterns):
-    """Against `measure` of each subset on its own: what would have been found, had only these samples been drawn."""
+    """Compares with `measure` of each subset, as if only these samples had been drawn."""
     questions = [sampled(f"q{i}", pattern) for i, pattern in enumerate(patterns)]
     grown = accuracy_curves(questions)
     assert grown.n == [1, 2, 4, 5]
@@ -60,7 +60,7 @@ def test_the_last_point_is_the_figure_itself_and_the_first_is_the_same_for_all_r
 
 
 def test_a_random_choice_of_subsets_is_close_to_all_of_them():
-    """pass@n is known exactly; the other rules' points rest on 64 of the 10,626 subsets of 4."""
+    """pass@n is computed exactly; the other rules use 64 of the 10,626 subsets of 4."""
     rng = np.random.default_rng(1)
     questions = [sampled(f"q{i:03}", "".join(rng.choice(list("rab"), 24)), list(-rng.random(24))) for i in range(200)]
     grown = accuracy_curves(questions)

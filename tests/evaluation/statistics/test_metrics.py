@@ -171,7 +171,7 @@ def test_the_table_has_a_column_for_each_model():
 
 
 def test_seeds_are_averaged_and_their_spread_is_kept():
-    """Two seeds: 1 of 2 questions by majority with the first, 2 of 2 with the second."""
+    """The majority is right on 1 of 2 questions with the first seed, and on 2 of 2 with the second."""
     result = measure(
         [
             answered(right(-0.1, seed=7), wrong(-0.5, seed=7), right(-0.1, seed=8), right(-0.2, seed=8), id="a"),
@@ -189,7 +189,7 @@ def test_seeds_are_averaged_and_their_spread_is_kept():
 
 
 def test_all_seeds_of_a_question_stay_together_in_a_resample():
-    """Questions that are all right or all wrong whatever the seed: more seeds must not narrow the interval."""
+    """All samples of a question are right or all are wrong, so more seeds must not narrow the interval."""
     verdicts = np.random.default_rng(0).random(100) < 0.5
 
     def of(seeds):
@@ -240,7 +240,7 @@ def test_fewer_samples_can_be_asked_for_but_not_more():
     questions = [answered(*[wrong(-0.1)] * 4, *[right(-0.1)] * 4)]
     four = measure(questions, k=4)
     assert (four.k, four.estimates["maj@4"].value) == (4, 0.0)
-    assert four.estimates["pass@4"].value == pass_at_k(8, 4, 4)  # all eight tell
+    assert four.estimates["pass@4"].value == pass_at_k(8, 4, 4)  # all eight samples are used
     assert measure(questions, k=100).k == 8
 
 

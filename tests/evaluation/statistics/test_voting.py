@@ -26,7 +26,7 @@ def one(rule, samples, canonical=normalise) -> bool:
 
 
 def slow(samples, weights) -> bool:
-    """The first answer that no later one beats."""
+    """Whether the first answer that no later one beats is right."""
     winner = None
     for answer in dict.fromkeys(s.answer for s in samples if s.answer is not None):
         if winner is None or weights(samples, answer) > weights(samples, winner):
@@ -53,12 +53,12 @@ def slow_best(samples) -> bool:
 
 @settings(deadline=None)
 @given(st.lists(SAMPLES, min_size=1, max_size=6), st.data())
-def test_every_subset_votes_as_slow_loops_say(samples, data):
+def test_every_subset_agrees_with_slow_loops(samples, data):
     n = data.draw(st.integers(1, len(samples)))
     every = list(itertools.combinations(range(len(samples)), n))
-    cast, chosen = sample_arrays(samples, str), np.array(every)
+    arrays, chosen = sample_arrays(samples, str), np.array(every)
     for subset, by_count, by_weight, by_score in zip(
-        every, majority_vote(cast, chosen), weighted_vote(cast, chosen), best_of_n(cast, chosen), strict=True
+        every, majority_vote(arrays, chosen), weighted_vote(arrays, chosen), best_of_n(arrays, chosen), strict=True
     ):
         drawn = [samples[i] for i in subset]
         assert by_count == slow(drawn, count_then_score)
@@ -88,12 +88,12 @@ def test_answers_that_are_the_same_vote_together():
     assert not one(majority_vote, samples, str)
 
 
-def test_a_response_that_never_came_neither_votes_nor_is_chosen():
-    lost = Response(UNDECIDED, None, -math.inf, 0, "", 0)
+def test_a_missing_response_neither_votes_nor_is_chosen():
+    missing = Response(UNDECIDED, None, -math.inf, 0, "", 0)
     right = Response(RIGHT, "4", -3.0)
     for rule in (majority_vote, weighted_vote, best_of_n):
-        assert one(rule, [lost, lost, right])
-        assert not one(rule, [lost])
+        assert one(rule, [missing, missing, right])
+        assert not one(rule, [missing])
 
 
 def test_subsets_are_all_there_are_or_a_seeded_draw_of_distinct_samples():
