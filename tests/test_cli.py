@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import yaml
+from commands import command
 from tiny import tiny_config, tiny_tree
 
 from aft_ray.config.loader import config_difference
@@ -14,25 +15,6 @@ from aft_ray.storage.group_files import write_group_file
 from aft_ray.storage.ledger import CheckpointRecord, FailedQuestion, Ledger
 from aft_ray.storage.run_dir import RunDir
 from aft_ray.tasks.dataset import load_tokenizer, questions_of_round, tokenize_split
-
-
-def command(*arguments, status=0, timeout=120):
-    """Runs the command. Returns its output, or the sentence of its error if `status` is not 0."""
-    done = subprocess.run(
-        [sys.executable, "-m", "aft_ray.cli", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env=None,
-    )
-    assert done.returncode == status, done.stdout + done.stderr
-    if status == 0:
-        assert done.stderr == ""
-        return done.stdout
-    assert "Traceback" not in done.stdout + done.stderr
-    (sentence,) = done.stderr.splitlines()
-    assert sentence.startswith("error: ")
-    return sentence.removeprefix("error: ")
 
 
 @pytest.fixture

@@ -33,6 +33,7 @@ def compare(place: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_small_comparison_and_its_second_start(tmp_path):
     printed = compare(tmp_path)

@@ -15,7 +15,7 @@ from aft_ray.storage.run_dir import RunDir
 from aft_ray.tasks.dataset import load_tokenizer, questions_of_round, tokenize_split
 from aft_ray.weights.version_manifest import read_version_manifest
 
-pytestmark = [pytest.mark.usefixtures("ray_here"), pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_here"), pytest.mark.timeout(1200)]
 
 
 def kill_at_work(actor) -> None:
@@ -43,7 +43,7 @@ def test_a_sampler_that_is_killed_catches_up_and_the_round_is_whole(tiny_model, 
         killer = threading.Thread(target=kill_at_work, args=pool.actors)
         killer.start()
         for written in sample_round(config, pool, manifest, unanswered_groups(questions, 1), run_dir):
-            assert written.parked == ()
+            assert written.failed == ()
             assert ledger.commit(written.file)
         killer.join()
         (status,) = pool.statuses()

@@ -19,7 +19,7 @@ from aft_ray.run import orchestrator as rounds
 from aft_ray.storage.ledger import Ledger
 from aft_ray.storage.run_dir import MANIFEST, RunDir
 
-pytestmark = [pytest.mark.usefixtures("ray_here"), pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_here"), pytest.mark.timeout(900)]
 
 
 def test_a_worker_that_is_killed_while_its_checkpoint_is_saved(tiny_model, tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ from aft_ray.sampling.sampler_handles import SamplerHandles
 from aft_ray.sampling.sampler_health import SamplersFailed
 from aft_ray.sampling.sampler_pool import SamplerPool
 
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 STORE = 100 << 20
 ON_RAY = ClusterKeys()  # what this process is connected to
 # A sampler takes a node of its own: the head has too few CPUs for one, and the others for two.

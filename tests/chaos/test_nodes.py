@@ -20,11 +20,12 @@ from tiny import tiny_config, tiny_tree
 from aft_ray.observe.summary import read_events
 from aft_ray.storage.ledger import Ledger
 from aft_ray.storage.run_dir import RunDir
-from aft_ray.tasks.dataset import load_tokenizer, tokenize_split, questions_of_round
+from aft_ray.tasks.dataset import load_tokenizer, questions_of_round, tokenize_split
 
 ROOT = Path(__file__).parents[2]
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.timeout(1800),
     pytest.mark.skipif(bool(hosts_missing()), reason=f"no hosts of our own: {hosts_missing()}"),
 ]

@@ -18,7 +18,7 @@ from aft_ray.observe.summary import read_events
 from aft_ray.storage.ledger import Ledger
 from aft_ray.storage.run_dir import RunDir
 
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 # What the run directory shows when a phase has begun; the driver is killed a moment later.
 PHASES = ("sampling of round 1", "training of round 1")

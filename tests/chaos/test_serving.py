@@ -24,7 +24,7 @@ from processes import free_ports, wait_for
 from safetensors.torch import load_file, save_file
 from tiny import tiny_tree
 
-pytestmark = pytest.mark.timeout(1500)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 DEADLINE_S = 8
 WRONG_WEIGHTS = re.compile(r"did not take version 2 .*its weights are wrong and answer nothing")
 QUESTIONS = [f"Tom has {n} apples. Tom finds {n + 2} more. how many apples does Tom have?" for n in range(3, 11)]

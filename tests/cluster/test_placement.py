@@ -1,4 +1,4 @@
-"""What fits where: every bundle inside one node, nothing twice, and a refusal that says the numbers."""
+"""Placement keeps every bundle inside one node, never uses resources twice, and names the numbers when it refuses."""
 
 from collections import Counter
 
@@ -17,12 +17,12 @@ def samplers(count: int, gpus: int) -> Reservation:
     return Reservation("sampler", count, (Bundle(2, gpus),), "sampling.tensor_parallel_size")
 
 
-def job(*parts: Reservation) -> Reservations:
-    return Reservations((*parts, FOR_DATA), "Add nodes")
+def job(*entries: Reservation) -> Reservations:
+    return Reservations((*entries, FOR_DATA), "Add nodes")
 
 
 bundles = st.builds(Bundle, st.sampled_from([0.5, 1, 2, 8]), st.sampled_from([0, 0, 0.5, 1, 2, 4, 8]))
-parts = st.builds(
+entries = st.builds(
     Reservation,
     st.sampled_from("abc"),
     st.integers(0, 4),
@@ -32,32 +32,32 @@ parts = st.builds(
 nodes = st.lists(st.builds(Node, st.just("n"), st.integers(0, 64), st.sampled_from([0, 1, 4, 8])), min_size=1)
 
 
-@given(st.lists(parts, min_size=1, max_size=4), nodes)
-def test_what_is_accepted_has_every_bundle_in_a_node_and_no_node_holds_more_than_it_has(parts, nodes):
-    placement = Reservations(tuple(parts), "Add nodes")
+@given(st.lists(entries, min_size=1, max_size=4), nodes)
+def test_what_is_accepted_has_every_bundle_in_a_node_and_no_node_holds_more_than_it_has(entries, nodes):
+    reservations = Reservations(tuple(entries), "Add nodes")
     try:
-        places = place(placement, nodes)
+        assignments = place(reservations, nodes)
     except ConfigError:
         return
     wanted = Counter()
-    for part in parts:
-        wanted[part.name] += part.count * len(part.bundles)
-    assert sum((Counter(dict(one.bundles)) for one in places), Counter()) == +wanted
-    assert [one.node for one in places] == nodes
+    for entry in entries:
+        wanted[entry.name] += entry.count * len(entry.bundles)
+    assert sum((Counter(dict(assignment.bundles)) for assignment in assignments), Counter()) == +wanted
+    assert [assignment.node for assignment in assignments] == nodes
     for kind in ("cpus", "gpus"):
-        assert all(getattr(one.free, kind) >= 0 for one in places)
-        used = sum(getattr(one.node, kind) - getattr(one.free, kind) for one in places)
-        assert used == pytest.approx(sum(part.count * getattr(part.each, kind) for part in parts))
+        assert all(getattr(assignment.free, kind) >= 0 for assignment in assignments)
+        used = sum(getattr(assignment.node, kind) - getattr(assignment.free, kind) for assignment in assignments)
+        assert used == pytest.approx(sum(entry.count * getattr(entry.each, kind) for entry in entries))
 
 
 @given(st.integers(1, 12), st.sampled_from([1, 2, 4, 8]), st.integers(1, 12))
 def test_alike_engines_fit_exactly_when_there_are_nodes_enough(count, gpus, nodes):
-    there = [Node(f"n{i}", 100, 8) for i in range(nodes)]
+    cluster = [Node(f"n{i}", 100, 8) for i in range(nodes)]
     if count <= nodes * (8 // gpus):
-        assert len(place(job(samplers(count, gpus)), there)) == nodes
+        assert len(place(job(samplers(count, gpus)), cluster)) == nodes
     else:
         with pytest.raises(ConfigError, match="GPUs are needed and the cluster has"):
-            place(job(samplers(count, gpus)), there)
+            place(job(samplers(count, gpus)), cluster)
 
 
 @pytest.mark.parametrize(
@@ -72,9 +72,9 @@ def test_alike_engines_fit_exactly_when_there_are_nodes_enough(count, gpus, node
     ],
 )
 def test_a_refusal_says_the_numbers_and_the_way_out(gpus_of_nodes, sentence):
-    there = [Node(f"n{i}", 8, gpus) for i, gpus in enumerate(gpus_of_nodes)]
+    cluster = [Node(f"n{i}", 8, gpus) for i, gpus in enumerate(gpus_of_nodes)]
     with pytest.raises(ConfigError, match=sentence):
-        place(job(samplers(2, 8)), there)
+        place(job(samplers(2, 8)), cluster)
 
 
 def test_engines_keep_off_the_cpus_and_cpus_off_the_gpu_nodes():

@@ -25,7 +25,7 @@ def sampling(**keys):
 
 
 @given(st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 2, 4]), st.booleans(), st.sampled_from([1.0, 2.0, 8.0, 16.0]))
-def test_a_group_keeps_what_the_plan_counts(tensor, pipeline, gpu, cpus):
+def test_a_placement_group_reserves_what_the_check_counts(tensor, pipeline, gpu, cpus):
     config = sampling(
         tensor_parallel_size=tensor,
         pipeline_parallel_size=pipeline,
@@ -58,13 +58,13 @@ def test_the_stages_of_an_engine_may_lie_on_different_nodes_but_the_processes_of
             "tensor_parallel_size": 4, "pipeline_parallel_size": 2, "gpus_per_sampler": 8, "cpus_per_sampler": 8
         },
     )  # fmt: skip
-    placement = training_reservations(config)
-    assert (placement.cpus, placement.gpus) == (8 + 1 + 2, 8)
-    assert any("2 stages of 4 in one node" in line for line in placement.lines())
-    places = place(placement, [Node("a", 8, 4), Node("b", 8, 4)])
-    assert [dict(one.bundles)["sampler"] for one in places] == [1, 1]
+    reservations = training_reservations(config)
+    assert (reservations.cpus, reservations.gpus) == (8 + 1 + 2, 8)
+    assert any("2 stages of 4 in one node" in line for line in reservations.lines())
+    assignments = place(reservations, [Node("a", 8, 4), Node("b", 8, 4)])
+    assert [dict(assignment.bundles)["sampler"] for assignment in assignments] == [1, 1]
     with pytest.raises(ConfigError, match="one sampler needs 4 GPUs and 4 CPUs in one node"):
-        place(placement, [Node(f"n{i}", 8, 3) for i in range(4)])
+        place(reservations, [Node(f"n{i}", 8, 3) for i in range(4)])
 
 
 def test_colocated_samplers_take_no_gpus_beside_the_train_workers_but_have_their_own_in_an_evaluation(tmp_path):

@@ -4,13 +4,13 @@ import json
 
 import pytest
 import yaml
-from test_cli import command
+from commands import command
 from tiny import tiny_tree
 
 from aft_ray.evaluation.generations import read_generations
 from aft_ray.evaluation.statistics.metrics import EvaluationMetrics
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 MODELS = {"tied": "tiny_model", "untied": "untied_model"}
 
 

@@ -18,7 +18,7 @@ from aft_ray.storage.run_dir import RunDir
 from aft_ray.tasks.arithmetic.steps import grade_steps
 from aft_ray.verify.judge.judge import JudgeFailed
 
-pytestmark = [pytest.mark.usefixtures("ray_here"), pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_here"), pytest.mark.timeout(900)]
 
 # So small that an almost untrained model gets some of them right.
 SUMS = {"min_steps": 1, "max_steps": 1, "operations": "+", "max_operand": 5, "distractors": 0, "train_size": 200}

@@ -15,7 +15,7 @@ from local_cluster import RAY, local_cluster
 from processes import free_ports, wait_for
 from tiny import tiny_tree
 
-pytestmark = pytest.mark.timeout(2400)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 ROOT = Path(__file__).parents[2]
 
 

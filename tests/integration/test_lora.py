@@ -19,7 +19,7 @@ from aft_ray.storage.ledger import Ledger
 from aft_ray.storage.run_dir import RunDir
 from aft_ray.weights.version_manifest import read_version_manifest
 
-pytestmark = [pytest.mark.usefixtures("ray_here"), pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_here"), pytest.mark.timeout(1200)]
 
 # Large steps, or what a tiny adapter adds could hardly be told from nothing.
 LORA = {"rank": 4, "alpha": 16, "targets": ["q_proj", "v_proj", "down_proj"]}

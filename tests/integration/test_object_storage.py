@@ -23,7 +23,7 @@ from aft_ray.storage.run_dir import METRICS, RunDir, RunDirError, local_model
 from aft_ray.weights.adapter import ADAPTER_FILE
 from aft_ray.weights.receive_plan import FromAdapter
 
-pytestmark = pytest.mark.timeout(1500)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from aft_ray.storage.versions import read_config
 
 FIXTURE = Path(__file__).parents[1] / "fixtures/run_of_0_1.tar.xz"
 
-pytestmark = [pytest.mark.usefixtures("ray_here"), pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_here"), pytest.mark.timeout(900)]
 
 
 @pytest.fixture

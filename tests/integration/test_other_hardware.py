@@ -17,7 +17,7 @@ from aft_ray.sampling.sampler_pool import SamplerPool
 from aft_ray.storage.ledger import Ledger
 from aft_ray.storage.run_dir import RunDir
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def config_of(run_dir, model, **training):

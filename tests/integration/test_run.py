@@ -28,7 +28,7 @@ from aft_ray.tasks.dataset import count_by_task, load_tokenizer, questions_of_ro
 from aft_ray.verify.answers.numbers import extract_after_marker
 from aft_ray.weights.version_manifest import WeightUpdateFailed, read_version_manifest
 
-pytestmark = [pytest.mark.usefixtures("ray_here"), pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_here"), pytest.mark.timeout(1200)]
 
 
 def run(config) -> bool:

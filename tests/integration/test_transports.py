@@ -31,7 +31,7 @@ from aft_ray.weights.broadcast.sender import Broadcast
 from aft_ray.weights.receive_plan import BroadcastOffer
 from aft_ray.weights.version_manifest import read_version_manifest
 
-pytestmark = [pytest.mark.usefixtures("ray_here"), pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_here"), pytest.mark.timeout(1200)]
 ENGINE_PROCESS = "VLLM::Worker"
 
 

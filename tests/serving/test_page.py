@@ -34,7 +34,7 @@ expect = playwright.expect
 
 MARKUP = '<script>alert(1)</script><img src=x onerror="alert(2)"><b>bold</b> &amp;'
 
-pytestmark = pytest.mark.skipif(not CHROMIUM.exists(), reason="there is no chromium here")
+pytestmark = [pytest.mark.browser, pytest.mark.skipif(not CHROMIUM.exists(), reason="there is no chromium here")]
 
 
 @pytest.fixture(scope="module")

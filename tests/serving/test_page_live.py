@@ -6,6 +6,7 @@ from served import Reasoner
 
 playwright = pytest.importorskip("playwright.sync_api")
 pytestmark = [
+    pytest.mark.browser,
     pytest.mark.skipif(not CHROMIUM.exists(), reason="needs chromium"),
     pytest.mark.timeout(300),
 ]

@@ -1,4 +1,4 @@
-"""Counts are exact: every preset against the model that transformers builds without weights."""
+"""Parameter counts are exact: every preset is compared with the model that transformers builds without weights."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def test_the_published_counts(name, parameters):
 
 
 @pytest.mark.parametrize("options", [{"attention_bias": True}, {"mlp_bias": True}, {"tie_word_embeddings": False}])
-def test_what_a_config_can_change_is_counted(options):
+def test_biases_and_untied_heads_are_counted(options):
     small = PRESETS["meta-llama/llama-3.2-1b"]
     config = hugging_face_config(small, num_hidden_layers=2, **options)
     assert from_transformers("x", config).parameters == sum(p.numel() for p in built(config).parameters())
@@ -61,7 +61,7 @@ def test_a_directory_is_read_rather_than_a_preset(tiny_model):
     assert (sizes.layers, sizes.hidden, sizes.tied) == (2, 64, True)
 
 
-def test_a_model_of_another_shape_is_refused_by_name(tmp_path):
+def test_a_model_of_another_architecture_is_refused_by_name(tmp_path):
     AutoConfig.for_model("gpt2").save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="model_type is gpt2, and the formulas are those of llama"):
         architecture_of(config_of(tmp_path))

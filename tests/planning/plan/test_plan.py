@@ -1,4 +1,4 @@
-"""Plans as a person uses them: what fits, what is refused and how, the best split, and what holds for any config."""
+"""Plans: which configs fit, how others are refused, the best split, and properties that hold for any config."""
 
 import itertools
 import json
@@ -12,8 +12,7 @@ from tiny import tiny_tree
 
 from aft_ray.cli import main
 from aft_ray.cluster import uniform_nodes
-from aft_ray.cluster.placement import Node as PlacementNode
-from aft_ray.cluster.placement import place
+from aft_ray.cluster.placement import Node, place
 from aft_ray.cluster.reservations import Split, split_of, training_reservations
 from aft_ray.config.run import ConfigError, load_config, parse_config
 from aft_ray.planning import plan
@@ -59,27 +58,27 @@ def planner_of(config, nodes=4, node=H100, assumptions=None):
     )
 
 
-# --- the configs that come along
+# --- the configs in jobs/configs
 
 
 @pytest.mark.parametrize("path", BIG, ids=lambda path: path.stem)
 def test_every_config_for_gpus_fits_the_nodes_that_its_comment_names(path):
     config = load_config(path)
     nodes, node = re.search(r"aft-ray plan \S+ --nodes (\d+) --node (\S+)", path.read_text()).groups()
-    made = plan(config, ClusterShape(load_node(node), int(nodes)))
-    assert made.problems == ()
-    assert made.gpus <= made.planner.cluster.gpus
+    run_plan = plan(config, ClusterShape(load_node(node), int(nodes)))
+    assert run_plan.problems == ()
+    assert run_plan.gpus <= run_plan.planner.cluster.gpus
     assert fewest_nodes(config, ClusterShape(load_node(node), 1)).nodes == int(nodes)
-    assert re.search(rf": {nodes} nodes? of 8 \S+ with", path.read_text())
-    best, time = made.best
-    assert time.round <= made.time.round <= 1.15 * time.round, f"{best} would take {time.round:.0f} s"
+    assert re.search(rf"needs {nodes} nodes? with 8 ", path.read_text())
+    best, time = run_plan.best
+    assert time.round <= run_plan.time.round <= 1.15 * time.round, f"{best} would take {time.round:.0f} s"
 
 
 def test_there_are_configs_for_big_models():
     assert len(BIG) >= 7
 
 
-# --- what is refused, in a sentence
+# --- refusals, one sentence each
 
 
 def problem(config, nodes=4, node=H100):
@@ -152,7 +151,7 @@ def test_a_task_whose_size_is_not_known_asks_for_it():
     assert plan(config, ClusterShape(H100, 4), parse_assumptions(["questions=1000"])).planner.work.questions == 1000
 
 
-def test_a_context_that_the_model_has_not_is_refused():
+def test_a_length_above_the_models_context_is_refused():
     with pytest.raises(ConfigError, match=r"longer than the context of meta-llama/Llama-2-70b-hf \(4,096 tokens\)"):
         plan(config_of(model={"max_length": 8192}), ClusterShape(H100, 4))
 
@@ -199,29 +198,29 @@ def test_the_command_refuses_after_it_has_shown_the_arithmetic(capsys):
     assert sentence.startswith("error: ZeRO-2 on ")
     assert "does NOT fit" in said.out
     assert "best split     none fits: ZeRO-2 on 24 workers" in said.out
-    assert "whole run" not in said.out  # nothing is said of the time of what cannot run
+    assert "whole run" not in said.out  # a plan that does not fit has no times
 
 
-def test_a_run_without_gpus_is_held_to_host_memory(tiny_model):
+def test_a_run_without_gpus_is_compared_with_host_memory(tiny_model):
     tree = tiny_tree("runs/x", tiny_model)
-    made = plan(parse_config(tree), ClusterShape(NODES["cpu"], 1))
-    assert made.problems == ()
+    run_plan = plan(parse_config(tree), ClusterShape(NODES["cpu"], 1))
+    assert run_plan.problems == ()
     tree["sampling"]["kv_cache_gib"] = 40
     (said,) = plan(parse_config(tree), ClusterShape(NODES["cpu"], 1)).problems
     assert "of host memory, and cpu has 34.0 GB; lower training.tokens_per_microbatch or sampling.kv_cache_gib" in said
 
 
-def test_a_larger_cluster_says_what_is_idle_and_what_would_be_best(capsys):
+def test_the_plan_of_a_larger_cluster_says_what_is_idle_and_which_split_is_best(capsys):
     main(["plan", str(CONFIGS / "llama2_70b_gsm8k.yaml"), "--nodes", "8"])
     said = capsys.readouterr().out
     assert "32 GPUs idle" in said
     changes = re.search(r"^ +((?:\S+=\S+ ?)+)$", said, re.MULTILINE).group(1).split()
     config = load_config(CONFIGS / "llama2_70b_gsm8k.yaml", changes)
-    made = plan(config, ClusterShape(H100, 8))
-    assert made.best[1].round == pytest.approx(made.time.round)
+    run_plan = plan(config, ClusterShape(H100, 8))
+    assert run_plan.best[1].round == pytest.approx(run_plan.time.round)
 
 
-# --- what holds for any config
+# --- properties of any config
 
 
 @st.composite
@@ -271,7 +270,7 @@ def test_a_larger_k_never_takes_less_time(config):
 
 @settings(deadline=None)
 @given(configs())
-def test_overlapping_is_between_its_bounds(config):
+def test_the_time_of_a_round_lies_between_its_longer_side_and_the_sum(config):
     planner, split = planner_of(config), split_of(config)
     assume(engine_fits(planner, split.tensor_parallel))
     time = planner.round_time(split)
@@ -284,9 +283,9 @@ def test_a_config_that_fits_is_no_faster_than_the_best_split(config, gpus, name)
     tree = config.model_dump()
     tree["model"]["name"] = name
     tree["sampling"] |= {"tensor_parallel_size": 3 if gpus == 3 else 1, "gpus_per_sampler": gpus}
-    made = plan(parse_config(tree), ClusterShape(H100, 1))
-    assume(not made.problems)
-    assert made.best[1].round <= made.time.round
+    run_plan = plan(parse_config(tree), ClusterShape(H100, 1))
+    assume(not run_plan.problems)
+    assert run_plan.best[1].round <= run_plan.time.round
 
 
 @settings(max_examples=40, deadline=None)
@@ -314,7 +313,7 @@ def test_no_split_is_faster_than_the_best_one(config, nodes, gpus):
     st.integers(1, 12), st.sampled_from([1, 2, 3, 4, 5, 8]), st.integers(1, 40), st.integers(1, 6), st.integers(1, 30),
     st.integers(1, 6), st.sampled_from([1, 2]),
 )  # fmt: skip
-def test_what_is_said_to_fit_is_what_a_run_would_place(samplers, size, workers, nodes, cpus, worker_cpus, stages):
+def test_a_split_fits_exactly_when_a_run_could_be_placed(samplers, size, workers, nodes, cpus, worker_cpus, stages):
     config = config_of(
         sampling={
             "samplers": samplers,
@@ -327,7 +326,7 @@ def test_what_is_said_to_fit_is_what_a_run_would_place(samplers, size, workers, 
     )
     node = H100.model_copy(update={"cpus": 32})
     try:
-        place(training_reservations(config), [PlacementNode(str(number), 32, 8) for number in range(nodes)])
+        place(training_reservations(config), [Node(str(number), 32, 8) for number in range(nodes)])
     except ConfigError:
         placed = False
     else:
@@ -344,14 +343,14 @@ def test_colocated_engines_take_no_gpus_of_their_own():
         sampling={"colocate": True, "samplers": 8, "tensor_parallel_size": 1, "gpus_per_sampler": 1},
         training={"workers": 8, "zero_stage": 2},
     )
-    made = plan(config, ClusterShape(H100, 1))
-    assert (made.problems, made.gpus) == ((), 8)
-    assert made.time.round == made.time.sampling + made.time.training
-    assert made.best[0].samplers * made.best[0].tensor_parallel <= made.best[0].workers
-    assert made.best[1].round <= made.time.round
+    run_plan = plan(config, ClusterShape(H100, 1))
+    assert (run_plan.problems, run_plan.gpus) == ((), 8)
+    assert run_plan.time.round == run_plan.time.sampling + run_plan.time.training
+    assert run_plan.best[0].samplers * run_plan.best[0].tensor_parallel <= run_plan.best[0].workers
+    assert run_plan.best[1].round <= run_plan.time.round
 
 
-def test_a_whole_run_fills_and_drains_the_pipeline_once():
+def test_a_run_of_overlapping_rounds_starts_and_ends_without_overlap():
     overlapped = plan(config_of(rounds={"count": 5}, vft={"epochs": 0}), ClusterShape(H100, 4))
     g, t = overlapped.time.sampling, overlapped.time.training
     assert overlapped.seconds == pytest.approx(g + t + 4 * max(g, t))
@@ -359,10 +358,10 @@ def test_a_whole_run_fills_and_drains_the_pipeline_once():
     assert apart.seconds == pytest.approx(5 * (g + t))
 
 
-def test_the_words_for_a_split_are_overrides_that_make_it():
-    made = plan(config_of(), ClusterShape(H100, 4))
+def test_the_overrides_for_a_split_make_it():
+    run_plan = plan(config_of(), ClusterShape(H100, 4))
     split = Split(2, 4, 16)
-    changed = load_like(made.planner.config, overrides(made, split))
+    changed = load_like(run_plan.planner.config, overrides(run_plan, split))
     assert split_of(changed) == split
 
 
@@ -375,7 +374,7 @@ def load_like(config, changes):
     return parse_config(tree)
 
 
-# --- how much there is to do
+# --- the work of a round
 
 
 def test_questions_come_from_the_config_or_the_task():

@@ -1,4 +1,4 @@
-"""The memory formulas against real tensors: what autograd saves of a layer, what a DeepSpeed engine keeps."""
+"""The memory formulas are compared with real tensors: those that autograd saves and those that DeepSpeed keeps."""
 
 import gc
 import os
@@ -30,7 +30,7 @@ def small(family="llama", **others):
 
 
 def saved_bytes(sizes, dtype, rows, length):
-    """Storages that autograd keeps of a forward pass through the body, without the parameters."""
+    """Bytes of the storages that autograd keeps of a forward pass without the head, parameters not counted."""
     from transformers import AutoModelForCausalLM
 
     config = hugging_face_config(sizes)
@@ -41,7 +41,8 @@ def saved_bytes(sizes, dtype, rows, length):
     def keep(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, or its address would be used again
+            # The tensor is kept too: otherwise its address could be used again.
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
         return tensor
 
     ids = torch.randint(0, sizes.vocabulary, (rows, length))
@@ -63,9 +64,9 @@ def test_activations_are_what_autograd_saves(family, dtype):
 
 
 def live_storages():
-    """Of all tensors of this process, by address; while they are held, no address is used again.
+    """The storages of all CPU tensors of this process, by address. While they are kept, no address is used again.
 
-    What a compiler traced in the same process left behind has no storage, and is of a class of its own.
+    Tensors that a compiler traced in this process have no storage. They have classes of their own, and are left out.
     """
     gc.collect()
     tensors = [one for one in gc.get_objects() if type(one) in (torch.Tensor, torch.nn.Parameter)]
@@ -75,8 +76,8 @@ def live_storages():
 
 
 @pytest.fixture(scope="module")
-def alone():
-    """A process group of this process alone."""
+def single_process_group():
+    """A process group with this process as its only member."""
     os.environ |= {"LOCAL_RANK": "0"}
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
     yield
@@ -85,7 +86,7 @@ def alone():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_states_are_what_a_deepspeed_engine_keeps(stage, dtype, alone, tmp_path):
+def test_states_are_what_a_deepspeed_engine_keeps(stage, dtype, single_process_group, tmp_path):
     from transformers import AutoModelForCausalLM
 
     from aft_ray.training import deepspeed
