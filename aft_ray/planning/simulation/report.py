@@ -16,7 +16,7 @@ def rounds_of(simulated: Simulated) -> Table:
     """A table with a row for each round: how long samplers and train workers worked and waited."""
     table = Table(title="simulated rounds")
     for column in (
-        "round", "policy", "questions", "waited", "load", "sampling", "tail", "tokens/s", "of peak", "parked",
+        "round", "policy", "questions", "waited", "load", "sampling", "tail", "tokens/s", "of peak", "failed",
         "waited", "training", "workers busy", "publish", "round time",
     ):  # fmt: skip
         table.add_column(column, justify="right", no_wrap=True)
@@ -47,10 +47,10 @@ def totals_of(simulated: Simulated) -> list[str]:
         f"the forwarding process is busy {simulated.forwarding:.0%} of the sampling",
     ]
     if simulated.sampler_failures or simulated.trainer_failures:
-        parked = sum(one.parked for one in simulated.sampled)
+        failed = sum(one.parked for one in simulated.sampled)
         lines.append(
             f"failures: {simulated.sampler_failures} of samplers, {simulated.trainer_failures} of the train workers; "
-            f"{parked} questions parked"
+            f"{failed} questions failed"
         )
     if simulated.stopped:
         lines.append(f"the run stops: {simulated.stopped}")
@@ -61,7 +61,7 @@ def comparison_of(variants: Mapping[str, Simulated]) -> Table:
     """A table with a row for each variant."""
     table = Table(title="simulated runs", caption="steady: a round after the first; tail: mean over the rounds")
     table.add_column("", no_wrap=True)
-    columns = ("steady", "run", "samplers at work", "workers busy", "tail", "parked", "failures", "GPU-hours a round")
+    columns = ("steady", "run", "samplers at work", "workers busy", "tail", "failed questions", "failures", "GPU-hours a round")
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     for label, one in variants.items():
