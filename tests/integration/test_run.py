@@ -172,10 +172,10 @@ def test_two_sharded_workers_train_rft_around_a_question_that_the_engine_refuses
         data={"train_limit": 24},
     )
     run_with_refused(config, 1)
-    (parked,) = Ledger(RunDir(config.run_dir)).failed_questions(1)
-    assert parked.question_id == "too-long-0"
-    assert "leaves no room" in parked.reason
-    assert parked.attempts == 1
+    (failed,) = Ledger(RunDir(config.run_dir)).failed_questions(1)
+    assert failed.question_id == "too-long-0"
+    assert "leaves no room" in failed.reason
+    assert failed.attempts == 1
     (sampled,) = events(config, "sampled")
     assert (sampled["groups"], sampled["parked"]) == (24, 1)
     assert {group.policy_version for group in assert_each_question_once(config, 1, 3)} == {0}

@@ -61,7 +61,10 @@ def comparison_of(variants: Mapping[str, Simulated]) -> Table:
     """A table with a row for each variant."""
     table = Table(title="simulated runs", caption="steady: a round after the first; tail: mean over the rounds")
     table.add_column("", no_wrap=True)
-    columns = ("steady", "run", "samplers at work", "workers busy", "tail", "failed questions", "failures", "GPU-hours a round")
+    columns = (
+        "steady", "run", "samplers at work", "workers busy", "tail", "failed questions", "failures",
+        "GPU-hours a round",
+    )  # fmt: skip
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     for label, one in variants.items():

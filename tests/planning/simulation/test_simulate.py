@@ -205,8 +205,8 @@ def test_questions_of_a_sampler_that_hangs_wait_for_the_deadline_of_its_calls_an
         assert len(reasons) == count
         return loop.time() - began, sum(reason is not None for reason in reasons)
 
-    seconds, parked = run_virtually(main())
-    assert parked == 0
+    seconds, failed = run_virtually(main())
+    assert failed == 0
     assert 100 < seconds < 130
 
 
