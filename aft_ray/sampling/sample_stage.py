@@ -41,7 +41,7 @@ class SampleJob:
 
     samplers: SamplerHandles
     manifest: VersionManifest | None
-    how: SamplingSpec
+    spec: SamplingSpec
     sampling: SamplingConfig
     seed: int
     purpose: str
@@ -150,11 +150,11 @@ class SampleStage:
         sampler = job.samplers.actors[index]
         answers: list[list[Candidate] | RefusedQuestion]
         try:
-            answers = await sampler.sample.remote(prompts, job.how, job.version)
+            answers = await sampler.sample.remote(prompts, job.spec, job.version)
         except WrongVersion:
             if job.manifest is None:
                 raise
             # The sampler was restarted: it loads the version of this round before it answers.
             await sampler.load.remote(job.manifest, job.samplers.tolerance, job.samplers.load_timeout_s)
-            answers = await sampler.sample.remote(prompts, job.how, job.version)
+            answers = await sampler.sample.remote(prompts, job.spec, job.version)
         return answers

@@ -85,7 +85,7 @@ def sample_all(
     pool: SamplerPool,
     manifest: VersionManifest | None,
     groups: Sequence[Group],
-    how: SamplingSpec,
+    spec: SamplingSpec,
     purpose: str,
 ) -> Iterator[tuple[Group, str | None]]:
     """The same pipeline without files, for evaluation.
@@ -95,7 +95,7 @@ def sample_all(
     Raises:
         SamplersFailed: the pipeline broke off.
     """
-    sampled = _sampled(config, pool, manifest, groups, how, purpose)
+    sampled = _sampled(config, pool, manifest, groups, spec, purpose)
     tasks = build_tasks(config)
     try:
         for batch in sampled.iter_batches(batch_size=None, batch_format="pyarrow"):
@@ -115,7 +115,7 @@ def _sampled(
     pool: SamplerPool,
     manifest: VersionManifest | None,
     groups: Sequence[Group],
-    how: SamplingSpec,
+    spec: SamplingSpec,
     purpose: str,
 ) -> ray.data.Dataset:
     _silence_ray_data()
@@ -123,7 +123,7 @@ def _sampled(
     batches = [groups_to_table(groups[start : start + size]) for start in range(0, len(groups), size)]
     return dataset_from_blocks(batches).map_batches(
         SampleStage,
-        fn_kwargs={"job": SampleJob(pool.handles(), manifest, how, config.sampling, config.seed, purpose)},
+        fn_kwargs={"job": SampleJob(pool.handles(), manifest, spec, config.sampling, config.seed, purpose)},
         # One block is one batch; many of them are in flight through the one actor of this stage.
         batch_size=None,
         batch_format="pyarrow",

@@ -122,14 +122,14 @@ class SimulatedSamplers:
 
     def stream(self, manifest: VersionManifest, groups: list[Group]) -> Iterator[WrittenGroups]:
         """Answers a round as `sampling.stream.sample_round` does, with files that nobody wrote."""
-        round_number, how = groups[0].round, sampling_spec(self._config.sampling)
+        round_number, spec = groups[0].round, sampling_spec(self._config.sampling)
         self.work[round_number] = draw_work(
-            self._assumed, self._seed, round_number, self._questions, how.k, how.max_tokens
+            self._assumed, self._seed, round_number, self._questions, spec.k, spec.max_tokens
         )
         asked = [simulated_group(round_number, number_of(group), group.question.task) for group in groups]
         tokens, busy_s = self.tokens, self.busy_s
         answered, failed, answered_at = self._run_virtually(
-            self._answer(asked, manifest, how, f"round {round_number}", self._assumed.overhead_s)
+            self._answer(asked, manifest, spec, f"round {round_number}", self._assumed.overhead_s)
         )
         returned = sorted([id for id, _ in answered] + [id for id, _ in failed])
         if returned != sorted(group.question.id for group in asked):
@@ -145,10 +145,10 @@ class SimulatedSamplers:
         count, stage = count_validation_questions(self._config, self._assumed), EVALUATION_STAGE + manifest.version
         if count:
             started, k = self._loop.time(), 1 + self._config.evaluation.during_training_k
-            how = SamplingSpec(k, 1.0, 1.0, self._config.sampling.max_tokens)
-            self.work[stage] = draw_work(self._assumed, self._seed, stage, count, how.k, how.max_tokens)
+            spec = SamplingSpec(k, 1.0, 1.0, self._config.sampling.max_tokens)
+            self.work[stage] = draw_work(self._assumed, self._seed, stage, count, spec.k, spec.max_tokens)
             asked = [simulated_group(stage, number, "validation") for number in range(count)]
-            self._run_virtually(self._answer(asked, manifest, how, f"evaluation {manifest.version}"))
+            self._run_virtually(self._answer(asked, manifest, spec, f"evaluation {manifest.version}"))
             self.evaluate_s = self._loop.time() - started
         run_dir.write_json(run_dir.evaluation(name), {})
 
@@ -163,7 +163,7 @@ class SimulatedSamplers:
         return sum(sampler.engine.busy_s for sampler in self.samplers)
 
     async def _answer(
-        self, groups: list[Group], manifest: VersionManifest, how: SamplingSpec, purpose: str, overhead_s: float = 0.0
+        self, groups: list[Group], manifest: VersionManifest, spec: SamplingSpec, purpose: str, overhead_s: float = 0.0
     ) -> tuple[list[tuple[str, int]], list[tuple[str, str]], list[float]]:
         """The pipeline of `sampling.stream`: batches in order, a bounded number in flight through one stage.
 
@@ -171,7 +171,7 @@ class SimulatedSamplers:
         """
         stage = SampleStage()
         samplers = replace(self._handles, ready=self.health.ready)
-        job = SampleJob(samplers, manifest, how, self._config.sampling, self._config.seed, purpose)
+        job = SampleJob(samplers, manifest, spec, self._config.sampling, self._config.seed, purpose)
         size, in_flight = data_flow(self._config.sampling, len(self.samplers))
         slots = asyncio.Semaphore(in_flight)
         answered: list[tuple[str, int]] = []
