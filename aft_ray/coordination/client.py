@@ -5,13 +5,12 @@ Invariant: a failure of the train workers arrives here as `PeerFailed` with its 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 from aft_ray.cluster.colocated_placement import WorkerPlacement
-from aft_ray.coordination.coordinator import call
+from aft_ray.coordination.coordinator import OfferedVersion, call
 
-if TYPE_CHECKING:
-    from aft_ray.weights.version_manifest import VersionManifest
+Manifest = TypeVar("Manifest", bound=OfferedVersion)
 
 
 class CallCoordinator(Protocol):
@@ -20,22 +19,22 @@ class CallCoordinator(Protocol):
     def __call__(self, method: str, *arguments: Any) -> Any: ...
 
 
-class CoordinatorClient:
+class CoordinatorClient(Generic[Manifest]):
     """What the driver asks of the coordinator of a run. A simulation gives it a coordinator without an actor."""
 
     def __init__(self, call_coordinator: CallCoordinator) -> None:
         self._call = call_coordinator
 
     @classmethod
-    def of_actor(cls, actor: Any) -> CoordinatorClient:
+    def of_actor(cls, actor: Any) -> CoordinatorClient[Manifest]:
         """The client of a coordinator that runs as a Ray actor."""
         return cls(lambda method, *arguments: call(getattr(actor, method), *arguments))
 
-    def publish(self, manifest: VersionManifest) -> None:
+    def publish(self, manifest: Manifest) -> None:
         """Offers a version to the samplers."""
         self._call("publish", manifest)
 
-    def wait_version(self, version: int, timeout_s: float) -> tuple[VersionManifest, float]:
+    def wait_version(self, version: int, timeout_s: float) -> tuple[Manifest, float]:
         """The newest version once it is at least `version`, and the seconds waited. Raises PeerFailed."""
         manifest, waited_s = self._call("wait_version", version, timeout_s)
         return manifest, waited_s

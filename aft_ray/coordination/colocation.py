@@ -8,7 +8,7 @@ version must be loaded after each `acquire`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from aft_ray.cluster.colocated_placement import EnginePlacement, engine_placements
 from aft_ray.config.run import RunConfig
@@ -44,7 +44,7 @@ class Colocation(Generic[Pool]):
     def __init__(
         self,
         config: RunConfig,
-        coordinator: CoordinatorClient,
+        coordinator: CoordinatorClient[Any],
         start: Callable[[tuple[EnginePlacement, ...]], Pool],
     ) -> None:
         self._config, self._coordinator, self._start = config, coordinator, start

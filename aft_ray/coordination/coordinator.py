@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -18,8 +18,17 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from aft_ray.cluster.colocated_placement import WorkerPlacement
 from aft_ray.coordination.broadcast_group import BroadcastGroup
 
-if TYPE_CHECKING:
-    from aft_ray.weights.version_manifest import VersionManifest
+
+class OfferedVersion(Protocol):
+    """What the coordinator reads of a version manifest (`weights.version_manifest.VersionManifest`)."""
+
+    @property
+    def version(self) -> int: ...
+
+    @property
+    def broadcast(self) -> object | None:
+        """The broadcast that train worker 0 offers; None: it offers none."""
+        ...
 
 
 class PeerFailed(RuntimeError):
@@ -35,7 +44,7 @@ class Coordinator:
     def __init__(self) -> None:
         self._changed = asyncio.Condition()
         self._ready: set[int] = set()
-        self._newest: VersionManifest | None = None
+        self._newest: OfferedVersion | None = None
         self._requested = -1  # the oldest version that the driver may still load into the samplers
         self._offered: int | None = None  # the version whose broadcast train worker 0 offers now
         self._broadcasts: dict[int, BroadcastGroup] = {}
@@ -53,7 +62,7 @@ class Coordinator:
             lambda: round_number in self._ready, timeout_s, f"the groups of round {round_number} to be complete"
         )
 
-    async def publish(self, manifest: VersionManifest) -> None:
+    async def publish(self, manifest: OfferedVersion) -> None:
         """Offers a version to the samplers. Only the newest version's manifest is kept, and with it its objects.
 
         Train workers that have started again publish their last version from disk. Whatever their predecessors
@@ -67,7 +76,7 @@ class Coordinator:
 
         await self._change(change)
 
-    async def wait_version(self, version: int, timeout_s: float) -> tuple[VersionManifest, float]:
+    async def wait_version(self, version: int, timeout_s: float) -> tuple[OfferedVersion, float]:
         """Waits until a version is published that is at least `version`; returns the newest and the seconds waited."""
         self._requested = max(self._requested, version)
         await self._change(lambda: None)

@@ -30,7 +30,7 @@ from aft_ray.run.resume import adopt_config, version_on_disk
 from aft_ray.run.samplers import NoSamplers, RunSamplers
 from aft_ray.sampling.judge_actor import check_judge, start_judge
 from aft_ray.sampling.round import RoundSampling, RunFailed
-from aft_ray.sampling.stream import sample_round
+from aft_ray.sampling.stream import WrittenGroups, sample_round
 from aft_ray.storage.ledger import Ledger
 from aft_ray.storage.records import Group
 from aft_ray.storage.run_dir import LOGS, RunDir
@@ -38,6 +38,7 @@ from aft_ray.tasks.dataset import count_by_task, load_tokenizer, round_shares, t
 
 if TYPE_CHECKING:
     from aft_ray.storage.lease import HeldLock
+    from aft_ray.weights.version_manifest import VersionManifest
 
 # Seconds that the train workers have to end after the run has failed elsewhere.
 _END_S = 15.0
@@ -112,7 +113,7 @@ def run_on_cluster(
 
     started = time.monotonic()
     coordinator = start_coordinator()
-    client = CoordinatorClient.of_actor(coordinator)
+    client: CoordinatorClient[VersionManifest] = CoordinatorClient.of_actor(coordinator)
     hold.on_lost = client.fail
     samplers = RunSamplers(config, run_dir, reporter, coordinator, data.eos_token_id) if config.needs_samplers else None
     try:
@@ -140,18 +141,18 @@ def _orchestrator(
     run_dir: RunDir,
     ledger: Ledger,
     reporter: Reporter,
-    coordinator: CoordinatorClient,
+    coordinator: CoordinatorClient[VersionManifest],
     samplers: RunSamplers | None,
     data: RunData,
 ) -> Orchestrator:
     """The orchestrator of a run, with Ray Data, vLLM and Ray Train behind its collaborators."""
     judge = start_judge(config.feedback, run_dir) if config.samples else None
 
-    def stream(manifest: Any, groups: list[Group]) -> Any:
+    def stream(manifest: VersionManifest, groups: list[Group]) -> Iterator[WrittenGroups]:
         assert samplers is not None, "a run without samplers was asked to sample"
         return sample_round(config, samplers.pool, manifest, groups, run_dir, judge)
 
-    def evaluate(manifest: Any) -> None:
+    def evaluate(manifest: VersionManifest) -> None:
         assert samplers is not None, "a run without samplers was asked to evaluate"
         evaluate_version(config, run_dir, reporter, samplers.pool, data.validation, manifest)
 
@@ -167,7 +168,7 @@ def _orchestrator(
 
 
 @contextmanager
-def _training(worker: Any, coordinator: CoordinatorClient, reporter: Reporter) -> Iterator[list[str]]:
+def _training(worker: Any, coordinator: CoordinatorClient[VersionManifest], reporter: Reporter) -> Iterator[list[str]]:
     """Runs `TorchTrainer.fit()` in a thread, and reports the train workers' events from another.
 
     Yields a list to which a failure of training is added. Both threads have ended when the context ends.

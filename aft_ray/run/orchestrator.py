@@ -56,7 +56,7 @@ class Orchestrator:
 
     config: RunConfig
     ledger: Ledger
-    coordinator: CoordinatorClient
+    coordinator: CoordinatorClient[VersionManifest]
     samplers: Samplers
     sampling: RoundSampling
     evaluation: EvaluationDuringRun

@@ -49,7 +49,7 @@ class RunSamplers:
         self._pool: SamplerPool | None = None
         self._colocation: Colocation[SamplerPool] | None = None
         if config.sampling.colocate:
-            client = CoordinatorClient.of_actor(coordinator)
+            client: CoordinatorClient[VersionManifest] = CoordinatorClient.of_actor(coordinator)
             self._colocation = Colocation(config, client, self._start)
         else:
             self._pool = self._start(None)

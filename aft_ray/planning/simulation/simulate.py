@@ -118,7 +118,7 @@ class _SimulatedRun:
         return samplers, SimulatedTrainer(self._config, self._assumed, self._coordinator, self._group_sizes)
 
     def _orchestrator(self) -> Orchestrator:
-        client = CoordinatorClient(self._call_coordinator)
+        client: CoordinatorClient[VersionManifest] = CoordinatorClient(self._call_coordinator)
         ledger = Ledger(self._run_dir)
 
         def evaluate(manifest: VersionManifest) -> None:
