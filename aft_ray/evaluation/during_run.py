@@ -59,13 +59,13 @@ def evaluate_version(
     questions: Sequence[Group],
     manifest: VersionManifest,
 ) -> None:
-    """Answers the validation split with a version that the samplers hold; writes generations and figures."""
+    """Answers the validation split with a version that the samplers hold; writes the generations and the metrics."""
     from aft_ray.evaluation.evaluator import answer_questions, unanswered_groups
     from aft_ray.evaluation.generations import generations_text
     from aft_ray.evaluation.statistics.metrics import measure
 
     version, evaluation = manifest.version, config.evaluation
-    answered, cost = answer_questions(
+    answered, generation = answer_questions(
         config,
         pool,
         manifest,
@@ -74,7 +74,7 @@ def evaluate_version(
         1,
         lambda done, total: reporter.progress(f"evaluating version {version}", done, total),
     )
-    result, facts = measure(answered, resamples=evaluation.resamples, seed=evaluation.seed), asdict(cost)
+    result, facts = measure(answered, resamples=evaluation.resamples, seed=evaluation.seed), asdict(generation)
     name = evaluation_name(version)
     run_dir.write_bytes(f"{EVALUATIONS}/generations-{name}.jsonl", generations_text(answered).encode())
     run_dir.write_json(
