@@ -102,11 +102,16 @@ def plain_adapters(work):
 
 
 def train_plainly(model):
-    """Trains with plain torch and one batch a step. Returns losses, gradient norms and the trained weights."""
+    """Trains with plain torch and one batch a step. Returns losses, gradient norms and the trained weights.
+
+    A weight is NaN where a clipped gradient was below Adam's epsilon of 1e-8, but not zero. There Adam divides a rounding error
+    by its own size, so that the step differs from one processor to another.
+    """
     groups = random_groups(GROUPS)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), weight_decay=0.01)
     losses, norms = [], []
+    rounded = {name: torch.zeros_like(p, dtype=torch.bool) for name, p in trained.items()}
     planned = [s for epoch in plan(groups, OBJECTIVE, ranks=1, groups_per_step=PER_STEP, epochs=2) for s in epoch]
     for number, step in enumerate(planned):
         indexes = [index for batch in step.shares[0] for index in batch]
@@ -114,17 +119,22 @@ def train_plainly(model):
         loss, _ = micro_loss(model, batch, OBJECTIVE, WEIGHT, step.totals)
         loss.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(trained.values(), 0.5).item())
+        for name, parameter in trained.items():
+            rounded[name] |= (parameter.grad != 0) & (parameter.grad.abs() < 1e-8)
         losses.append(loss.item())
         optimizer.param_groups[0]["lr"] = RATE / (number + 1)
         optimizer.step()
         optimizer.zero_grad()
-    return losses, norms, {name: p.detach() for name, p in trained.items()}
+    assert sum(mask.sum() for mask in rounded.values()) < 1e-3 * sum(p.numel() for p in trained.values())
+    return losses, norms, {name: p.detach().masked_fill(rounded[name], torch.nan) for name, p in trained.items()}
 
 
 def assert_equal_weights(left, right, tolerance):
+    """The weights are equal wherever `right` is not NaN."""
     assert left.keys() == right.keys()
     for name, weight in left.items():
-        assert torch.allclose(weight, right[name], atol=tolerance), name
+        known = ~right[name].isnan()
+        assert torch.allclose(weight[known], right[name][known], atol=tolerance), name
 
 
 @pytest.mark.parametrize("stage", STAGES)
