@@ -283,3 +283,17 @@ def test_a_file_that_is_no_safetensors_kills_the_engine_and_fails_every_waiting_
     with pytest.raises(EngineDead):
         engine.score(PROMPT, [1])
     engine.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU here")
+def test_an_engine_on_a_gpu_scores_as_transformers_does_before_and_after_a_weight_update(models):
+    before, after = models["untied"]
+    spec = EngineSpec(str(before), EOS, "bfloat16", LENGTH, 32, gpu=True, gpu_memory_utilization=0.3)
+    engine = Engine(spec)
+    for directory in (before, after):
+        load(engine, directory)
+        (candidate,) = engine.sample(Prompt(PROMPT, 5), GREEDY).result(DEADLINE)
+        expected = score(loaded(directory), PROMPT, candidate.token_ids)
+        assert candidate.score == pytest.approx(expected, abs=0.05)  # bfloat16 against float32, nats per token
+    engine.close()

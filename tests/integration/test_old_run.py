@@ -1,14 +1,9 @@
-"""A run that version 0.1 began, killed while it sampled round 2, is finished by this version.
+"""A run that version 0.1 began, killed while it sampled round 2, is finished by this version."""
 
-`tests/fixtures/run_of_0_1.tar.xz` has its run directory and its untrained model of 0.1 million parameters. `{place}` in
-its config stands for the directory that both lie in.
-"""
-
-import tarfile
 from io import StringIO
-from pathlib import Path
 
 import pytest
+from old_run import unpack_old_run
 from rich.console import Console
 
 from aft_ray.observe.reporter import Reporter
@@ -18,18 +13,12 @@ from aft_ray.storage.ledger import Ledger
 from aft_ray.storage.run_dir import RunDir
 from aft_ray.storage.versions import read_config
 
-FIXTURE = Path(__file__).parents[1] / "fixtures/run_of_0_1.tar.xz"
-
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_here"), pytest.mark.timeout(900)]
 
 
 @pytest.fixture
 def old_run(tmp_path) -> RunDir:
-    with tarfile.open(FIXTURE) as archive:
-        archive.extractall(tmp_path, filter="data")
-    config = tmp_path / "run/config.yaml"
-    config.write_text(config.read_text().replace("{place}", str(tmp_path)))
-    return RunDir(tmp_path / "run")
+    return unpack_old_run(tmp_path)
 
 
 def test_a_run_of_the_version_before_goes_on(old_run):

@@ -46,27 +46,6 @@ STYLE: dict[Any, Any] = {
 PANEL_INCHES = 3.6
 
 
-def plot_curve(
-    path: Path,
-    x: Sequence[float],
-    series: Mapping[str, Sequence[Estimate]],
-    xlabel: str,
-    ylabel: str,
-    title: str,
-) -> list[Path]:
-    """Draws shares as a function of a number such as n, k or β: a line per series, with its 95 % intervals as a band.
-
-    Args:
-        path: path of the files without suffix.
-        x: the values of the horizontal axis.
-        series: for each label one estimate per value of `x`; a point that is nan is left out.
-
-    Returns:
-        The files that were written.
-    """
-    return plot_curves(path, x, {title: series}, xlabel, ylabel)
-
-
 def plot_curves(
     path: Path,
     x: Sequence[float],
@@ -75,7 +54,19 @@ def plot_curves(
     ylabel: str,
     title: str | None = None,
 ) -> list[Path]:
-    """Like `plot_curve`, with several panels side by side that share a y axis."""
+    """Draws shares as a function of a number such as n, k or β, in panels side by side that share a y axis.
+
+    Each series is a line with its 95 % intervals as a band.
+
+    Args:
+        path: path of the files without suffix.
+        x: the values of the horizontal axis.
+        panels: for each panel the series, and for each series one estimate per value of `x`; a point that is NaN is
+            left out.
+
+    Returns:
+        The files that were written.
+    """
     with _figure(len(panels), 1, 1.5 if len(panels) == 1 else 1.0, title) as (figure, axes):
         for axis, (name, series) in zip(axes, panels.items(), strict=True):
             for number, (label, points) in enumerate(series.items()):

@@ -6,11 +6,9 @@ the value.
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 
-from rich.console import Console
 from rich.table import Table
 
 from aft_ray.evaluation.statistics.bootstrap import Estimate
@@ -75,18 +73,6 @@ def comparison_table(
     for label, result in results.items():
         table.add_row(label, *(format_estimate(name, result.estimates.get(name)) for name in metrics))
     return table
-
-
-def results_text(
-    results: Mapping[str, EvaluationMetrics],
-    title: str | None = None,
-    comparisons: Mapping[str, Comparison] | None = None,
-) -> str:
-    """The table of `results_table` as plain text of any width."""
-    console = Console(file=io.StringIO(), width=1000, color_system=None, force_terminal=False)
-    with console.capture() as capture:
-        console.print(results_table(results, title, comparisons))
-    return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
 def format_estimate(name: str, estimate: Estimate | None) -> str:

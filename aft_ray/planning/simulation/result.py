@@ -8,11 +8,11 @@ from itertools import pairwise
 
 import numpy as np
 
-from aft_ray.planning.simulation.trainer import TrainedRound
+from aft_ray.planning.simulation.trainer import RoundTrainingTimes
 
 
 @dataclass(frozen=True, slots=True)
-class SampledRound:
+class RoundSamplingTimes:
     """When and how a round was sampled; `started` and `ended` are seconds from the start of the run.
 
     Args:
@@ -56,8 +56,8 @@ class Simulated:
         curve: pairs of a second and the share of the engines' `max_num_seqs` sequences that were running then.
     """
 
-    sampled: list[SampledRound]
-    trained: list[TrainedRound]
+    sampled: list[RoundSamplingTimes]
+    trained: list[RoundTrainingTimes]
     seconds: float
     gpus: int
     sampler_failures: int

@@ -23,7 +23,7 @@ from aft_ray.storage.records import Candidate
 from aft_ray.weights.version_manifest import VersionManifest
 
 
-class _Request:
+class _SimulatedRequest:
     """The candidates of one question in an engine."""
 
     __slots__ = ("done", "left", "prompt", "started")
@@ -46,9 +46,9 @@ class SimulatedEngine:
         self._step_s, self._per_sequence_s = assumed.step_ms / 1e3, assumed.step_us_per_sequence / 1e6
         self._prefill = assumed.prefill_tokens_per_s
         self._room = max_num_seqs
-        self._waiting: deque[tuple[_Request, int]] = deque()
+        self._waiting: deque[tuple[_SimulatedRequest, int]] = deque()
         self._running: list[
-            tuple[float, int, _Request, int]
+            tuple[float, int, _SimulatedRequest, int]
         ] = []  # a heap of (step in which the sequence ends, number, request, tokens)
         self._step, self._at, self._prefilled_at, self._number = 0.0, self._loop.time(), 0.0, 0
         self._timer: asyncio.TimerHandle | None = None
@@ -63,7 +63,7 @@ class SimulatedEngine:
         """Adds requests, given as (tokens of the prompt, tokens of each candidate, function to call at the end)."""
         self._advance()
         for prompt, lengths, done in requests:
-            request = _Request(prompt, len(lengths), done)
+            request = _SimulatedRequest(prompt, len(lengths), done)
             self._waiting.extend((request, length) for length in lengths)
         self._admit_and_wait()
 

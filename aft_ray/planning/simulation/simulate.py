@@ -26,7 +26,7 @@ from aft_ray.evaluation.during_run import EvaluationDuringRun, evaluation_name
 from aft_ray.planning.simulation.assumptions import SimulationAssumptions
 from aft_ray.planning.simulation.failures import fail_repeatedly, failure_sources, gpus_of
 from aft_ray.planning.simulation.questions import training_questions
-from aft_ray.planning.simulation.result import SampledRound, Simulated
+from aft_ray.planning.simulation.result import RoundSamplingTimes, Simulated
 from aft_ray.planning.simulation.samplers import SimulatedSamplers
 from aft_ray.planning.simulation.trainer import SimulatedTrainer, group_sizes
 from aft_ray.planning.simulation.virtual_time import VirtualTimeLoop
@@ -77,7 +77,7 @@ class _SimulatedRun:
         self._loop = runner.get_loop()
         self._coordinator = Coordinator()
         self._questions = training_questions(config, assumed)
-        self._sampled: list[SampledRound] = []
+        self._sampled: list[RoundSamplingTimes] = []
         self._curve: list[tuple[float, float]] = []
         self._samplers, self._trainer = runner.run(self._start())
 
@@ -167,7 +167,7 @@ class _SimulatedRun:
         seconds, streamed = fields["seconds"], self._samplers.streamed[fields["round"]]
         engines = len(self._samplers.samplers)
         self._sampled.append(
-            SampledRound(
+            RoundSamplingTimes(
                 round=fields["round"],
                 version=fields["version"],
                 staleness=fields["staleness"],

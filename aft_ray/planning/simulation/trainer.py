@@ -18,7 +18,7 @@ from aft_ray.weights.version_manifest import VersionManifest
 
 
 @dataclass(frozen=True, slots=True)
-class TrainedRound:
+class RoundTrainingTimes:
     """When a round was trained, in seconds from the start of the run.
 
     Args:
@@ -132,7 +132,7 @@ class SimulatedTrainer:
         self._failed = asyncio.Event()
         self._back_at = 0.0
         self.failures = 0
-        self.rounds: list[TrainedRound] = []
+        self.rounds: list[RoundTrainingTimes] = []
 
     def fail(self, noticed_s: float, back_s: float) -> None:
         """A worker ends; all workers have loaded the last checkpoint again after `back_s`.
@@ -160,7 +160,7 @@ class SimulatedTrainer:
             trained = published - self._assumed.publish_s
             busy = cost.compute_s / (trained - started) if trained > started else 0.0
             self.rounds.append(
-                TrainedRound(
+                RoundTrainingTimes(
                     number, waited, started, trained, published, cost.steps, cost.tokens, busy, self.failures - failures
                 )
             )

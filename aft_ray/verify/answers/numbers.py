@@ -56,7 +56,7 @@ _POWER_OF_TEN = re.compile(  # After a mantissa: × 10^{-3}
 _GROUPING_SPACE = re.compile(r"(?<=[0-9])[\u00a0\u202f\u2009](?=[0-9]{3}(?![0-9]))")
 
 
-class Quantity(NamedTuple):
+class NumberWithUnit(NamedTuple):
     """A number with its unit. `unit` is one of the values of `_UNITS` ("hour", "%", "dollar") or empty."""
 
     value: Fraction
@@ -69,11 +69,11 @@ def read_number(text: str) -> Fraction | None:
     The result is None when there is text before the number, a second number, or a wrongly placed thousands separator.
     A percent sign is a unit, so "50%" is 50. Full-width digits are read; digits of other scripts are not.
     """
-    quantity = read_quantity(text)
+    quantity = read_number_with_unit(text)
     return quantity.value if quantity else None
 
 
-def read_quantity(text: str) -> Quantity | None:
+def read_number_with_unit(text: str) -> NumberWithUnit | None:
     """The number that `read_number` returns, with its unit."""
     if len(text) > MAX_ANSWER_LENGTH:
         return None
@@ -92,7 +92,9 @@ def read_quantity(text: str) -> Quantity | None:
     words = [word.strip(".,;:!)") for word in rest.casefold().replace("per cent", "percent").split()]
     while words and words[0].removesuffix("s") in _MAGNITUDES:
         value *= _MAGNITUDES[words.pop(0).removesuffix("s")]
-    return Quantity(value, _UNITS.get(words[0] if words else "", _UNITS.get((match["currency"] or "").lower(), "")))
+    return NumberWithUnit(
+        value, _UNITS.get(words[0] if words else "", _UNITS.get((match["currency"] or "").lower(), ""))
+    )
 
 
 def extract_after_marker(text: str, marker: str) -> str | None:
@@ -115,10 +117,10 @@ def compare_numbers(answer: str | None, gold: str) -> VerificationResult:
         return decided(False, answer)
     if len(answer) > MAX_ANSWER_LENGTH:
         return undecided(f"the answer has {len(answer)} characters")
-    expected = read_quantity(gold)
+    expected = read_number_with_unit(gold)
     if expected is None:
         return decided(comparable_text(answer) == comparable_text(gold), answer)
-    given = read_quantity(answer)
+    given = read_number_with_unit(answer)
     if given is None:
         # An answer without any digit is not a number. One with digits may be right in a form that is unknown here.
         if any(c.isnumeric() for c in answer):
@@ -132,7 +134,7 @@ def compare_numbers(answer: str | None, gold: str) -> VerificationResult:
     return undecided(f"{quote(answer)} and {quote(gold)} have different units", answer)
 
 
-def _is_percentage_of(percentage: Quantity, share: Quantity) -> bool:
+def _is_percentage_of(percentage: NumberWithUnit, share: NumberWithUnit) -> bool:
     """Whether the first quantity is a percentage and the second the same share without the percent sign."""
     return percentage.unit == "%" != share.unit and _is_close(percentage.value / 100, share.value)
 

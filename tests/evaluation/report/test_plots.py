@@ -4,7 +4,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from aft_ray.evaluation.report.plots import plot_curve, plot_curves, plot_histograms
+from aft_ray.evaluation.report.plots import plot_curves, plot_histograms
 from aft_ray.evaluation.statistics.bootstrap import Estimate
 from aft_ray.evaluation.statistics.histograms import Histogram
 
@@ -28,7 +28,8 @@ def size_of(png) -> tuple[int, int]:
 
 def test_a_curve_is_a_png_and_an_svg_with_its_words(tmp_path):
     series = {"VFT": points([0.3, 0.35, 0.4]), "AFT, β = 0.15": points([0.4, 0.5, 0.6])}
-    files = plot_curve(tmp_path / "pictures" / "k", [1, 2, 4], series, "samples k", "questions right, %", "GSM8K")
+    path = tmp_path / "pictures" / "k"
+    files = plot_curves(path, [1, 2, 4], {"GSM8K": series}, "samples k", "questions right, %")
     png, svg = files
     assert files == [tmp_path / "pictures" / "k.png", tmp_path / "pictures" / "k.svg"]
     assert min(size_of(png)) > 400
@@ -39,7 +40,7 @@ def test_a_curve_is_a_png_and_an_svg_with_its_words(tmp_path):
 
 def test_the_same_figures_give_the_same_files(tmp_path):
     one, other = (
-        plot_curve(tmp_path / name, [0, 0.1], {"a": points([0.1, 0.2])}, "β", "%", "t") for name in ("one", "other")
+        plot_curves(tmp_path / name, [0, 0.1], {"t": {"a": points([0.1, 0.2])}}, "β", "%") for name in ("one", "other")
     )
     for a, b in zip(one, other, strict=True):
         assert a.read_bytes() == b.read_bytes()

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tables import results_text
 
 from aft_ray.evaluation.answers import AnsweredQuestion, Response
-from aft_ray.evaluation.report.table import results_table, results_text
+from aft_ray.evaluation.report.table import results_table
 from aft_ray.evaluation.statistics.metrics import (
     EvaluationMetrics,
     assessment_accuracy,
