@@ -15,7 +15,8 @@ from tiny import tiny_config
 
 from aft_ray.observe.reporter import Reporter
 from aft_ray.observe.summary import read_events
-from aft_ray.run import orchestrator as rounds
+from aft_ray.run import launch
+from aft_ray.sampling.round import RunFailed
 from aft_ray.storage.ledger import Ledger
 from aft_ray.storage.run_dir import MANIFEST, RunDir
 
@@ -43,7 +44,7 @@ def test_a_worker_that_is_killed_while_its_checkpoint_is_saved(tiny_model, tmp_p
     killer = threading.Thread(target=kill)
     killer.start()
     with Reporter(run_dir, Console(file=StringIO())) as reporter:
-        assert rounds.run(config, reporter)
+        assert launch.run(config, reporter)
     killer.join()
     assert published["durable"] is False
     ledger = Ledger(run_dir)
@@ -73,8 +74,8 @@ def test_a_checkpoint_that_cannot_be_saved_ends_the_run_in_one_sentence(tiny_mod
     monkeypatch.setattr(rounds, "RunDir", slow_storage.FullRunDir)
     with Reporter(RunDir(config.run_dir), Console(file=StringIO())) as reporter:
         sentence = "the checkpoint of round 1 could not be saved: cannot write .*: No space left on device; make room"
-        with pytest.raises(rounds.RunFailed, match=sentence) as error:
-            rounds.run(config, reporter)
+        with pytest.raises(RunFailed, match=sentence) as error:
+            launch.run(config, reporter)
     assert "\n" not in str(error.value)
     # What was trained before counts; version 1 is published, its round is not trained.
     assert Ledger(RunDir(config.run_dir)).trained_rounds() == [0]

@@ -10,7 +10,7 @@ from tiny import tiny_config
 
 from aft_ray.observe.reporter import Reporter
 from aft_ray.observe.summary import read_events
-from aft_ray.run import orchestrator as rounds
+from aft_ray.run import launch
 from aft_ray.sampling.round import RunFailed
 from aft_ray.storage.ledger import Ledger
 from aft_ray.storage.records import Verdict
@@ -26,7 +26,7 @@ SUMS = {"min_steps": 1, "max_steps": 1, "operations": "+", "max_operand": 5, "di
 
 def run(config) -> None:
     with Reporter(RunDir(config.run_dir), Console(file=StringIO())) as reporter:
-        rounds.run(config, reporter)
+        launch.run(config, reporter)
 
 
 def tiny_run(place, model, **sections):

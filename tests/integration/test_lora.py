@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from aft_ray.config.run import ConfigError
 from aft_ray.observe.reporter import Reporter
 from aft_ray.observe.summary import read_events
-from aft_ray.run import orchestrator as rounds
+from aft_ray.run import launch
 from aft_ray.storage.ledger import Ledger
 from aft_ray.storage.run_dir import RunDir
 from aft_ray.weights.version_manifest import read_version_manifest
@@ -28,7 +28,7 @@ RATES = {"vft": {"epochs": 2, "learning_rate": 2e-2}, "training": {"learning_rat
 
 def run(config) -> bool:
     with Reporter(RunDir(config.run_dir), Console(file=StringIO())) as reporter:
-        return rounds.run(config, reporter)
+        return launch.run(config, reporter)
 
 
 @pytest.fixture(scope="module", params=["object_store", "lora"])

@@ -11,7 +11,7 @@ from tiny import tiny_config
 from aft_ray.config.run import ConfigError
 from aft_ray.observe.reporter import Reporter
 from aft_ray.observe.summary import read_events
-from aft_ray.run import orchestrator as rounds
+from aft_ray.run import launch
 from aft_ray.run.resume import adopt_config
 from aft_ray.sampling.sampler_pool import SamplerPool
 from aft_ray.storage.ledger import Ledger
@@ -34,7 +34,7 @@ def config_of(run_dir, model, **training):
 def run(config) -> str:
     said = StringIO()
     with Reporter(RunDir(config.run_dir), Console(file=said, width=1000)) as reporter:
-        assert rounds.run(config, reporter)
+        assert launch.run(config, reporter)
     return said.getvalue()
 
 
