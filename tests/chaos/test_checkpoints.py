@@ -27,7 +27,7 @@ def test_a_worker_that_is_killed_while_its_checkpoint_is_saved(tiny_model, tmp_p
     config = tiny_config(tmp_path / "run", tiny_model, objective={"name": "vft"}, rounds={"count": 2})
     run_dir, published = RunDir(config.run_dir), {}
     ray.cloudpickle.register_pickle_by_value(slow_storage)  # the workers' Python does not look among the tests
-    monkeypatch.setattr(rounds, "RunDir", slow_storage.SlowRunDir)
+    monkeypatch.setattr(launch, "RunDir", slow_storage.SlowRunDir)
 
     def kill() -> None:
         """Kills the worker when version 1 is published and its checkpoint is still on the way."""
@@ -71,7 +71,7 @@ def test_a_worker_that_is_killed_while_its_checkpoint_is_saved(tiny_model, tmp_p
 def test_a_checkpoint_that_cannot_be_saved_ends_the_run_in_one_sentence(tiny_model, tmp_path, monkeypatch):
     config = tiny_config(tmp_path / "run", tiny_model, objective={"name": "vft"}, rounds={"count": 2})
     ray.cloudpickle.register_pickle_by_value(slow_storage)
-    monkeypatch.setattr(rounds, "RunDir", slow_storage.FullRunDir)
+    monkeypatch.setattr(launch, "RunDir", slow_storage.FullRunDir)
     with Reporter(RunDir(config.run_dir), Console(file=StringIO())) as reporter:
         sentence = "the checkpoint of round 1 could not be saved: cannot write .*: No space left on device; make room"
         with pytest.raises(RunFailed, match=sentence) as error:
