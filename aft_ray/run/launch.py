@@ -38,12 +38,13 @@ from aft_ray.tasks.dataset import count_by_task, load_tokenizer, round_shares, t
 
 if TYPE_CHECKING:
     from aft_ray.storage.lease import HeldLock
+    from aft_ray.training.launch import WorkerConfig
     from aft_ray.weights.version_manifest import VersionManifest
 
 # Seconds that the train workers have to end after the run has failed elsewhere.
-_END_S = 15.0
+_END_TIMEOUT_S = 15.0
 # Seconds between two looks at the events that the train workers have sent.
-_EVENTS_S = 0.5
+_EVENTS_INTERVAL_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,7 @@ class RunData:
 
 
 def run(config: RunConfig, reporter: Reporter) -> bool:
-    """Runs a run to its end, from wherever it is.
+    """Runs a run to its end, from the first round that the ledger does not have as trained.
 
     Returns:
         False when the run was finished already.
@@ -66,7 +67,7 @@ def run(config: RunConfig, reporter: Reporter) -> bool:
             sentence for the user.
     """
     run_dir = RunDir(config.run_dir)
-    with run_dir.lock(reporter.say) as hold:
+    with run_dir.lock(reporter.say) as lock:
         if changed := adopt_config(config, run_dir):
             reporter.say(f"goes on with {'; '.join(changed)}: the same steps, up to rounding")
         ledger = Ledger(run_dir)
@@ -75,7 +76,7 @@ def run(config: RunConfig, reporter: Reporter) -> bool:
             return False
         data = _prepare(config, run_dir, reporter)
         with connected(config.cluster, training_reservations(config)):
-            run_on_cluster(config, run_dir, hold, ledger, reporter, data)
+            run_on_cluster(config, run_dir, lock, ledger, reporter, data)
     return True
 
 
@@ -102,19 +103,19 @@ def _prepare(config: RunConfig, run_dir: RunDir, reporter: Reporter) -> RunData:
 
 
 def run_on_cluster(
-    config: RunConfig, run_dir: RunDir, hold: HeldLock, ledger: Ledger, reporter: Reporter, data: RunData
+    config: RunConfig, run_dir: RunDir, lock: HeldLock, ledger: Ledger, reporter: Reporter, data: RunData
 ) -> None:
     """Starts the actors of a run on the connected cluster, runs its rounds, and ends the actors.
 
     Args:
-        hold: the lease of the run directory; when it is lost, the run ends.
+        lock: the lock of the run directory; when it is lost, the run ends.
     """
     from aft_ray.training.launch import WorkerConfig
 
     started = time.monotonic()
     coordinator = start_coordinator()
     client: CoordinatorClient[VersionManifest] = CoordinatorClient.of_actor(coordinator)
-    hold.on_lost = client.fail
+    lock.on_lost = client.fail
     samplers = RunSamplers(config, run_dir, reporter, coordinator, data.eos_token_id) if config.needs_samplers else None
     try:
         worker = WorkerConfig(config, run_dir, coordinator, count_by_task(data.training))
@@ -145,7 +146,7 @@ def _orchestrator(
     samplers: RunSamplers | None,
     data: RunData,
 ) -> Orchestrator:
-    """The orchestrator of a run, with Ray Data, vLLM and Ray Train behind its collaborators."""
+    """The orchestrator of a run, which samples through Ray Data and vLLM and is trained by Ray Train."""
     judge = start_judge(config.feedback, run_dir) if config.samples else None
 
     def stream(manifest: VersionManifest, groups: list[Group]) -> Iterator[WrittenGroups]:
@@ -168,7 +169,9 @@ def _orchestrator(
 
 
 @contextmanager
-def _training(worker: Any, coordinator: CoordinatorClient[VersionManifest], reporter: Reporter) -> Iterator[list[str]]:
+def _training(
+    worker: WorkerConfig, coordinator: CoordinatorClient[VersionManifest], reporter: Reporter
+) -> Iterator[list[str]]:
     """Runs `TorchTrainer.fit()` in a thread, and reports the train workers' events from another.
 
     Yields a list to which a failure of training is added. Both threads have ended when the context ends.
@@ -187,7 +190,7 @@ def _training(worker: Any, coordinator: CoordinatorClient[VersionManifest], repo
                 coordinator.fail(failures[0])
 
     def report_events() -> None:
-        while not ended.wait(_EVENTS_S):
+        while not ended.wait(_EVENTS_INTERVAL_S):
             _report(coordinator.drain_events(), reporter)
 
     threads = [threading.Thread(target=function, daemon=True) for function in (train, report_events)]
@@ -202,14 +205,14 @@ def _training(worker: Any, coordinator: CoordinatorClient[VersionManifest], repo
             raise RunFailed(failures[0])
     finally:
         # After a failure elsewhere the workers end by themselves, because the coordinator tells them.
-        threads[0].join(_END_S)
+        threads[0].join(_END_TIMEOUT_S)
         ended.set()
         threads[1].join()
         _report(coordinator.drain_events(), reporter)
 
 
 def _report(events: list[dict[str, Any]], reporter: Reporter) -> None:
-    """Writes the train workers' events down and shows them."""
+    """Writes the train workers' events to metrics.jsonl and shows them in the terminal."""
     for event in events:
         fields = {key: value for key, value in event.items() if key != "event"}
         if event["event"] == "step":

@@ -48,7 +48,7 @@ class Orchestrator:
     """Runs the rounds of a run in order.
 
     Args:
-        coordinator: through which driver and train workers tell each other of rounds and versions.
+        coordinator: the actor through which driver and train workers tell each other of rounds and versions.
         sampling: samples one round and records it in the ledger.
         evaluation: answers the validation split when a version is due for that.
         version_on_disk: the manifest of a version that is in the run directory, or was given.
@@ -69,7 +69,7 @@ class Orchestrator:
             PeerFailed: training has failed, or did not publish a version in time.
             RunFailed: too many questions of a round could not be sampled.
             SamplersFailed: fewer samplers answer than the run needs.
-            WeightUpdateFailed: an engine did not take a version, or took it wrong.
+            WeightUpdateFailed: an engine did not load a version, or the version's probes do not verify.
         """
         rounds = self.config.rounds
         if first_round > 0:
@@ -101,5 +101,6 @@ class Orchestrator:
         return manifest, waited_s
 
     def _load(self, manifest: VersionManifest) -> None:
+        """Loads a version into the samplers, and evaluates it if that is due."""
         self.samplers.load(manifest)
         self.evaluation.evaluate_if_due(manifest)

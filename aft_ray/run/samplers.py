@@ -34,7 +34,7 @@ class NoSamplers:
 
 
 class RunSamplers:
-    """The samplers of a run that samples or evaluates.
+    """The samplers of a run that samples or evaluates. Colocated samplers start when the first version is loaded.
 
     Args:
         coordinator: the coordinator's actor.
@@ -66,11 +66,11 @@ class RunSamplers:
             self.pool.wait_ready()
 
     def load(self, manifest: VersionManifest) -> None:
-        """Loads a version into the samplers that answer: by a broadcast, where one is offered, else as they can.
+        """Loads a version into the samplers that answer: by its broadcast, if it has one, then by its receive plan.
 
         Raises:
             SamplersFailed: fewer samplers answer than the run needs.
-            WeightUpdateFailed: an engine did not take the version, or took it wrong.
+            WeightUpdateFailed: an engine did not load the version, or the version's probes do not verify.
         """
         if self._colocation is not None:
             try:

@@ -126,7 +126,7 @@ def test_the_events_tell_the_whole_run(overlapped):
     assert [event["global_step"] for event in events(overlapped, "step")] == [0, 1, 2, 0, 1, 2, 3]
 
 
-def test_each_validation_is_written_down(overlapped):
+def test_each_validation_is_written(overlapped):
     for version in (0, 1, 2):
         record = json.loads(
             RunDir(overlapped.run_dir).read_bytes(f"evaluations/validation-{version:04d}.json").decode()
@@ -190,10 +190,10 @@ def run_with_refused(config, refused) -> None:
     groups = tokenize_split(config, "train", tokenizer).groups
     groups += [too_long(groups[0], number) for number in range(refused)]
     run_dir = RunDir(config.run_dir)
-    with quiet_reporter(config) as reporter, run_dir.lock(reporter.say) as hold:
+    with quiet_reporter(config) as reporter, run_dir.lock(reporter.say) as lock:
         ledger = Ledger(run_dir)
         launch.run_on_cluster(
-            config, run_dir, hold, ledger, reporter, launch.RunData(groups, [], tokenizer.eos_token_id)
+            config, run_dir, lock, ledger, reporter, launch.RunData(groups, [], tokenizer.eos_token_id)
         )
 
 
@@ -256,7 +256,7 @@ def published(config, version):
     return read_version_manifest(version, RunDir(config.run_dir).local_path(f"rounds/{version:04d}/model"))
 
 
-def test_a_wrong_publication_is_refused_and_the_right_one_then_taken(overlapped, pool):
+def test_wrong_weights_are_refused_and_the_right_version_is_loaded_after_them(overlapped, pool):
     right = published(overlapped, 2)
     wrong = replace(right, probes=tuple(replace(probe, score=probe.score + 0.01) for probe in right.probes))
     with pytest.raises(WeightUpdateFailed, match=r"sampler 0 scores .* version 2 .* 0\.01 .*\(tolerance 0\.0001\)"):
