@@ -15,11 +15,11 @@ from aft_ray.config.run import RunConfig
 from aft_ray.coordination.client import CoordinatorClient
 
 
-class SleepingPool(Protocol):
-    """The samplers of a run, as colocation needs them."""
+class ColocatedPool(Protocol):
+    """A pool of samplers whose engines can release their GPU memory."""
 
     def wait_ready(self, minimum: int | None = None) -> list[int]:
-        """Waits until so many samplers answer."""
+        """Waits until `minimum` samplers answer; returns their indices."""
         ...
 
     def sleep(self) -> None:
@@ -31,7 +31,7 @@ class SleepingPool(Protocol):
         ...
 
 
-Pool = TypeVar("Pool", bound=SleepingPool)
+Pool = TypeVar("Pool", bound=ColocatedPool)
 
 
 class Colocation(Generic[Pool]):

@@ -53,7 +53,7 @@ class Coordinator:
         self._failure: str | None = None
 
     async def set_ready(self, round_number: int) -> None:
-        """Every group of the round is in the ledger."""
+        """Records that every group of the round is in the ledger."""
         await self._change(lambda: self._ready.add(round_number))
 
     async def wait_ready(self, round_number: int, timeout_s: float) -> float:
@@ -63,10 +63,10 @@ class Coordinator:
         )
 
     async def publish(self, manifest: OfferedVersion) -> None:
-        """Offers a version to the samplers. Only the newest version's manifest is kept, and with it its objects.
+        """Offers a version to the samplers. Only the newest manifest is kept, so that Ray frees older objects.
 
-        Train workers that have started again publish their last version from disk. Whatever their predecessors
-        offered to broadcast, they cannot send; an offer therefore stands until the next version is published.
+        An offer to broadcast stands until the next manifest is published. Train workers that have started again publish
+        their last version from disk, which ends an offer of their predecessors, since nobody could send those weights.
         """
 
         def change() -> None:
@@ -89,7 +89,7 @@ class Coordinator:
         return self._newest, waited_s
 
     async def announce_broadcast(self, group: BroadcastGroup) -> bool:
-        """Tells the train workers which engines receive the broadcast of a version; none: they need not wait.
+        """Tells the train workers which engines receive the broadcast of a version; with none they need not wait.
 
         Returns:
             Whether the engines can join. False when the offer does not stand any more, because train workers have
@@ -106,7 +106,7 @@ class Coordinator:
         return True
 
     async def wait_broadcast(self, version: int, timeout_s: float) -> BroadcastGroup | None:
-        """Waits until the driver announces the broadcast of a version; None when it goes on to a newer one without."""
+        """The broadcast group of a version once the driver announces it; None when the driver skips the version."""
         await self._wait(
             lambda: version in self._broadcasts or self._requested > version,
             timeout_s,
@@ -115,7 +115,7 @@ class Coordinator:
         return self._broadcasts.get(version)
 
     async def release_gpus(self, round_number: int, placement: WorkerPlacement) -> None:
-        """A train worker has released its GPUs to the samplers until the round is ready."""
+        """Records that a train worker has released its GPUs to the samplers until the round is ready."""
         await self._change(lambda: self._released.setdefault(round_number, {}).update({placement.rank: placement}))
 
     async def wait_gpus_released(self, round_number: int, timeout_s: float) -> list[WorkerPlacement]:
@@ -124,12 +124,12 @@ class Coordinator:
         await self._wait(
             lambda: any(len(placements) == placement.workers for placement in placements.values()),
             timeout_s,
-            f"the train workers to leave their GPUs before round {round_number}",
+            f"the train workers to release their GPUs before round {round_number}",
         )
         return list(placements.values())
 
     async def post(self, event: dict[str, Any]) -> None:
-        """Takes an event for the driver's metrics and progress."""
+        """Keeps an event for the driver, which reports it in its metrics and progress."""
         self._events.append(event)
 
     async def drain(self) -> list[dict[str, Any]]:
@@ -149,11 +149,13 @@ class Coordinator:
         await self._change(lambda: None)
 
     async def _change(self, change: Callable[[], Any]) -> None:
+        """Makes a change, after which every wait checks its condition again."""
         async with self._changed:
             change()
             self._changed.notify_all()
 
     async def _wait(self, condition: Callable[[], bool], timeout_s: float, awaited: str) -> float:
+        """Waits for a condition and returns the seconds waited. `awaited` names it in the error."""
         now = asyncio.get_running_loop().time
         started = now()
         async with self._changed:
