@@ -25,7 +25,7 @@ from aft_ray.weights.version_manifest import VersionManifest
 
 # Seconds that samplers have to say which version they hold.
 _STATUS_TIMEOUT_S = 10.0
-# A sampler has a deadline for each of so many phases.
+# A sampler has a deadline for each of these phases.
 _PHASES = 4
 
 

@@ -25,7 +25,7 @@ from aft_ray.storage.records import Group
 from aft_ray.tasks.dataset import questions_of_round
 from aft_ray.weights.version_manifest import VersionManifest
 
-# Groups without candidates are small: so many times more of them go into one file.
+# Groups without candidates are small, so this many times more of them go into one file.
 _REFERENCES_PER_GROUP = 64
 
 
@@ -34,7 +34,7 @@ class RunFailed(RuntimeError):
 
 
 class RoundReporter(Protocol):
-    """What the sampling of a round tells: the part of `observe.reporter.Reporter` that it uses."""
+    """The part of `observe.reporter.Reporter` that the sampling of a round uses."""
 
     def say(self, text: str) -> None: ...
 
@@ -53,7 +53,7 @@ class RoundSampling:
             writes them; yields each file of groups as soon as it is durable (`sampling.stream.sample_round`).
         check: raises when training has failed meanwhile.
         judge: rates candidates, when the run's feedback asks for that.
-        clock: seconds.
+        clock: returns the time in seconds.
     """
 
     config: RunConfig
@@ -109,12 +109,14 @@ class RoundSampling:
             self.ledger.complete_sampling(round_number, version, {"groups": len(wanted)})
 
     def _open(self, round_number: int) -> None:
+        """Opens the round in the ledger, reports what the ledger repaired, and lets failed questions be tried again."""
         audit = self.ledger.open_round(round_number)
         self.ledger.retry_failed(round_number)
         for sentence in (*audit.voided, *audit.adopted, *audit.deleted):
             self.reporter.say(f"round {round_number}: {sentence}")
 
     def _pending(self, round_number: int, wanted: list[Group]) -> list[Group]:
+        """The questions of the round that the ledger does not have yet."""
         pending = set(self.ledger.pending(round_number, [group.question.id for group in wanted]))
         return [group for group in wanted if group.question.id in pending]
 
@@ -143,6 +145,7 @@ class RoundSampling:
         return counts
 
     def _check_complete(self, round_number: int, wanted: list[Group]) -> None:
+        """Raises RunFailed when questions are missing, or more have failed than `sampling.max_failed` allows."""
         if missing := self.ledger.pending(round_number, [group.question.id for group in wanted]):
             raise RunFailed(
                 f"round {round_number} ended with {len(missing)} questions that neither have a group nor are recorded "
@@ -158,6 +161,7 @@ class RoundSampling:
             )
 
     def _close(self, round_number: int, version: int, statistics: dict[str, Any]) -> None:
+        """Records in the ledger that the round is sampled, and reports its statistics."""
         if self.judge is not None:
             rated = self.judge.counts()
             self.reporter.event("judged", round=round_number, **asdict(rated))

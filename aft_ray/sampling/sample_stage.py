@@ -1,4 +1,4 @@
-"""The stage of the pipeline that has questions answered: it forwards small batches to the long-lived samplers.
+"""The stage of the pipeline that samples: it forwards small batches to the long-lived samplers.
 
 Invariant: every question that enters the stage leaves it once, with candidates of the policy version that was asked
 for, or with the reason why it failed.
@@ -131,9 +131,8 @@ class SampleStage:
         try:
             answers = await asyncio.wait_for(self._call(job, index, prompts), job.sampling.timeout_s)
         except WeightUpdateFailed as error:
-            raise WeightUpdateFailed(
-                traceback_message(str(error))
-            ) from None  # the sampler lives and refuses the weights
+            # The sampler is alive and did not take the weights, so that another attempt would fail too.
+            raise WeightUpdateFailed(traceback_message(str(error))) from None
         except (RayError, WrongVersion) as error:
             # The sampler is asked again when it answers. Until then its load of 0 must not make it the first choice.
             health.mark_lost(index, reason_of(error))

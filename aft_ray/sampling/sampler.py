@@ -1,4 +1,4 @@
-"""The sampler: a named, long-lived Ray actor with one engine.
+"""The sampler: a long-lived Ray actor with one engine.
 
 Invariant: it answers only with the policy version that it is asked for. When its engine dies, or stays inside a weight
 update, the actor ends its process. Ray then starts it again, and it must load the current version before it answers.

@@ -40,8 +40,13 @@ from aft_ray.weights.version_manifest import VersionManifest
 
 @dataclass(frozen=True, slots=True)
 class WrittenGroups:
-    """A durable file of labelled groups (None: all questions of the batch failed), the failed questions of the same
-    batch, and counts over the groups."""
+    """The result of a batch of questions.
+
+    Attributes:
+        file: the durable file of the labelled groups; None: all questions of the batch failed.
+        failed: the failed questions of the batch.
+        counts: counts over the groups of the file.
+    """
 
     file: GroupFile | None
     failed: tuple[FailedQuestion, ...]
@@ -164,8 +169,10 @@ def _from_row(row: dict[str, Any]) -> WrittenGroups:
 
 
 def _silence_ray_data() -> None:
-    """Switches Ray Data's progress bars and messages off: the run shows its own, and Ray keeps the log in its session
-    directory."""
+    """Switches Ray Data's progress bars and messages off, since the run shows its own progress.
+
+    Ray keeps the log in its session directory.
+    """
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)

@@ -1,7 +1,7 @@
 """Loads a policy version into the samplers that answer.
 
 Invariant: a sampler that ends while it loads is left out, since it must load the version before it answers again; an
-engine that lives and does not take the version fails the update.
+engine that is alive and does not take the version fails the update.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from aft_ray.sampling.sampler_handles import SamplerHandles
 from aft_ray.sampling.sampler_health import SamplerHealth, SamplersFailed, reason_of
 from aft_ray.weights.version_manifest import VersionManifest, WeightUpdateFailed
 
-# A sampler has a deadline for each of three phases. It gets so many seconds more to say which of them it missed.
-_PHASES, _ANSWER_S = 3, 30
+# A sampler has a deadline for each of these phases, and these seconds more to reply with the phase that it missed.
+_PHASES, _REPLY_S = 3, 30
 
 
 async def load_version(
@@ -30,8 +30,8 @@ async def load_version(
         How the update went, for each sampler that holds the version now.
 
     Raises:
-        SamplersFailed: too few samplers live.
-        WeightUpdateFailed: an engine that lives did not take the weights, or not in time.
+        SamplersFailed: too few samplers are left.
+        WeightUpdateFailed: an engine that is alive did not take the weights, or not in time.
     """
     loop = asyncio.get_running_loop()
     reports: dict[int, UpdateReport] = {}
@@ -59,7 +59,7 @@ async def _load_into(
     }
     if not calls:
         return {}
-    deadline_s = _PHASES * timeout_s + _ANSWER_S
+    deadline_s = _PHASES * timeout_s + _REPLY_S
     done, late = await asyncio.wait(calls, timeout=deadline_s)
     if late:
         names = ", ".join(f"sampler {index}" for index in sorted(calls[call] for call in late))
@@ -68,7 +68,7 @@ async def _load_into(
             f"{samplers.logs_of(calls[call] for call in late)}"
         )
     reports = {}
-    for call in sorted(done, key=lambda one: calls[one]):
+    for call in sorted(done, key=lambda call: calls[call]):
         index = calls[call]
         try:
             reports[index] = call.result()
