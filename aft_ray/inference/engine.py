@@ -50,9 +50,9 @@ class Engine:
         # By vLLM's request id: the future of each running request, and what makes its result from vLLM's output.
         self._running: dict[str, tuple[Future[Any], Callable[[Any], Any]]] = {}
         self._failure: BaseException | None = None
-        self._ending = threading.Lock()
+        self._lock = threading.Lock()  # held while a task is added, and while `_fail_all` empties the queue
         self._next_id = 0
-        self._adapter: Any = None  # vLLM's LoRARequest, which every request carries
+        self._adapter: Any = None  # vLLM's LoRARequest of the loaded adapter, which every request carries
         started: Future[None] = Future()
         self._thread = threading.Thread(target=self._run_engine, args=(started,), name="vllm-engine", daemon=True)
         self._thread.start()
@@ -105,6 +105,7 @@ class Engine:
         return self._exclusive(lambda llm: llm.sleep(level=2))
 
     def alive(self) -> bool:
+        """Whether the engine's thread runs and vLLM has not failed in it."""
         return self._failure is None and self._thread.is_alive()
 
     def close(self) -> None:
@@ -129,7 +130,7 @@ class Engine:
 
     def _put(self, task: _Task) -> Future[Any]:
         # Without the lock a task could be added after `_fail_all` has emptied the queue, and would wait for ever.
-        with self._ending:
+        with self._lock:
             if not self.alive():
                 raise EngineDead(f"the vLLM engine of {self._spec.model} is dead: {self._failure}")
             # The future can no longer be cancelled: the engine's thread sets its result whether or not anyone waits.
@@ -141,7 +142,7 @@ class Engine:
 
     def _run_engine(self, started: Future[None]) -> None:
         try:
-            llm = _build(self._spec)
+            llm = _build_llm_engine(self._spec)
         except BaseException as error:
             self._failure = error
             started.set_exception(EngineDead(f"vLLM could not start {self._spec.model}: {error}"))
@@ -191,7 +192,7 @@ class Engine:
                 task.result.set_result(result)
 
     def _fail_all(self, task: _Task | None, failure: BaseException) -> None:
-        with self._ending:
+        with self._lock:
             self._failure = failure
             waiting = [*(result for result, _ in self._running.values()), *([task.result] if task else [])]
             while not self._tasks.empty():
@@ -222,7 +223,7 @@ def _wake(llm: Any, memory: str) -> None:
         llm.wake_up([memory])
 
 
-def _build(spec: EngineSpec) -> Any:
+def _build_llm_engine(spec: EngineSpec) -> Any:
     prepare_environment(spec)
     from vllm import EngineArgs, LLMEngine
 

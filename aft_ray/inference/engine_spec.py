@@ -1,4 +1,4 @@
-"""What an engine is built from, as vLLM's own engine arguments and environment variables.
+"""The specification of an engine, and the vLLM engine arguments and environment variables that it stands for.
 
 Samplers and the service start their engines with these arguments.
 """
@@ -16,7 +16,7 @@ from aft_ray.weights.receive_plan import GLOO_BACKEND, NCCL_BACKEND
 
 @dataclass(frozen=True, slots=True)
 class EngineSpec:
-    """What an engine is built from.
+    """The model, the size and the parallelism of an engine.
 
     Attributes:
         model: a local directory or a hub name.

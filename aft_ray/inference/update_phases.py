@@ -16,13 +16,13 @@ from aft_ray.weights.receive_plan import Phase
 from aft_ray.weights.version_manifest import WeightUpdateFailed
 
 T = TypeVar("T")
-# Seconds that `watch` waits beyond a phase's deadline. Code inside the phase that keeps the same deadline fails first
-# then, with an error that says what it waited for.
+# Seconds that `watch` waits beyond a phase's deadline, so that code inside the phase that keeps the same deadline fails
+# first, with an error that says what it waited for.
 GRACE_S = 10.0
 
 
 class PhaseTimeout(WeightUpdateFailed):
-    """A phase did not end by its deadline. Whatever it waits for may block for ever."""
+    """A phase did not end by its deadline. The engine may be blocked in it for ever."""
 
 
 class UpdatePhases:

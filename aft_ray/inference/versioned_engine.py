@@ -124,7 +124,7 @@ class VersionedEngine:
         Raises:
             PhaseTimeout: a phase did not end by its deadline. The engine must not be used again.
             WeightUpdateFailed: the weights did not arrive, or the probes' scores differ. Another update may follow.
-            Exception: what else failed in the engine, as the engine raised it.
+            Exception: any other error of the engine, unchanged.
         """
         async with self._updating:
             if self.version == manifest.version:

@@ -1,4 +1,4 @@
-"""The engine's end of a weight broadcast: vLLM's weight transfer engines, in every worker process of an engine.
+"""The receiving side of a weight broadcast: vLLM's weight transfer engines, in every worker process of an engine.
 
 On GPUs it is vLLM's NCCL engine. Without GPUs the same engine has a gloo group in place of the NCCL communicator, and
 receives buckets of the same format without CUDA streams. `weight_loader.py`, which vLLM imports in every worker

@@ -30,13 +30,13 @@ class WeightLoader:
     vllm_config: Any
 
     def begin_weights(self) -> None:
-        """Prepares the model for new weights; an update that was broken off before is dropped."""
+        """Prepares the model for new weights. The state of an earlier update that did not end is cleared."""
         from vllm.config import set_current_vllm_config
 
         reload, model = layerwise_reload(), self.model_runner.get_model()
         with set_current_vllm_config(self.vllm_config):
             if any(reload.get_layerwise_info(layer).can_load() for layer in model.modules()):
-                # An earlier update was broken off. Finalizing clears its state; all weights are loaded again now.
+                # An earlier update did not end. Finalizing clears its state; all weights are loaded again now.
                 reload.finalize_layerwise_reload(model, self.vllm_config.model_config)
             reload.initialize_layerwise_reload(model)
 
