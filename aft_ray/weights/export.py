@@ -1,7 +1,7 @@
 """The trainer's weights as Hugging Face files: sharded parameters are gathered layer by layer and written.
 
 Invariants: no rank holds more than one gathered layer, and rank 0 one shard of the output in addition; a gathered layer
-is released only after its tensors were used. All ranks must call these functions together, since gathering a
+is released only after its tensors have been used. All ranks must call these functions together, since gathering a
 layer that is sharded over the ranks is a collective operation.
 """
 

@@ -1,4 +1,4 @@
-"""The trainer's end of a publication: the protocol of weight transports, and the two that send files.
+"""How the trainer publishes a version: the protocol of weight transports, and the two that send files.
 
 `weights/broadcast/sender.py` has the transport that sends live weights. Invariant: a transport only adds a faster way
 to the engines. The model directory of a round is always written, and an engine that the transport does not reach reads
@@ -56,7 +56,7 @@ class SharedStorage:
 
 
 class ObjectStore(SharedStorage):
-    """The transport `object_store`: Ray's object store has the shards; each node receives them once."""
+    """The transport `object_store`: engines read the shards from Ray's object store; a node receives them once."""
 
     def put_shard(self, shard: Path) -> Any:
         """Copies the file into the object store; returns the reference."""

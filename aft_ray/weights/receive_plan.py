@@ -1,4 +1,4 @@
-"""The engine's end of a publication: which calls bring new weights into an engine, one class for each way.
+"""How an engine receives a version: the calls that load new weights into it, one class for each transport.
 
 Every call goes to all processes of the engine at once; the caller, vLLM's LLMEngine or AsyncLLM, makes one after the
 other. Invariants: the model must not run between the first call and the last; the number of calls does not depend on
@@ -64,10 +64,14 @@ class FromObjects:
 
     The engine's main process maps the objects and passes one shard at a time to its worker processes, as a file in
     memory.
+
+    Attributes:
+        objects: a Ray object reference for each shard file, in loading order.
+        fallback: the directory that has the same shards.
     """
 
     objects: tuple[Any, ...]
-    otherwise: FromDirectory
+    fallback: FromDirectory
 
     def calls(self, timeout_s: float) -> Iterator[EngineCall]:
         """Loads one shard after the other. Raises TimeoutError when the objects do not reach this node in time."""
@@ -81,7 +85,7 @@ class FromObjects:
                 f"{len(self.objects)} shards did not arrive over the object store in {timeout_s:.0f} s"
             ) from None
         except ObjectLostError:
-            yield from self.otherwise.calls(timeout_s)
+            yield from self.fallback.calls(timeout_s)
             return
         with tempfile.TemporaryDirectory(prefix="aft-ray-", dir=_memory_dir()) as scratch:
             yield from _load_files(_write(Path(scratch) / "shard.safetensors", array) for array in arrays)
@@ -89,7 +93,7 @@ class FromObjects:
 
 @dataclass(frozen=True, slots=True)
 class BroadcastOffer:
-    """What the trainer offers with a version: weights of this layout, sent by a process group with this store."""
+    """The trainer's offer to broadcast a version: where its process group's store is, and the layout of the weights."""
 
     address: str
     port: int
@@ -173,7 +177,7 @@ class FromAdapter:
 
 
 def lora_request(number: int, directory: str = "loaded already") -> Any:
-    """vLLM's LoRARequest for an adapter, with which it is loaded and which every request carries."""
+    """vLLM's LoRARequest for an adapter. It loads the adapter from `directory`, and each later request carries it."""
     from vllm.lora.request import LoRARequest
 
     return LoRARequest(f"adapter {number}", number, directory)

@@ -71,7 +71,7 @@ class VersionManifest:
         if not largest <= tolerance:
             raise WeightUpdateFailed(
                 f"{engine} scores the probes of version {self.version} up to {largest:.2g} nats per token away from "
-                f"the trainer (tolerance {tolerance:g}): its weights are wrong and answer nothing"
+                f"the trainer (tolerance {tolerance:g}): its weights are wrong, and it answers nothing"
             )
         return largest
 

@@ -26,7 +26,7 @@ from tiny import tiny_tree
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 DEADLINE_S = 8
-WRONG_WEIGHTS = re.compile(r"did not take version 2 .*its weights are wrong and answer nothing")
+WRONG_WEIGHTS = re.compile(r"did not take version 2 .*its weights are wrong, and it answers nothing")
 QUESTIONS = [f"Tom has {n} apples. Tom finds {n + 2} more. how many apples does Tom have?" for n in range(3, 11)]
 
 

@@ -189,7 +189,7 @@ def test_a_broadcast_that_loses_an_engine_harms_neither_the_trainer_nor_the_othe
         assert time.monotonic() - began < 60
         transferring.join(60)
         assert not transferring.is_alive()
-        assert "phase 'rendezvous': sampler 1 did not come within 8 s" in str(control.results[0])
+        assert "phase 'rendezvous': sampler 1 did not join within 8 s" in str(control.results[0])
         assert result.loaded == []
         assert result.missed[1].startswith("sampler 1")
         assert result.missed[0].startswith("sampler 0 did not get through phase 'rendezvous' of publishing version 1: ")
@@ -202,7 +202,7 @@ def test_a_broadcast_that_loses_an_engine_harms_neither_the_trainer_nor_the_othe
         pool.close()
 
 
-def test_a_version_that_nobody_asks_for_lets_the_trainer_go_on(tiny_model):
+def test_a_version_that_no_engine_loads_lets_the_trainer_continue(tiny_model):
     """As when rounds need no samples: the driver waits for a later version, and the trainer for nobody."""
     coordinator = start_coordinator()
     offer = BroadcastOffer("127.0.0.1", 1, Layout.of(["a"], [(1,)], "float32", 1))

@@ -103,7 +103,7 @@ def send(
             if (name, tuple(tensor.shape)) != (layout.names[index], layout.shapes[index]):
                 raise ValueError(
                     f"the weights changed their layout: {layout.names[index]} {layout.shapes[index]} was announced, "
-                    f"and {name} {tuple(tensor.shape)} came"
+                    f"and {name} {tuple(tensor.shape)} was sent"
                 )
             view.copy_(tensor)
         pair.waits[number % 2] = group.broadcast(bucket)

@@ -33,6 +33,8 @@ def connect_store(address: str, port: int, timeout_s: float) -> Any:
 
 
 class _Operation:
+    """A running operation of the group; `work` is torch's Work, None when it has ended."""
+
     def __init__(self, work: Any) -> None:
         self.work = work
 
@@ -45,12 +47,12 @@ class GlooGroup:
     """A process group of `world_size` ranks that share a store. Buckets are CPU tensors."""
 
     def __init__(self, store: Any, rank: int, world_size: int, timeout_s: float) -> None:
-        """Blocks until every rank has arrived. Raises RuntimeError (torch's DistError is one) when one does not."""
+        """Blocks until every rank has joined. Raises RuntimeError (torch's DistError is one) when one does not."""
         self._store = store  # rank 0 serves it: it must live until every rank has formed the group
         self._operations: list[_Operation] = []
         self._deadline = time.monotonic() + timeout_s
-        store.set(_arrival_key(rank), b"1")
-        store.wait([_arrival_key(other) for other in range(world_size)], timedelta(seconds=timeout_s))
+        store.set(_joined_key(rank), b"1")
+        store.wait([_joined_key(other) for other in range(world_size)], timedelta(seconds=timeout_s))
         prefixed = PrefixStore("gloo", store)
         self._group: Any = ProcessGroupGloo(prefixed, rank, world_size, self._time_left())
 
@@ -82,9 +84,9 @@ class GlooGroup:
 
 
 def missing_ranks(store: Any, world_size: int) -> list[int]:
-    """The ranks that have not arrived at the store yet."""
-    return [rank for rank in range(world_size) if not store.check([_arrival_key(rank)])]
+    """The ranks that have not joined yet."""
+    return [rank for rank in range(world_size) if not store.check([_joined_key(rank)])]
 
 
-def _arrival_key(rank: int) -> str:
-    return f"arrived/{rank}"
+def _joined_key(rank: int) -> str:
+    return f"joined/{rank}"

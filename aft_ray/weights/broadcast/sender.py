@@ -1,7 +1,7 @@
-"""The trainer's end of a weight broadcast: rank 0 offers it, waits for the engines, and sends them its live weights.
+"""The sending side of a weight broadcast: rank 0 offers it, waits for the engines, and sends them its live weights.
 
-Invariants: a process group serves one version; an engine that does not arrive, or ends, is a `BroadcastFailed` within
-the deadline of its phase and fails neither training nor the run; the weights are read, never changed.
+Invariants: a process group serves one version; an engine that does not join, or ends, leads to a `BroadcastFailed`
+within the deadline of its phase and fails neither training nor the run; the weights are read, never changed.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Sender(ProcessGroup, Protocol):
     device: torch.device
 
     def form(self, names: list[str], timeout_s: float) -> None:
-        """Waits until the other ranks have arrived; `names` says to whom each rank belongs."""
+        """Waits until the other ranks have joined; `names` has the owner of each rank."""
         ...
 
     def begin(self, timeout_s: float) -> None:
@@ -97,8 +97,8 @@ class Broadcast(SharedStorage):
         self._control, self._rank, self._dtype = control, rank, dtype
         self._bucket_bytes, self._timeout_s, self._gather = bucket_bytes, timeout_s, gather
         self._open_sender: type[GlooSender] | type[NcclSender] = NcclSender if gpu else GlooSender
-        self._offered: tuple[Sender, Layout] | None = None  # for the version that was published last
-        self._finished: Sender | None = None  # everything is sent
+        self._offered: tuple[Sender, Layout] | None = None  # of the version that was published last
+        self._finished: Sender | None = None  # of the version that was sent last; its group has not ended yet
 
     def add_to_manifest(
         self, manifest: VersionManifest, handles: list[Any], module: torch.nn.Module
@@ -158,11 +158,11 @@ def stream(
         BroadcastFailed: a phase failed.
     """
     started = time.monotonic()
-    guarded = _PhaseErrors(sender, group.version)
-    guarded.form(group.names, timeout_s)
+    named_errors = _PhaseErrors(sender, group.version)
+    named_errors.form(group.names, timeout_s)
     formed = time.monotonic()
     sender.begin(timeout_s)
-    send(tensors, layout, guarded, sender.device)
+    send(tensors, layout, named_errors, sender.device)
     return BroadcastStats(formed - started, time.monotonic() - formed, layout.bytes)
 
 
@@ -177,12 +177,12 @@ class GlooSender:
         self.port: int = self._store.port
 
     def form(self, names: list[str], timeout_s: float) -> None:
-        """Waits until the other ranks have arrived. Raises TimeoutError with the names of those that have not."""
+        """Waits until the other ranks have joined. Raises TimeoutError with the owners of those that have not."""
         try:
             self._group = GlooGroup(self._store, 0, len(names), timeout_s)
         except RuntimeError as error:
             if late := sorted({names[rank] for rank in missing_ranks(self._store, len(names)) if rank}):
-                raise TimeoutError(f"{', '.join(late)} did not come within {timeout_s:.0f} s") from error
+                raise TimeoutError(f"{', '.join(late)} did not join within {timeout_s:.0f} s") from error
             raise
 
     def begin(self, timeout_s: float) -> None:
@@ -215,7 +215,7 @@ class NcclSender:
         self._deadline = 0.0
 
     def form(self, names: list[str], timeout_s: float) -> None:
-        """Waits until the other ranks have arrived. Raises TimeoutError."""
+        """Waits until the other ranks have joined. Raises TimeoutError when one has not."""
         results: list[Any] = []
 
         def join() -> None:
@@ -230,7 +230,7 @@ class NcclSender:
         thread.join(timeout_s)
         self._reservation.close()
         if not results:
-            raise TimeoutError(f"of {', '.join(sorted(set(names[1:])))} not all came within {timeout_s:.0f} s")
+            raise TimeoutError(f"not all of {', '.join(sorted(set(names[1:])))} joined within {timeout_s:.0f} s")
         if isinstance(results[0], Exception):
             raise results[0]
         self._communicator = results[0]
@@ -263,8 +263,9 @@ class NcclSender:
 
 
 def reserve_port() -> socket.socket:
-    """A socket that is bound to a free port, so that no other program gets the port, but does not listen, so that the
-    store which vLLM opens on it can.
+    """A socket that is bound to a free port and does not listen.
+
+    While it is open no other program gets the port, and vLLM can open its store on the port.
     """
     reservation = socket.socket()
     reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -273,7 +274,7 @@ def reserve_port() -> socket.socket:
 
 
 class _PhaseErrors:
-    """A sender whose errors are raised as BroadcastFailed. Errors of the source of the weights stay as they are."""
+    """Raises the errors of a sender as BroadcastFailed. Errors of the source of the weights stay as they are."""
 
     def __init__(self, sender: Sender, version: int) -> None:
         self._sender, self._version = sender, version
@@ -290,13 +291,13 @@ class _PhaseErrors:
         except Exception as error:
             raise self._failure("fetch", error) from error
 
-        def guarded_wait() -> None:
+        def wait_with_named_errors() -> None:
             try:
                 wait()
             except Exception as error:
                 raise self._failure("fetch", error) from error
 
-        return guarded_wait
+        return wait_with_named_errors
 
     def _failure(self, phase: str, error: Exception) -> BroadcastFailed:
         reason = (str(error).strip() or repr(error)).splitlines()[0]

@@ -160,7 +160,7 @@ def test_a_trainer_whose_engines_do_not_come_goes_on_and_says_why(tiny_model):
     offer_and_transfer(control, model)
     assert time.monotonic() - began < 10
     assert str(control.results[0]) == (
-        "the stream of version 4 failed in phase 'rendezvous': sampler 0 did not come within 1 s"
+        "the stream of version 4 failed in phase 'rendezvous': sampler 0 did not join within 1 s"
     )
     for nobody in (None, replace(control.group, receivers=())):
         control = Control(nobody)

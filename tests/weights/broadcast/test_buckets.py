@@ -208,7 +208,7 @@ def test_a_process_that_never_comes_is_named_within_the_deadline():
     sender, began = GlooSender(2), time.monotonic()
     group = BroadcastGroup(7, (Receiver("sampler 0", 1), Receiver("sampler 1", 2)))
     with pytest.raises(
-        BroadcastFailed, match=r"version 7 failed in phase 'rendezvous': sampler 0, sampler 1 did not come within 2 s"
+        BroadcastFailed, match=r"version 7 failed in phase 'rendezvous': sampler 0, sampler 1 did not join within 2 s"
     ):
         stream(iter([("a", torch.ones(4))]), layout, sender, group, 2)
     assert time.monotonic() - began < 10
