@@ -1,4 +1,4 @@
-"""The only sampler killed in the middle of a round: Ray starts it again, and every question is answered once."""
+"""The only sampler is killed in the middle of a round: Ray restarts it, and every question is answered once."""
 
 import threading
 import time
@@ -47,7 +47,7 @@ def test_a_sampler_that_is_killed_catches_up_and_the_round_is_whole(tiny_model, 
             assert ledger.commit(written.file)
         killer.join()
         (status,) = pool.statuses()
-        assert status.version == 1  # which it was brought to after its start
+        assert status.version == 1  # it was updated to this version after its restart
     finally:
         pool.close()
     groups = ledger.read_groups(1)

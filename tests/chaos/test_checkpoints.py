@@ -1,4 +1,4 @@
-"""Checkpoints that take their time: training goes on meanwhile, and a killed worker starts again where one is."""
+"""Checkpoints on slow storage: training continues meanwhile, and a killed worker continues from a complete one."""
 
 import os
 import signal
@@ -26,11 +26,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_here"), pytest.mark
 def test_a_worker_that_is_killed_while_its_checkpoint_is_saved(tiny_model, tmp_path, monkeypatch):
     config = tiny_config(tmp_path / "run", tiny_model, objective={"name": "vft"}, rounds={"count": 2})
     run_dir, published = RunDir(config.run_dir), {}
-    ray.cloudpickle.register_pickle_by_value(slow_storage)  # the workers' Python does not look among the tests
+    ray.cloudpickle.register_pickle_by_value(slow_storage)  # the workers cannot import modules of the tests
     monkeypatch.setattr(launch, "RunDir", slow_storage.SlowRunDir)
 
     def kill() -> None:
-        """Kills the worker when version 1 is published and its checkpoint is still on the way."""
+        """Kills the worker when version 1 is published and its checkpoint is not complete yet."""
         deadline = time.monotonic() + 400
         while not run_dir.is_complete(run_dir.model(1)) and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -49,16 +49,16 @@ def test_a_worker_that_is_killed_while_its_checkpoint_is_saved(tiny_model, tmp_p
     assert published["durable"] is False
     ledger = Ledger(run_dir)
     assert [(one.round, one.complete) for one in ledger.checkpoints()] == [(0, True), (1, True), (2, True)]
-    # Version 1 is what it was, though its round was trained twice.
+    # Version 1 is unchanged, although its round was trained twice.
     assert run_dir.local_path(run_dir.model(1)).stat().st_ino == published["made"]
     assert run_dir.verify_manifest(run_dir.model(1)) == []
     assert run_dir.read_json(f"{run_dir.model(1)}/{MANIFEST}") == published["there"]
     events = [e for e in read_events(run_dir) if e["event"] in ("step", "trained")]
     trained = [(e["round"], e["steps"], e["groups"]) for e in events if e["event"] == "trained"]
     assert trained == [(0, 3, 40), (1, 3, 40), (2, 3, 40)]
-    # Round 1 was begun twice, from the checkpoint of round 0, and taken whole.
+    # Round 1 was started twice from the checkpoint of round 0, and all its steps were taken each time.
     assert [e["step"] for e in events if e["event"] == "step" and e["round"] == 1] == [1, 2, 3] * 2
-    # The first step of a round came before the checkpoint of the one before was there.
+    # The first step of a round was taken before the checkpoint of the previous round was complete.
     for number in (1, 2):
         stepped = next(i for i, e in enumerate(events) if e["event"] == "step" and e["round"] == number)
         saved = next(i for i, e in enumerate(events) if e["event"] == "trained" and e["round"] == number - 1)
@@ -77,5 +77,5 @@ def test_a_checkpoint_that_cannot_be_saved_ends_the_run_in_one_sentence(tiny_mod
         with pytest.raises(RunFailed, match=sentence) as error:
             launch.run(config, reporter)
     assert "\n" not in str(error.value)
-    # What was trained before counts; version 1 is published, its round is not trained.
+    # Round 0 counts as trained. Version 1 is published, but its round does not count as trained.
     assert Ledger(RunDir(config.run_dir)).trained_rounds() == [0]

@@ -1,4 +1,4 @@
-"""Nodes that are lost and nodes that come, on a Ray cluster of several: rounds stay whole, samplers leave and join."""
+"""Nodes are lost and added in a Ray cluster of several: samplers leave and join, and engines get their GPUs."""
 
 import os
 import sys
@@ -26,7 +26,7 @@ from aft_ray.sampling.sampler_pool import SamplerPool
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 STORE = 100 << 20
-ON_RAY = ClusterKeys()  # what this process is connected to
+ON_RAY = ClusterKeys()  # the cluster that this process is connected to
 # A sampler takes a node of its own: the head has too few CPUs for one, and the others for two.
 HEAD_CPUS, NODE_CPUS, SAMPLER_CPUS = 2, 3, 2.5
 
@@ -34,7 +34,7 @@ HEAD_CPUS, NODE_CPUS, SAMPLER_CPUS = 2, 3, 2.5
 @pytest.fixture(scope="module")
 def cluster():
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # on a busy machine a node takes its time
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # on a busy machine a node starts slowly
     cluster = Cluster(
         initialize_head=True,
         head_node_args={"num_cpus": HEAD_CPUS, "object_store_memory": STORE, "include_dashboard": False},
@@ -105,19 +105,19 @@ def test_a_sampler_without_a_place_is_waited_for_only_while_it_must_be_and_joins
 
 
 class Placed:
-    """An actor in the place of a sampler."""
+    """An actor that is placed like a sampler."""
 
     def gpus(self) -> tuple[str, list[str]]:
         return os.environ.get("CUDA_VISIBLE_DEVICES", ""), ray.get_runtime_context().get_accelerator_ids()["GPU"]
 
     def bundles_of_vllm(self, config) -> tuple[bool, list[bool]]:
-        """Whether vLLM's executor takes the group around it, and which of its processes share this actor's node."""
+        """Whether vLLM uses the placement group of this actor, and which of its processes are on this actor's node."""
         from vllm.config import ParallelConfig
         from vllm.platforms import current_platform
         from vllm.v1.executor import ray_utils
 
         wait_for_placement_group(config.tensor_parallel_size, 30)
-        # Without GPUs vLLM refuses its Ray executor. The GPUs of these nodes are names only, so it is told of them.
+        # Without GPUs vLLM refuses its Ray executor. These nodes only declare GPUs, so this makes vLLM count them.
         type(current_platform).ray_device_key = "GPU"
         group = ray.util.get_current_placement_group()
         parallel = ParallelConfig(
@@ -134,7 +134,7 @@ class Placed:
 
 @pytest.mark.parametrize("stages", [1, 2])
 def test_an_engine_has_its_gpus_and_vllm_opens_no_group_inside_its_group(cluster, tiny_model, tmp_path, stages):
-    """GPUs in name: Ray places and announces them as it would real ones."""
+    """The GPUs are only declared to Ray, which assigns and announces them like real ones."""
     sampling = tiny_config(
         tmp_path,
         tiny_model,
@@ -165,7 +165,7 @@ def test_an_engine_has_its_gpus_and_vllm_opens_no_group_inside_its_group(cluster
 
 
 def test_what_an_autoscaler_may_add_counts(cluster):
-    """The limits are reported to Ray as an autoscaler's provider does; no autoscaler is at work here."""
+    """The limits are reported to Ray as an autoscaler's provider does; no autoscaler runs here."""
     from ray._raylet import GcsClient
     from ray.core.generated.autoscaler_pb2 import ClusterConfig, NodeGroupConfig
 

@@ -1,4 +1,4 @@
-"""A run over three hosts with a network between them, two of which are lost and replaced while it works."""
+"""A run over three hosts with a network between them, two of which are lost and replaced while it runs."""
 
 import contextlib
 import json
@@ -34,7 +34,7 @@ pytestmark = [
 CPUS = (2, 4, 4)
 SAMPLER, WORKER = 2.2, 1.4
 QUESTIONS = 64
-# Named, since a raylet that must find out which ports its agents took gives them 15 s, and ends when they take longer.
+# The ports are given, because a raylet that must find out the ports of its agents ends if that takes longer than 15 s.
 PORTS = (
     "--dashboard-agent-grpc-port=7001", "--dashboard-agent-listen-port=7002", "--runtime-env-agent-port=7003",
     "--metrics-export-port=7004",
@@ -50,7 +50,7 @@ class Cluster:
     started: dict[str, subprocess.Popen] = field(default_factory=dict)
 
     def start(self, index: int) -> None:
-        """Ray comes up on the host, if need be at the second try: it gives a busy machine half a minute."""
+        """Starts Ray on the host. It is repeated if it fails, since Ray allows a busy machine only half a minute."""
         host, head = self.hosts[index], self.hosts[0].address
         place = ["--head", "--port=6379", "--include-dashboard=false"] if index == 0 else [f"--address={head}:6379"]
         command = [
@@ -67,7 +67,7 @@ class Cluster:
             )
 
     def lose(self, host: Host) -> None:
-        """As if its power were cut: everything on it ends at once, without a word."""
+        """Kills all processes of the host at once, as a power failure would."""
         listed = subprocess.run(["ip", "netns", "pids", host.namespace], capture_output=True, text=True, check=True)
         for process in map(int, listed.stdout.split()):
             with contextlib.suppress(ProcessLookupError):
@@ -81,7 +81,7 @@ class Cluster:
         return kept | {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": path, "RAY_raylet_start_wait_time_s": "300"}
 
     def ask(self, expression: str) -> list:
-        """The list that an expression gives on the head, connected to the cluster as `ray`."""
+        """The list that a Python expression gives on the head; `ray` in it is connected to the cluster."""
         program = (
             "import json, logging, ray\n"
             "from ray._private.state import actors\n"
@@ -98,7 +98,7 @@ class Cluster:
         return self.ask("[node['NodeManagerAddress'] for node in ray.nodes() if node['Alive']]")
 
     def hosts_of(self, kind: str) -> list[Host]:
-        """Where the living actors of a class are."""
+        """The hosts of the live actors of a class."""
         nodes = self.ask(
             "[{n['NodeID']: n['NodeManagerAddress'] for n in ray.nodes()}[actor['Address']['NodeID']] "
             f"for actor in actors().values() if actor['State'] == 'ALIVE' and actor['ActorClassName'] == '{kind}']"
@@ -140,7 +140,10 @@ def events(run_dir: RunDir, name: str, **fields) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def survived(cluster, tiny_model, tmp_path_factory):
-    """A run that lost a host while it sampled round 1 and another while it trained round 2; and where things were."""
+    """A run that lost a host while it sampled round 1, and another while it trained round 2.
+
+    Its config, the hosts of its actors with what the ledger had when a host was lost, and the log of its driver.
+    """
     place = tmp_path_factory.mktemp("run")
     sections = {
         "data": {"train_limit": QUESTIONS},

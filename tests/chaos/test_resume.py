@@ -1,4 +1,4 @@
-"""A run whose driver is killed again and again ends as if nothing had happened: same groups, losses and model."""
+"""A run whose driver is killed repeatedly has the groups, losses and model of a run without interruption."""
 
 import os
 import random
@@ -20,11 +20,11 @@ from aft_ray.storage.run_dir import RunDir
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
-# What the run directory shows when a phase has begun; the driver is killed a moment later.
+# The driver is killed in these phases, a moment after the run directory shows that one has begun.
 PHASES = ("sampling of round 1", "training of round 1")
 PATIENCE_S = 400
-# Ray's own, which hold nothing of a run. They end a minute after all else: for so long they try to tell the head, which
-# is dead, that they end.
+# Agents of Ray, which hold no state of a run. They end a minute after the other processes, because they try to report
+# their end to the head, which is dead.
 AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 SUMS = {"min_steps": 1, "max_steps": 1, "operations": "+", "max_operand": 5, "distractors": 0}
 
@@ -36,7 +36,7 @@ def log_of(run_dir: Path) -> Path:
 def begin(file: Path, run_dir: Path) -> subprocess.Popen:
     command = [sys.executable, "-m", "aft_ray.cli", "train", str(file), f"run_dir={run_dir}"]
     with log_of(run_dir).open("a") as log:
-        # A session of its own, so that what it leaves behind can be found.
+        # It has its own session, so that processes that outlive it can be found.
         return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
 
 
@@ -90,7 +90,7 @@ def runs(tmp_path_factory, tiny_model) -> tuple[RunDir, RunDir]:
     tree = tiny_tree(
         place / "whole",
         tiny_model,
-        # Sums so small that some candidates are right; steps so many that a kill comes between them.
+        # The sums are so small that some candidates are right, and a round has so many steps that a kill falls in it.
         data={"train_limit": 48, "arithmetic": {**SUMS, "train_size": 200}},
         vft={"questions_per_step": 1, "epochs": 6},
         training={"groups_per_step": 1, "epochs": 4},

@@ -1,4 +1,4 @@
-"""A service that is asked without pause while versions are published, and while its processes are killed."""
+"""A service answers questions without pause while versions are published and while its processes are killed."""
 
 import contextlib
 import json
@@ -107,12 +107,12 @@ class Service:
         raise AssertionError(f"no process of {part}")
 
     def kill(self, part: str) -> None:
-        """One process of a deployment, as a machine that fails would."""
+        """Kills one process of a deployment, as the failure of a machine would."""
         os.kill(self.find(f"ServeReplica:aft_ray:{part}").pid, signal.SIGKILL)
 
     @contextlib.contextmanager
     def frozen_engine(self) -> Iterator[None]:
-        """The engine's own process stands still, and goes on afterwards."""
+        """A context in which the process of the engine is suspended."""
         engine = self.find("VLLM::EngineCore")
         engine.suspend()
         try:
@@ -130,7 +130,7 @@ def service(run_dir, tmp_path_factory):
 
 
 class Load:
-    """Clients that ask without pause; what they got, and the candidates of each question by version."""
+    """Clients that ask without pause, with the responses to them and the candidates of each question by version."""
 
     def __init__(self, service: Service, clients: int = 6) -> None:
         self.statuses: Counter[tuple[int, int | None]] = Counter()

@@ -1,4 +1,4 @@
-"""Two models through `aft-ray evaluate` with real engines: the same questions, the same draws, one comparison."""
+"""Two models through `aft-ray evaluate` with real engines: the same questions, the same seeds, one comparison."""
 
 import json
 
@@ -16,7 +16,7 @@ MODELS = {"tied": "tiny_model", "untied": "untied_model"}
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory, tiny_model, untied_model):
-    """The directory of an evaluation of two models by two seeds, and what the command printed."""
+    """The directory of an evaluation of two models with two seeds, and what the command printed."""
     here = tmp_path_factory.mktemp("compared")
     (here / "run.yaml").write_text(yaml.safe_dump(tiny_tree(here / "run", tiny_model)))
     said = command(
@@ -60,7 +60,7 @@ def test_the_record_holds_both_models_and_their_difference(compared):
         assert (here / name).exists()
 
 
-def test_what_was_written_is_measured_again_to_the_same_figures(compared):
+def test_the_written_answers_give_the_same_metrics_again(compared):
     here, _ = compared
     files = [here / f"generations-both-{label}.jsonl" for label in MODELS]
     verify = ["--config", here / "run.yaml", "evaluation.seed=5"]

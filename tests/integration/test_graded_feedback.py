@@ -20,7 +20,7 @@ from aft_ray.verify.judge.judge import JudgeFailed
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_here"), pytest.mark.timeout(900)]
 
-# So small that an almost untrained model gets some of them right.
+# The sums are so small that an almost untrained model gets some of them right.
 SUMS = {"min_steps": 1, "max_steps": 1, "operations": "+", "max_operand": 5, "distractors": 0, "train_size": 200}
 
 
@@ -60,12 +60,12 @@ def test_steps_grade_what_a_round_trains_on(tiny_model, tmp_path):
 
 
 def by_content(number: int, request: dict) -> Answer:
-    """A rating that depends on the prompt and the seed alone, so that it can be foretold."""
+    """A rating that depends on the prompt and the seed alone, so that the test can compute it."""
     text = request["messages"][0]["content"] + str(request["seed"])
     return rated(1 + int(hashlib.sha256(text.encode()).hexdigest(), 16) % 10)
 
 
-def test_a_run_that_a_judge_ends_goes_on_with_the_next_and_pays_for_nothing_twice(tiny_model, tmp_path):
+def test_a_run_that_a_judge_ended_continues_with_the_next_judge_and_pays_for_nothing_twice(tiny_model, tmp_path):
     with judge_server() as server:
         judge = {"url": server.url, "ratings": 2, "concurrency": 4}
         config = tiny_run(tmp_path / "run", tiny_model, feedback={"kind": "judge", "judge": judge})

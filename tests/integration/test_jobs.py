@@ -1,4 +1,4 @@
-"""What an infra team does: `ray start`, then `aft-ray submit` and `ray job submit`, for real."""
+"""Jobs on a cluster that `ray start` started, submitted with `aft-ray submit` and with `ray job submit`."""
 
 import contextlib
 import json
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def cluster():
-    """The address for job submission of a Ray cluster of this test's own, and the environment to use it in."""
+    """The job submission address of a Ray cluster for these tests, and the environment for processes that use it."""
     with local_cluster(8) as started:
         log = Path(started.temporary, "start.log")
         wait_for(lambda: takes_jobs(started.dashboard), 400, "the job server", started.head, log)
@@ -39,7 +39,7 @@ def takes_jobs(url: str) -> bool:
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory) -> Path:
-    """What is uploaded: the package and its jobs, nothing else."""
+    """A directory to upload, with the package and its jobs and nothing else."""
     directory = tmp_path_factory.mktemp("job") / "work"
     for name in ("aft_ray", "jobs"):
         shutil.copytree(ROOT / name, directory / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -54,7 +54,7 @@ def submit(cluster, package, *entrypoint) -> tuple[int, str]:
 
 
 def aft_ray_submit(cluster, package, *arguments) -> tuple[int, str]:
-    """`aft-ray submit`; what Ray and the job print, is printed too."""
+    """The exit status of `aft-ray submit`, and its output, which includes that of Ray and of the job."""
     address, environment = cluster
     command = [sys.executable, "-m", "aft_ray.cli", "submit", *map(str, arguments), "--working-dir", str(package)]
     environment = environment | {"RAY_API_SERVER_ADDRESS": address}
@@ -64,7 +64,7 @@ def aft_ray_submit(cluster, package, *arguments) -> tuple[int, str]:
 
 @pytest.fixture(scope="module")
 def file(tiny_model, tmp_path_factory) -> Path:
-    """A config outside of what is uploaded."""
+    """A config outside of the uploaded directory."""
     place = tmp_path_factory.mktemp("run")
     tree = tiny_tree(place / "run", tiny_model, data={"train_limit": 16, "test_limit": 4})
     (place / "tiny.yaml").write_text(yaml.safe_dump(tree))
@@ -128,7 +128,7 @@ def test_the_printed_command_is_what_runs(cluster, package, file):
 
 
 def test_a_serve_config_file_deploys_the_run(cluster, trained, tmp_path):
-    """The file for clusters, with what is particular to a cluster put in."""
+    """The config file for clusters, filled in for this cluster."""
     address, environment = cluster
     run_dir, _ = trained
     (port,) = free_ports(1)

@@ -21,7 +21,7 @@ from aft_ray.weights.version_manifest import read_version_manifest
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_here"), pytest.mark.timeout(1200)]
 
-# Large steps, or what a tiny adapter adds could hardly be told from nothing.
+# The steps are large, because otherwise the effect of a tiny adapter would be too small to measure.
 LORA = {"rank": 4, "alpha": 16, "targets": ["q_proj", "v_proj", "down_proj"]}
 RATES = {"vft": {"epochs": 2, "learning_rate": 2e-2}, "training": {"learning_rate": 5e-3, "zero_stage": 3}}
 
@@ -47,7 +47,7 @@ def finished(request, ray_here, untied_model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def seen():
-    """What the runs before this one came to."""
+    """The groups and adapters of the runs so far, by transport."""
     return {}
 
 

@@ -1,4 +1,4 @@
-"""A run whose directory is on an S3 server: trained, killed, resumed, looked at, measured and served, over HTTP."""
+"""A run whose directory is on an S3 server: trained, killed, resumed, inspected, evaluated and served, over HTTP."""
 
 import json
 import os
@@ -128,7 +128,7 @@ def test_a_lease_of_a_dead_driver_is_taken_over_and_a_driver_that_lost_it_learns
         while not lost and time.monotonic() < deadline:
             time.sleep(0.05)
     assert "process 1 on elsewhere has taken" in lost[0]
-    assert run_dir.exists(lease.LEASE)  # it is the other's
+    assert run_dir.exists(lease.LEASE)  # the other driver has it
     with run_dir.lock(said.append):
         pass
     assert "left in use by process 1 on elsewhere" in said[0]
@@ -149,7 +149,7 @@ def finish(command: list[str], cwd) -> str:
 
 @pytest.fixture(scope="module")
 def run(options, tiny_model, tmp_path_factory) -> tuple[RunDir, str]:
-    """A run that was killed in the middle of sampling and started again, and what the second driver said."""
+    """A run that was killed in the middle of sampling and started again, and the output of the second driver."""
     place = tmp_path_factory.mktemp("run")
     run_dir = bucket(options, "runs/whole")
     tree = tiny_tree(place, tiny_model, data={"train_limit": 40, "test_limit": 4}, sampling={"groups_per_file": 8})
@@ -181,18 +181,18 @@ def test_a_killed_run_goes_on_and_labels_every_question_once(run):
     assert run_dir.in_use_by() is None
 
 
-def test_what_people_read_of_a_run_is_there(run):
+def test_the_files_that_people_read_of_a_run_exist(run):
     run_dir, _ = run
     names = [event["event"] for event in read_events(run_dir)]
     assert names.count("started") == 2
     assert names.count("trained") == 2
-    assert len(run_dir.listdir(METRICS)) == 2  # one part a driver
+    assert len(run_dir.listdir(METRICS)) == 2  # one part for each driver
     table = pq.read_table(run_dir.full_path(run_dir.groups(1)), filesystem=run_dir.filesystem)
     assert len(table) == 40
     assert any(name.startswith("driver-") for name in run_dir.listdir("logs"))
 
 
-def test_its_status_is_told(run, tmp_path):
+def test_its_status_is_shown(run, tmp_path):
     run_dir, _ = run
     assert f"the model is in {run_dir.uri('rounds/0001/model')}" in finish(aft_ray("status", run_dir.uri()), tmp_path)
 

@@ -21,7 +21,7 @@ def old_run(tmp_path) -> RunDir:
     return unpack_old_run(tmp_path)
 
 
-def test_a_run_of_the_version_before_goes_on(old_run):
+def test_a_run_of_the_version_before_is_continued(old_run):
     before = Ledger(old_run)
     assert before.trained_rounds() == [0, 1]
     # The driver was killed between writing this file and recording it.

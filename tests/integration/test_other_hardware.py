@@ -1,4 +1,4 @@
-"""A run that goes on with another number of workers takes the steps that it would have taken."""
+"""A run that is continued with another number of workers takes the same steps."""
 
 import shutil
 from io import StringIO
@@ -44,12 +44,12 @@ def steps(run_dir: Path) -> list[tuple]:
     return [(e["step"], e["loss"], e["grad_norm"]) for e in events[-3:]]
 
 
-def test_one_worker_goes_on_where_two_were(ray_here, tiny_model, tmp_path, monkeypatch):
-    """Fine-tuning alone: it starts no samplers."""
+def test_one_worker_continues_where_two_stopped(ray_here, tiny_model, tmp_path, monkeypatch):
+    """The run is fine-tuning alone, which starts no samplers."""
     monkeypatch.setattr(SamplerPool, "start", lambda *_: pytest.fail("a sampler was started"))
     run(config_of(tmp_path / "two", tiny_model, workers=2))
     shutil.copytree(tmp_path / "two", tmp_path / "one")
-    # As if it had been killed before round 2 was trained: Ray Train did not know of its checkpoint either.
+    # The state of a run that was killed before round 2 was trained: Ray Train has no record of its checkpoint either.
     (tmp_path / "one" / "rounds" / "checkpoint_manager_snapshot.json").unlink()
     (*_, last) = sorted((tmp_path / "one" / "ledger").glob("training-*"))
     last.unlink()

@@ -1,4 +1,4 @@
-"""Whole runs on a Ray of this process: every question once a round, by the right version, to a model that loads."""
+"""Whole runs in this process: each round answers every question once, with the right version, and the models load."""
 
 import json
 from collections import Counter
@@ -161,7 +161,7 @@ def test_a_finished_run_has_nothing_to_do(overlapped):
 
 
 def test_two_sharded_workers_train_rft_around_a_question_that_the_engine_refuses(untied_model, tmp_path):
-    """From the model as it was given, with a sampler that reads from disk."""
+    """The run starts from the given model, and its sampler reads versions from disk."""
     config = tiny_config(
         tmp_path / "run",
         untied_model,
@@ -185,7 +185,7 @@ def test_two_sharded_workers_train_rft_around_a_question_that_the_engine_refuses
 
 
 def run_with_refused(config, refused) -> None:
-    """A run whose preparation let questions through that are longer than the context."""
+    """A run with questions that are longer than the context, which its preparation would leave out."""
     tokenizer = load_tokenizer(config)
     groups = tokenize_split(config, "train", tokenizer).groups
     groups += [too_long(groups[0], number) for number in range(refused)]
@@ -217,7 +217,7 @@ def test_two_tasks_share_every_round_by_weight_and_are_both_validated(tiny_model
     assert count_by_task(groups_of(config, 0)) == {"easy": 24, "hard": 24}
     groups = assert_each_question_once(config, 1, config.sampling.k)
     assert count_by_task(groups) == {"easy": 4, "hard": 8}
-    for group in groups:  # each was read as its own task reads
+    for group in groups:  # the answer is what the task of the question extracts
         marker = config.tasks[group.question.task].answer_marker
         assert group.question.reference.rpartition(marker)[2].strip() == group.question.gold
         assert [c.answer for c in group.candidates] == [extract_after_marker(c.text, marker) for c in group.candidates]
@@ -243,7 +243,7 @@ def test_weights_that_are_not_finite_end_the_run_in_one_sentence_with_the_questi
 
 @pytest.fixture(scope="module")
 def pool(overlapped):
-    """A sampler that starts from the fine-tuned model of the overlapped run, not yet at any version."""
+    """A sampler that starts from the fine-tuned model of the overlapped run, and holds no version yet."""
     model = RunDir(overlapped.run_dir).local_path("rounds/0000/model")
     alone = overlapped.model_copy(update={"sampling": overlapped.sampling.model_copy(update={"samplers": 1})})
     pool = SamplerPool.start(alone, str(model), 1, None, None)
@@ -267,7 +267,7 @@ def test_wrong_weights_are_refused_and_the_right_version_is_loaded_after_them(ov
     (loaded,) = pool.load(right)
     assert loaded.version == 2
     assert loaded.probe_difference < 1e-4
-    assert pool.load(right)[0].load_s == 0.0  # it has it already
+    assert pool.load(right)[0].load_s == 0.0  # the sampler holds this version already
     assert pool.statuses()[0].version == 2
 
 
@@ -285,7 +285,7 @@ def test_more_refused_questions_than_allowed_end_the_round_in_one_sentence(overl
 
     with quiet_reporter(config) as reporter:
         sampling = RoundSampling(config, ledger, reporter, groups, stream, lambda: None)
-        for _ in range(2):  # a run that is started again tries them again
+        for _ in range(2):  # a run that is resumed tries failed questions again
             with pytest.raises(RunFailed, match=r"3 of 13 questions could not .* sampling.max_failed=0.05; 3 times"):
                 sampling.sample(1, manifest, 0.0)
     assert len(ledger.failed_questions(1)) == 3

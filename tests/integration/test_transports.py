@@ -1,4 +1,4 @@
-"""Every weight transport and placement leads to the same run; a broadcast that fails harms nobody."""
+"""Every weight transport and placement leads to the same run; a broadcast that fails harms no other engine."""
 
 import os
 import signal
@@ -39,7 +39,7 @@ ENGINE_PROCESS = "VLLM::Worker"
 
 
 def run(directory, model, transport, **sampling) -> tuple[RunDir, str]:
-    """A strictly alternating run of one round, in which two versions reach the engine, and what it said."""
+    """A strictly alternating run of one round, in which two versions reach the engine, and its console output."""
     config = tiny_config(
         directory / "run",
         model,
@@ -97,7 +97,7 @@ def test_from_storage_to_engines_on_the_train_workers_gpus_one_side_works_at_a_t
     order = [(event["event"], event["version"]) for event in events(shared, "published", "evaluated", "sampled")]
     assert order == [("published", 0), ("evaluated", 0), ("sampled", 0), ("published", 1), ("evaluated", 1)]
     assert [event["round"] for event in events(shared, "trained")] == [0, 1]
-    # What vLLM says on the CPU, where it has nothing to do: it slept while round 1 was trained, then its parts woke.
+    # vLLM logs this on the CPU for each call: one to sleep while round 1 was trained, and two to wake its parts.
     log = shared.read_bytes("logs/sampler-0.log").decode()
     assert log.count("sleep mode is not supported on CPU") == 1 + 2
 
@@ -203,7 +203,7 @@ def test_a_broadcast_that_loses_an_engine_harms_neither_the_trainer_nor_the_othe
 
 
 def test_a_version_that_no_engine_loads_lets_the_trainer_continue(tiny_model):
-    """As when rounds need no samples: the driver waits for a later version, and the trainer for nobody."""
+    """As with rounds without samples: the driver waits for a later version, and the trainer waits for no engine."""
     coordinator = start_coordinator()
     offer = BroadcastOffer("127.0.0.1", 1, Layout.of(["a"], [(1,)], "float32", 1))
     manifest = replace(read_version_manifest(1, tiny_model), broadcast=offer)
