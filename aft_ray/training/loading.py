@@ -118,7 +118,7 @@ def _copy_files_into(model: Any, directory: Path) -> None:
         file: [_Assignment(name, target) for name in names if (target := _target_of(model, targets, name)) is not None]
         for file, names in files.items()
     }
-    # Only rank 0 looks into the files, and tells the others what it found: if it raised alone, they would wait for it.
+    # Only rank 0 reads the files, and sends the others what it found: if it raised alone, they would wait for it.
     mismatch = [_find_mismatch(model, directory, files, plan, targets) if is_reader else None]
     dist.broadcast_object_list(mismatch, src=0)
     if mismatch[0] is not None:
@@ -132,7 +132,9 @@ def _copy_files_into(model: Any, directory: Path) -> None:
                     for one in layer if is_reader else ():
                         one.target.copy_(source.get_tensor(one.name))
     # Buffers are not partitioned: every rank has the whole tensor.
-    for buffer in (one.target for some in plan.values() for one in some if not hasattr(one.target, "ds_id")):
+    for buffer in (
+        one.target for assignments in plan.values() for one in assignments if not hasattr(one.target, "ds_id")
+    ):
         dist.broadcast(buffer, src=0)
 
 

@@ -112,7 +112,11 @@ class TrainWorker:
         self.checkpoints.wait()
 
     def _train_round(self, engine: Any, round_number: int, waited_s: float) -> None:
-        """The five steps of a round that the module's docstring lists. waited_s: seconds waited for it already."""
+        """The five steps of a round that the module's docstring lists.
+
+        Args:
+            waited_s: seconds that this worker has waited for the round already.
+        """
         waited_s += call(self.coordinator.wait_ready, round_number, self.config.rounds.timeout_s)
         self.ledger.refresh()
         groups = self.ledger.read_groups(round_number)
