@@ -106,6 +106,6 @@ def _vocabulary() -> list[str]:
     templates += [text for texts in (*SENTENCES.values(), *WORDINGS.values()) for text in texts]
     pieces = {_SPACE + digit for digit in digits} | set(digits)
     for template in templates:
-        text = re.sub(r"\{\w+\}", "0", template)  # A number stands in for each field.
+        text = re.sub(r"\{\w+\}", "0", template)  # A number replaces each field.
         pieces.update(re.findall(_PIECE, _SPACE + text.replace(" ", _SPACE)))
     return [PAD, EOS, UNKNOWN, *sorted(pieces)]

@@ -38,7 +38,7 @@ class Task(Protocol):
         """The questions of a split; the columns are the fields of `Question`. Raises ConfigError."""
 
     def prompt(self, question: Question) -> str:
-        """The prompt that asks a model the question."""
+        """The prompt with which a model is asked the question."""
 
     def extract(self, text: str) -> str | None:
         """The final answer in a response, or None when the response has no final answer."""

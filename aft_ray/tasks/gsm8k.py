@@ -39,7 +39,10 @@ class Gsm8kTask(MarkedTask):
         indices = list(range(len(rows)))
         if source == "test":
             if len(rows) <= VALIDATION_SIZE:
-                raise ConfigError(f"the test rows of gsm8k are {len(rows)}; {VALIDATION_SIZE} of them are validation")
+                raise ConfigError(
+                    f"the test file of gsm8k has {len(rows)} rows, which is too few: {VALIDATION_SIZE} of them are "
+                    f"validation"
+                )
             validation = set(random.Random(VALIDATION_SEED).sample(indices, VALIDATION_SIZE))
             indices = [index for index in indices if (index in validation) == (split == "validation")]
         return to_dataset([self._question(source, i, rows[i]) for i in indices], f"the {source} file of gsm8k")

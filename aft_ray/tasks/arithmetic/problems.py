@@ -18,7 +18,7 @@ from aft_ray.tasks.base import Split
 
 NAMES = ("Ana", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana")
 OBJECTS = ("apples", "books", "coins", "pens", "shells", "stamps")
-# The sentences of a question that tell a step: {n} is the operand, {who} the owner, {things} the objects.
+# The sentences of a question that state a step: {n} is the operand, {who} the owner, {things} the objects.
 SENTENCES = {
     "+": ("{who} finds {n} more.", "{who} buys {n} {things}.", "a friend gives {who} {n} {things}."),
     "-": ("{who} loses {n}.", "{who} sells {n} {things}.", "{who} gives {n} {things} away."),

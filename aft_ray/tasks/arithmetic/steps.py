@@ -89,7 +89,7 @@ class _Statement:
 
 
 def _step_in_question(sentence: str, who: str) -> tuple[str, int] | None:
-    """The step that a sentence of a question tells about `who`, or None when it tells none."""
+    """The step that a sentence of a question states about `who`, or None when it states none."""
     for step in _QUESTION_STEPS:
         if (match := step.pattern.fullmatch(sentence)) and match["who"] == who:
             return step.operation, int(match["n"])
