@@ -215,5 +215,5 @@ def _verify_one(request: VerificationRequest) -> VerificationResult:
         result = request.task.same(answer, request.gold)
         answer = answer if answer is None or len(answer) <= MAX_ANSWER_LENGTH else answer[:MAX_ANSWER_LENGTH] + "…"
         return VerificationResult(Verdict(result.verdict), answer, result.reason)
-    except BaseException as error:  # Also SystemExit, which a task raises, must not end this process.
+    except BaseException as error:  # Not even SystemExit, which a task may raise, may end this process.
         return undecided(error_reason(error), answer if isinstance(answer, str) else None)

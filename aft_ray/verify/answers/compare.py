@@ -1,7 +1,8 @@
 """Compares answers by kind: numbers, options, yes or no, mathematical expressions, or texts.
 
-Invariant: an answer is wrong only when both sides were understood, or when there was no answer. Everything else, also
-an error, is undecided and has a reason. Nothing here limits the time of a comparison; `verify.process_pool` does.
+Invariant: an answer is wrong only when both sides were understood, or when there was no answer. Everything else,
+including an error, is undecided and has a reason. Nothing here limits the time of a comparison; `verify.process_pool`
+does.
 """
 
 from __future__ import annotations

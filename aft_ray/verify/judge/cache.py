@@ -75,7 +75,9 @@ class JudgeCache:
         rows = self._execute(
             "SELECT text, complete, prompt_tokens, completion_tokens FROM replies WHERE request = ?", key
         )
-        return next((Reply(text, bool(complete), asked, said) for text, complete, asked, said in rows), None)
+        return next(
+            (Reply(text, bool(complete), prompt, completion) for text, complete, prompt, completion in rows), None
+        )
 
     def put(self, key: str, reply: Reply) -> Reply:
         """Stores a reply durably, and returns the stored one: another process may have stored its reply first."""
