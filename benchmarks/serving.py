@@ -197,9 +197,9 @@ def main(
     overrides = [f"limits.concurrency={concurrency}", f"limits.queue={concurrency}", "limits.deadline_s=300"]
     with service_of(model, port, [*overrides, "cluster.logical_cpus=4", f"name={MODEL}"]) as service:
         run_peer(service)
-        figures = asyncio.run(measure(service, options))
+        results = asyncio.run(measure(service, options))
     if output:
-        output.write_text(json.dumps(figures, indent=1) + "\n")
+        output.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def run_peer(service: Service) -> None:

@@ -47,10 +47,10 @@ def main(
 
         run = service.run
         questions = [q.text for q in load_split(next(iter(build_tasks(run).values())), "test", clients, run.seed)]
-        figures = asyncio.run(load(f"{service.url}/v1/reason", questions, n, seconds, service.reporter))
+        results = asyncio.run(load(f"{service.url}/v1/reason", questions, n, seconds, service.reporter))
     if output:
-        output.write_text(json.dumps(figures, indent=1) + "\n")
-    if figures["other"] or figures["wrong"]:
+        output.write_text(json.dumps(results, indent=1) + "\n")
+    if results["other"] or results["wrong"]:
         raise SystemExit("some clients got neither the right answer nor a 429")
 
 

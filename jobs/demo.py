@@ -68,8 +68,8 @@ def demo(
                 path = demo_dir / f"{target.label}.json"
                 if not path.exists():
                     evaluated = evaluate_models(evaluation_config, [target], reporter, RunDir(demo_dir))
-                    outcome = summarize(evaluated, None, aft.evaluation.resamples, aft.evaluation.seed)
-                    write_summary(outcome, path, {"split": aft.evaluation.split}, plots=True)
+                    summary = summarize(evaluated, None, aft.evaluation.resamples, aft.evaluation.seed)
+                    write_summary(summary, path, {"split": aft.evaluation.split}, plots=True)
     results = {
         name: EvaluationMetrics.from_json(json.loads((demo_dir / f"{target.label}.json").read_text()))
         for name, target in rows.items()

@@ -1,7 +1,7 @@
 """Evaluation of a run's versions on the validation split, by the samplers of the run.
 
-Invariant: a version is evaluated at most once, also when the run is interrupted and resumed: the file of its
-evaluation, written last, says that it was.
+Invariant: a version whose evaluation was completed is not evaluated again, even if the run is interrupted and resumed.
+The file with its metrics is written last, and its existence shows that the evaluation was completed.
 """
 
 from __future__ import annotations

@@ -31,7 +31,8 @@ class GenerationStats:
     Attributes:
         tokens: number of sampled tokens.
         truncated: number of responses that were cut off at sampling.max_tokens.
-        parked: number of failed questions: at least one of their responses could not be sampled.
+        parked: number of failed questions, which lack at least one response. The name is that of the field in the
+            evaluation's JSON file.
     """
 
     seconds: float

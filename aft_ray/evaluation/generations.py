@@ -108,14 +108,14 @@ def _verify_again(
     for start in range(0, len(read), _VERIFICATION_BATCH):
         batch = read[start : start + _VERIFICATION_BATCH]
         all_responses = [(q, r) for q in batch for r in ([q.greedy] if q.greedy else []) + list(q.samples)]
-        items = [VerificationRequest(task_of(q), r.text, q.gold) for q, r in all_responses if has_text(r)]
-        outcomes = iter(shared_verifier().verify(items))
+        requests = [VerificationRequest(task_of(q), r.text, q.gold) for q, r in all_responses if has_text(r)]
+        results = iter(shared_verifier().verify(requests))
 
-        def relabel(response: Response, outcomes: Iterator[VerificationResult] = outcomes) -> Response:
+        def relabel(response: Response, results: Iterator[VerificationResult] = results) -> Response:
             if not has_text(response):
                 return response
-            outcome = next(outcomes)
-            return replace(response, answer=outcome.answer, verdict=outcome.verdict)
+            result = next(results)
+            return replace(response, answer=result.answer, verdict=result.verdict)
 
         verified += [
             replace(
@@ -151,9 +151,8 @@ def _read_groups(path: Path) -> list[AnsweredQuestion]:
 
 def _read_lines(path: Path, verdicts_needed: bool) -> list[AnsweredQuestion]:
     try:
-        lines = path.read_text(encoding="utf-8").split(
-            "\n"
-        )  # not splitlines(): JSON text may contain other line separators
+        # Not splitlines(), because JSON text may contain other line separators.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the generations file {path}: {error}") from error
     answered: dict[str, AnsweredQuestion] = {}

@@ -52,10 +52,10 @@ def _section(
     estimates: Mapping[str, Mapping[str, Estimate]],
     differences: Mapping[str, Mapping[str, Difference]],
 ) -> None:
-    for name in dict.fromkeys(name for figures in estimates.values() for name in figures):
+    for name in dict.fromkeys(name for by_name in estimates.values() for name in by_name):
         cells = []
-        for label, figures in estimates.items():
-            cell = format_estimate(name, figures.get(name))
+        for label, by_name in estimates.items():
+            cell = format_estimate(name, by_name.get(name))
             if (difference := differences.get(label, {}).get(name)) is not None:
                 cell += f"\n{format_difference(name, difference)}"
             cells.append(cell)
