@@ -11,14 +11,18 @@ _KEYS = (
     ("warmup", "warmup_ratio warmup_steps warmup_fraction lr_warmup lr_warmup_steps"),
     ("max_grad_norm", "clip grad_clip clip_grad clip_grad_norm gradient_clipping max_norm"),
     ("questions_per_step groups_per_step sampling.batch_size", "bs batch batch_size global_batch_size"),
-    ("groups_per_step", "train_batch_size mini_batch_size"),
+    ("groups_per_step", "train_batch_size mini_batch_size ppo_mini_batch_size"),
     (
         "tokens_per_microbatch",
-        "micro_batch_size per_device_batch_size per_device_train_batch_size max_tokens_per_gpu micro_bs",
+        "micro_batch_size micro_batch_size_per_gpu ppo_micro_batch_size_per_gpu ppo_max_token_len_per_gpu "
+        "per_device_batch_size per_device_train_batch_size max_tokens_per_gpu micro_bs",
     ),
     ("groups_per_step tokens_per_microbatch", "grad_accum gradient_accumulation_steps"),
     ("epochs", "epoch num_epochs n_epochs num_train_epochs"),
-    ("rounds.count", "steps max_steps num_steps total_steps iters iterations n_rounds num_rounds"),
+    (
+        "rounds.count",
+        "steps max_steps num_steps total_steps total_training_steps total_epochs iters iterations n_rounds num_rounds",
+    ),
     ("zero_stage", "zero stage zero_optimization deepspeed_stage"),
     ("offload_optimizer offload_parameters", "offload cpu_offload"),
     ("offload_parameters", "offload_param offload_params param_offload"),
@@ -31,9 +35,9 @@ _KEYS = (
     ("", "optimizer scheduler lr_scheduler lr_scheduler_type betas"),
     # the objective and the reward
     ("objective.name", "loss loss_type algorithm algo"),
-    ("objective.name feedback.kind", "type"),
+    ("objective.name feedback.kind weights.transport", "type"),
     ("beta", "margin boundary"),
-    ("kl", "kl_coef kl_weight kl_beta"),
+    ("kl", "kl_coef kl_weight kl_beta kl_loss_coef"),
     ("feedback.kind", "reward rewards reward_type reward_fn reward_model"),
     # sampling
     (
@@ -67,6 +71,8 @@ _KEYS = (
     ("colocate", "colocate_all hybrid_engine"),
     ("max_staleness", "staleness off_policy async_level max_off_policy_steps"),
     ("cluster.address", "ray_address head"),
+    ("cluster.grows", "autoscale autoscaler autoscaling"),
+    ("weights.transport", "backend sync sync_method weight_sync"),
     ("", "host port"),
     # the model and the data
     (
@@ -85,10 +91,12 @@ _KEYS = (
     ("custom.train", "train_file train_files train_data train_path"),
     ("custom.validation", "val val_file val_files eval_file validation_file"),
     ("custom.test", "test_file test_files test_data"),
+    ("custom.question", "prompt_key question_key input"),
+    ("custom.gold custom.reference", "answer answer_key response_key"),
     ("train_limit", "limit max_samples num_examples max_train_samples train_samples"),
     ("prompt chat_template", "template prompt_template"),
     # the run
-    (".run_dir", "output output_dir out_dir save_dir log_dir ckpt_dir rundir"),
+    (".run_dir", "output output_dir out_dir save_dir log_dir ckpt_dir rundir default_local_dir"),
     ("seed", "random_seed manual_seed"),
     ("rounds.evaluate_every", "every eval_every eval_steps eval_interval eval_freq test_freq"),
     ("", "wandb mlflow logger loggers report_to project"),

@@ -20,7 +20,9 @@ def explain(error: ValidationError, model: type[Section]) -> str:
     if first["type"] == "extra_forbidden":
         location = _first_value(location, first["input"])
         suggestions = suggest(location, value_keys(model, location))
-        hint = f"did you mean {_or(suggestions)}?" if suggestions else "`aft-ray keys` lists the known ones"
+        hint = (
+            f"did you mean {_joined_by_or(suggestions)}?" if suggestions else f"{model.key_list} lists the known ones"
+        )
         return f"unknown key {'.'.join(location)}; {hint}"
     if first["type"] == "missing":
         required = [path for path in value_keys(model, location) if path[: len(location)] == location]
@@ -44,5 +46,5 @@ def _first_value(location: tuple[str, ...], value: Any) -> tuple[str, ...]:
     return location
 
 
-def _or(names: list[str]) -> str:
+def _joined_by_or(names: list[str]) -> str:
     return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

@@ -1,7 +1,7 @@
 """Suggests which key was meant by an unknown one.
 
-Invariant: a suggestion is always a key that holds a value, never a section, and it is in the section that was named
-if that section has a key that fits.
+Invariant: a suggestion is always a key that holds a value, never a section. A key that the name is an alias of comes
+before one that is only spelt alike; among equals, a key of the section that was named comes first.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ def suggest(unknown: Sequence[str], known: Sequence[Path]) -> list[str]:
     section = _resolve_section(parents, known)
     if section:
         inside = [key for key in known if key[: len(section)] == section]
-        found = _same_name(name, inside) or _similar_name(name, inside) or _with_words(name, inside)
+        found = _same_name(name, inside)
+        if not found and name not in KEY_ALIASES:
+            found = _similar_name(name, inside) or _with_words(name, inside)
     else:
         found = [] if parents else _similar_name(name, [key for key in known if len(key) == 1])
     return _names(found or _same_name(name, known) or _similar_name(name, known) or _with_words(name, known))

@@ -21,7 +21,7 @@ S = TypeVar("S", bound=Section)
 
 # Without a logging configuration, Python prints a warning as a plain line on standard error.
 _logger = logging.getLogger(__name__)
-_told: set[str] = set()
+_reported: set[str] = set()
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -62,8 +62,8 @@ def parse_section(model: type[S], tree: dict[str, Any], overrides: Sequence[str]
     except ValidationError as error:
         raise ConfigError(explain(error, model)) from None
     for old, new in renamed.items():
-        if old not in _told:
-            _told.add(old)
+        if old not in _reported:
+            _reported.add(old)
             _logger.warning("%s is now called %s; the old name is still understood in this release", old, new)
     return config
 

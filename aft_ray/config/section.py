@@ -25,6 +25,8 @@ class Section(BaseModel):
 
     # The keys of this section that had another name in an earlier release: the old name and today's name.
     renamed_keys: ClassVar[dict[str, str]] = {}
+    # What lists all keys of the config; an error message about an unknown key names it.
+    key_list: ClassVar[str] = "`aft-ray keys`"
 
     def tree(self) -> dict[str, Any]:
         """The section as nested dicts of plain values, in the form of a YAML file."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
@@ -110,6 +110,8 @@ class ReasonerConfig(Section):
 
 class ServeConfig(Section):
     """A served reasoner."""
+
+    key_list: ClassVar[str] = "`aft-ray keys --serve`"
 
     model: str = Field(description="run directory, RUN@VERSION, model directory or hub name")
     name: str | None = Field(

@@ -22,7 +22,7 @@ RUN = {"run_dir": "runs/x", "model": {"name": "some/model"}}
 
 @pytest.fixture(autouse=True)
 def _nothing_said_yet(monkeypatch):
-    monkeypatch.setattr(loader, "_told", set())
+    monkeypatch.setattr(loader, "_reported", set())
 
 
 @pytest.fixture

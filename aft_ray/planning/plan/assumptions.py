@@ -10,6 +10,7 @@ run of your own.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from pydantic import Field
 
@@ -19,6 +20,8 @@ from aft_ray.config.section import Natural, Positive, Section
 
 class PlanAssumptions(Section):
     """The assumptions of a plan, with their defaults."""
+
+    key_list: ClassVar[str] = "the end of every plan"
 
     questions: Positive | None = Field(None, description="training questions; none: as the config or the task says")
     validation_questions: Natural | None = Field(None, description="validation questions; none: as the task says")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import ClassVar, Self
 
 from pydantic import Field, model_validator
 
@@ -23,6 +23,8 @@ from aft_ray.planning.plan.quantities import GB
 
 class NodeType(Section):
     """One machine of a cluster whose machines are all alike."""
+
+    key_list: ClassVar[str] = "docs/planning.md"
 
     name: str = Field(description="name of this kind of node")
     gpus: Natural = Field(description="number of GPUs")
@@ -39,7 +41,7 @@ class NodeType(Section):
     cpu_gflops: float = Field(50, gt=0, description="GFLOP/s of one CPU, for runs without GPUs")
 
     @model_validator(mode="after")
-    def _agree(self) -> Self:
+    def _check(self) -> Self:
         for key in ("gpu_memory", "gpu_tflops", "gpu_bandwidth"):
             if self.gpus and not getattr(self, key):
                 raise ConfigError(f"the node {self.name} has {self.gpus} GPUs, so it needs {key}")
