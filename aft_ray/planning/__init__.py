@@ -1,6 +1,8 @@
-"""What a run needs before it starts: memory, placement, time and cost, from its config and a description of the nodes.
+"""Estimates of a run before it starts: `plan` computes memory, placement, time and cost from the config and a
+description of the nodes; `simulation` runs the scheduling code in virtual time.
 
-Invariant: pure arithmetic. Nothing here starts Ray, loads weights or imports torch, and every number has its formula.
+Invariants: nothing here starts Ray or loads weights. `plan` is pure arithmetic without torch, and every number of it
+has its formula.
 """
 
 from aft_ray.planning.plan.plan import RunPlan as RunPlan

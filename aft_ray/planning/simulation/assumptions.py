@@ -1,12 +1,13 @@
-"""What a simulation assumes of hardware, of answers and of failures.
+"""What a simulation assumes about hardware, answers and failures.
 
 Invariant: the candidates of a question (their lengths, right or wrong) depend on the seed, the round and the question
-alone, and not on which engine answers it or when. Two simulations that differ in scheduling so do the same work.
+alone, and not on which engine answers it or when. So two simulations that differ only in scheduling do the same work.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,57 +17,57 @@ from aft_ray.config.section import Natural, Positive, Section
 
 
 class SimulationAssumptions(Section):
-    """Speeds of one engine and one train worker, seconds of the steps between, answers, and failures.
+    """Speeds of one engine and one train worker, durations of the steps between them, answers, and failures.
 
-    The defaults are round figures for a 70B model in bfloat16 with engines of 8 H100 and one H100 a train worker. They
-    are assumptions: take them from a run of your own where there is one.
+    The defaults are round numbers for a 70B model in bfloat16 with 8 H100 per engine and one H100 per train worker.
+    They are assumptions, not measurements: `--like RUN` takes them from a run of your own.
     """
 
-    step_ms: float = Field(14, gt=0, description="a decoding step of an engine, whatever it runs: weights and overhead")
-    step_us_per_sequence: float = Field(60, ge=0, description="and more for every running sequence")
+    key_list: ClassVar[str] = "`aft-ray simulate CONFIG --assume help`"
+
+    step_ms: float = Field(14, gt=0, description="fixed time of an engine's decoding step: weights and overhead")
+    step_us_per_sequence: float = Field(60, ge=0, description="further time of the step for every running sequence")
     prefill_tokens_per_s: float = Field(
-        25_000, gt=0, description="prompt tokens of an engine; decoding waits meanwhile"
+        25_000, gt=0, description="prompt tokens that an engine reads; decoding waits meanwhile"
     )
     train_tokens_per_s: float = Field(600, gt=0, description="padded tokens of a train worker, forward and backward")
-    pass_s: float = Field(1.0, ge=0, description="of each forward and backward pass beside its tokens: ZeRO's gathers")
-    optimizer_s: float = Field(0.5, ge=0, description="of the optimiser in a step")
-    publish_s: float = Field(90, ge=0, description="trainer: model directory and offer of a version")
-    load_s: float = Field(20, ge=0, description="engine: fetch, load and prove a version")
+    pass_s: float = Field(1.0, ge=0, description="fixed time of each forward and backward pass: ZeRO's gathers")
+    optimizer_s: float = Field(0.5, ge=0, description="time of the optimiser in a step")
+    publish_s: float = Field(90, ge=0, description="trainer: writing the model directory and announcing the version")
+    load_s: float = Field(20, ge=0, description="engine: fetching, loading and verifying a version")
     overhead_s: float = Field(
-        3, ge=0, description="of a round's sampling: start of the pipeline, last labels and files"
+        3, ge=0, description="fixed time of a round's sampling: start of the pipeline, last labels and files"
     )
-    forward_ms: float = Field(0.5, ge=0, description="CPU of the one forwarding process for each question")
-    prompt_tokens: Positive = Field(120, description="mean of a prompt")
-    reference_tokens: Positive = Field(120, description="mean of a reference response")
-    response_tokens: Positive = Field(180, description="mean of a candidate, before sampling.max_tokens cuts it")
+    forward_ms: float = Field(0.5, ge=0, description="CPU time of the one forwarding process for each question")
+    prompt_tokens: Positive = Field(120, description="mean length of a prompt")
+    reference_tokens: Positive = Field(120, description="mean length of a reference response")
+    response_tokens: Positive = Field(180, description="mean length of a candidate, before sampling.max_tokens cuts it")
     length_spread: float = Field(0.5, ge=0, le=3, description="standard deviation of log lengths; 0: all the same")
     length_shared: float = Field(
-        0.5, ge=0, le=1, description="share of that variance that a question's candidates share"
+        0.5, ge=0, le=1, description="share of that variance which a question's candidates have in common"
     )
     pass_rate: float = Field(0.6, ge=0, le=1, description="share of right candidates")
-    pass_spread: float = Field(0.7, ge=0, lt=1, description="how unlike questions are in it; 0: all alike")
+    pass_spread: float = Field(0.7, ge=0, lt=1, description="how much questions differ in pass rate; 0: not at all")
     questions: Positive | None = Field(None, description="training questions; none: as many as the config says")
     validation: Natural | None = Field(None, description="validation questions; none: as many as the config says")
     gpus_per_node: Positive = Field(8, description="GPUs that are lost together with their node")
     mtbf_hours: float | None = Field(
-        None, gt=0, description="of one GPU: mean time until the process that uses it ends; none: it never does"
+        None, gt=0, description="mean time until the process that uses one GPU ends; none: it never does"
     )
-    node_mtbf_hours: float | None = Field(
-        None, gt=0, description="of one node: mean time until it is lost; none: never"
-    )
-    start_s: float = Field(180, ge=0, description="an engine's start, after a failure")
-    trainer_start_s: float = Field(300, ge=0, description="the train workers' restart from a checkpoint")
-    node_back_s: float = Field(900, ge=0, description="until a lost node is replaced")
-    notice_s: float = Field(30, ge=0, description="until calls to a lost node fail; they hang before")
+    node_mtbf_hours: float | None = Field(None, gt=0, description="mean time until one node is lost; none: it never is")
+    start_s: float = Field(180, ge=0, description="start of an engine after a failure")
+    trainer_start_s: float = Field(300, ge=0, description="restart of the train workers from a checkpoint")
+    node_back_s: float = Field(900, ge=0, description="time until a lost node is replaced")
+    notice_s: float = Field(30, ge=0, description="time until calls to a lost node fail; they hang before")
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
     """The answers of a stage, drawn before any engine gives them.
 
-    Args:
-        prompts, references: tokens, [questions].
-        lengths: tokens of the candidates, [questions, k].
+    Attributes:
+        prompts, references: numbers of tokens, [questions].
+        lengths: numbers of tokens of the candidates, [questions, k].
         right: whether a candidate is right, [questions, k].
     """
 

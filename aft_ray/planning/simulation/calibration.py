@@ -1,4 +1,4 @@
-"""Assumptions that are read from a run: how long its answers are and how often right, how fast its processes were.
+"""Assumptions that are read from a run: the lengths and verdicts of its answers, and the speeds of its processes.
 
 Invariant: they come from the first sampled round alone, so that the later rounds can check the simulation.
 """
@@ -26,7 +26,7 @@ _CORRECTIONS = 4
 
 
 def assumptions_like(argument: str) -> dict[str, Any]:
-    """The values of `SimulationAssumptions` that a run directory tells.
+    """The values of `SimulationAssumptions` that follow from a run directory.
 
     Raises:
         ConfigError: there is no run, or no round of it was sampled and trained.
@@ -78,8 +78,10 @@ def like_answers(groups: Sequence[Group]) -> dict[str, float]:
 
 
 def _like_speeds(config: RunConfig, tree: dict[str, Any], sampling_s: float, train_s: float) -> dict[str, float]:
-    """Speeds with which a simulated first round takes as long as the real one; what a step of an engine is made of
-    stays in proportion."""
+    """Speeds with which a simulated first round takes as long as the real one.
+
+    The parts of an engine's step keep their proportions.
+    """
     once = config.model_copy(update={"rounds": config.rounds.model_copy(update={"count": 1, "evaluate_every": 0})})
     speeds = {
         name: getattr(SimulationAssumptions(), name)

@@ -17,7 +17,7 @@ from aft_ray.planning.simulation.assumptions import SimulationAssumptions
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """The arguments of the command, as they were given."""
+    """The arguments of the command."""
 
     config: Path
     overrides: list[str]
@@ -33,7 +33,7 @@ class Request:
 
 
 def simulate_all(request: Request, console: Console) -> None:
-    """Simulates what is asked for and shows it. Raises ConfigError."""
+    """Simulates the run, or each of the runs to compare, and shows the results. Raises ConfigError."""
     if request.assume == ["help"]:
         console.print("\n".join(describe_keys(SimulationAssumptions)), markup=False, highlight=False)
         return
@@ -44,7 +44,7 @@ def simulate_all(request: Request, console: Console) -> None:
     if request.plot and len(variants) > 1:
         raise ConfigError("--plot draws one run; leave --staleness and --compare out")
     configs = {label: _config(request, override) for label, override in variants.items()}
-    assumed = _assumptions(request, next(iter(configs.values())))
+    assumed = _assumptions(request)
     simulated = {label: simulate(config, assumed, request.seed) for label, config in configs.items()}
     if len(simulated) > 1:
         console.print(comparison_of(simulated))
@@ -77,7 +77,7 @@ def _config(request: Request, override: list[str]) -> RunConfig:
     return load_config(request.config, [*request.overrides, *rounds, *override])
 
 
-def _assumptions(request: Request, config: RunConfig) -> SimulationAssumptions:
+def _assumptions(request: Request) -> SimulationAssumptions:
     """The assumptions: the defaults, replaced by those of `--like`, replaced by those on the command line."""
     tree: dict[str, Any] = {}
     if request.like:
@@ -88,7 +88,4 @@ def _assumptions(request: Request, config: RunConfig) -> SimulationAssumptions:
         tree["mtbf_hours"] = request.mtbf_hours
     for override in request.assume:
         apply_override(tree, override)
-    try:
-        return parse_section(SimulationAssumptions, tree)
-    except ConfigError as error:
-        raise ConfigError(str(error).replace("`aft-ray keys`", "`aft-ray simulate CONFIG --assume help`")) from None
+    return parse_section(SimulationAssumptions, tree)

@@ -28,11 +28,11 @@ class CanFail(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class FailureSource:
-    """Something that fails again and again.
+    """A process or a node that fails repeatedly.
 
-    Args:
+    Attributes:
         mean_s: mean seconds from one failure to the next.
-        victims: what ends then, each with the seconds until it works again.
+        victims: the processes that end then, each with the seconds until it works again.
         noticed_s: seconds until others notice the failure.
     """
 

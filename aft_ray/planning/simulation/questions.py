@@ -1,4 +1,4 @@
-"""The questions of a simulated run: how many there are, and how a simulated engine knows them.
+"""The questions of a simulated run: how many there are, and how a simulated engine recognises them.
 
 A simulated question is a group whose prompt has two token ids: the stage that asks it (a round, or an evaluation), and
 its number, under which `Work` has its lengths.
@@ -27,7 +27,11 @@ def number_of(group: Group) -> int:
 
 
 def training_questions(config: RunConfig, assumed: SimulationAssumptions) -> list[Group]:
-    """The training questions of each task, numbered over all of them. Raises ConfigError when nobody knows how many."""
+    """The training questions of each task, numbered over all tasks.
+
+    Raises:
+        ConfigError: the number of a task's questions is unknown.
+    """
     counts: dict[str, int | None] = dict.fromkeys(config.task_configs, assumed.questions)
     for name, entry in config.task_configs.items():
         if assumed.questions is None:
@@ -39,15 +43,14 @@ def training_questions(config: RunConfig, assumed: SimulationAssumptions) -> lis
         if count is None:
             raise ConfigError(
                 f"{config.task_key(name)} does not say how many training questions there are; add "
-                f"--assume questions=NUMBER, "
-                f"or set {config.task_key(name)}.train_limit"
+                f"--assume questions=NUMBER, or set {config.task_key(name)}.train_limit"
             )
         groups += [simulated_group(0, len(groups) + number, name) for number in range(count)]
     return groups
 
 
 def count_validation_questions(config: RunConfig, assumed: SimulationAssumptions) -> int:
-    """How many validation questions the config knows of."""
+    """The number of validation questions; those of a task of unknown size are not counted."""
     if assumed.validation is not None:
         return assumed.validation
     total = 0

@@ -104,7 +104,7 @@ def draw(simulated: Simulated, path: Path) -> None:
         [100 * share for _, share in simulated.curve],
         step="post", color="#4477aa", alpha=0.75, linewidth=0,
     )  # fmt: skip
-    above.set(ylim=(0, 100), ylabel="% of the engines'\nplaces in use")
+    above.set(ylim=(0, 100), ylabel="% of the engines'\nsequence slots in use")
     above.set_title(
         f"{simulated.gpus:,} GPUs: a round takes {simulated.steady_s:.0f} s, engines are at work "
         f"{simulated.samplers_busy:.0%} of the time, train workers {simulated.trainers_busy:.0%}",

@@ -1,4 +1,4 @@
-"""The result of a simulation: the times of every round, and the shares of time that follow from them."""
+"""The result of a simulation: the times of every round, and the utilisation that follows from them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from aft_ray.planning.simulation.trainer import RoundTrainingTimes
 class RoundSamplingTimes:
     """When and how a round was sampled; `started` and `ended` are seconds from the start of the run.
 
-    Args:
+    Attributes:
         waited_s: seconds for which the samplers waited for the version.
         load_s: seconds until every engine that answers held the version.
         evaluate_s: seconds of the evaluation before the round.
@@ -49,7 +49,7 @@ class RoundSamplingTimes:
 class Simulated:
     """The result of a simulated run.
 
-    Args:
+    Attributes:
         gpus: GPUs of the engines and of the train workers.
         forwarding: share of the sampling time for which the one forwarding process was busy.
         stopped: why the run ended before its last round; None: it did not.

@@ -1,8 +1,8 @@
 """A simulated sampler: it takes virtual time where a real one takes a GPU, batches continuously, and can fail.
 
-Invariants: to `sampling.sample_stage.SampleStage` it looks like the handle of a `sampling.sampler.Sampler` actor, with
-the same calls and exceptions; it answers only with the policy version that it is asked for; a call is answered once, or
-fails once.
+Invariants: it has the methods and raises the exceptions of the handle of a `sampling.sampler.Sampler` actor, as far as
+`sampling.sample_stage.SampleStage` uses them; it answers only with the policy version that a call names; a call is
+answered once, or fails once.
 """
 
 from __future__ import annotations

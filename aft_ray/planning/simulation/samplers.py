@@ -47,7 +47,7 @@ class SerialProcess:
         self._free_at = self.busy_s = 0.0
 
     async def work(self, seconds: float) -> None:
-        """Waits until the process has done so many seconds of work."""
+        """Waits until the process has finished this work, which takes `seconds` once it is started."""
         now = asyncio.get_running_loop().time()
         self._free_at = max(now, self._free_at) + seconds
         self.busy_s += seconds
@@ -55,11 +55,11 @@ class SerialProcess:
 
 
 @dataclass(frozen=True, slots=True)
-class Streamed:
-    """What one execution of the pipeline was like.
+class StreamStatistics:
+    """Statistics of one execution of the pipeline.
 
-    Args:
-        answered_at: when each question came out, sorted, seconds from the run's start.
+    Attributes:
+        answered_at: when each question was answered or failed, sorted, seconds from the run's start.
         tokens: tokens that the engines generated meanwhile.
         busy_s: seconds for which the engines had a sequence meanwhile, summed over the engines.
     """
@@ -80,7 +80,7 @@ class SimulatedSamplers:
     Attributes:
         work: the answers of each stage, by its number.
         answered: the questions of each round that have a group, as (id, number).
-        streamed: what sampling each round was like.
+        streamed: statistics of the sampling of each round.
         load_s, evaluate_s: seconds that the last load and the evaluation after it took.
     """
 
@@ -108,7 +108,7 @@ class SimulatedSamplers:
         self.health = self._handles.health()
         self.forwarder = SerialProcess()
         self.answered: dict[int, list[tuple[str, int]]] = {}
-        self.streamed: dict[int, Streamed] = {}
+        self.streamed: dict[int, StreamStatistics] = {}
         self.load_s = self.evaluate_s = 0.0
 
     def load(self, manifest: VersionManifest) -> None:
@@ -118,7 +118,7 @@ class SimulatedSamplers:
         self.load_s, self.evaluate_s = self._loop.time() - started, 0.0
 
     def release(self) -> None:
-        """Does nothing: simulated samplers have GPUs of their own."""
+        """Does nothing, because simulated samplers have GPUs of their own."""
 
     def stream(self, manifest: VersionManifest, groups: list[Group]) -> Iterator[WrittenGroups]:
         """Answers a round as `sampling.stream.sample_round` does, with files that nobody wrote."""
@@ -134,9 +134,10 @@ class SimulatedSamplers:
         returned = sorted([id for id, _ in answered] + [id for id, _ in failed])
         if returned != sorted(group.question.id for group in asked):
             raise RuntimeError(
-                f"round {round_number}: of {len(asked)} questions {len(set(returned))} came back, {len(returned)} times"
+                f"round {round_number}: of {len(asked)} questions {len(set(returned))} were returned, "
+                f"{len(returned)} times"
             )
-        self.streamed[round_number] = Streamed(answered_at, self.tokens - tokens, self.busy_s - busy_s)
+        self.streamed[round_number] = StreamStatistics(answered_at, self.tokens - tokens, self.busy_s - busy_s)
         self.answered[round_number] = answered
         yield from self._written(round_number, answered, failed)
 
@@ -167,7 +168,7 @@ class SimulatedSamplers:
     ) -> tuple[list[tuple[str, int]], list[tuple[str, str]], list[float]]:
         """The pipeline of `sampling.stream`: batches in order, a bounded number in flight through one stage.
 
-        Returns the answered questions as (id, number), the failed ones as (id, reason), and when each came out.
+        Returns the answered questions as (id, number), the failed ones as (id, reason), and the times of both.
         """
         stage = SampleStage()
         samplers = replace(self._handles, ready=self.health.ready)

@@ -46,7 +46,7 @@ def simulate(config: RunConfig, assumed: SimulationAssumptions, seed: int = 0) -
     """The rounds of a run after round 0, from engines that run already to the last publication.
 
     Raises:
-        ConfigError: the run samples nothing, or nobody knows how many questions it has.
+        ConfigError: the run samples nothing, or the number of its questions is unknown.
     """
     if not config.samples or not config.rounds.count:
         raise ConfigError(
@@ -143,22 +143,22 @@ class _SimulatedRun:
         return group_sizes(self._config, self._samplers.work[round_number], self._samplers.answered[round_number])
 
     async def _record_curve(self) -> None:
-        """Records which share of the engines' places runs a sequence, again and again."""
-        places, interval = len(self._samplers.samplers) * self._config.sampling.max_num_seqs, 1.0
+        """Records at intervals which share of the engines' sequence slots is in use."""
+        slots, interval = len(self._samplers.samplers) * self._config.sampling.max_num_seqs, 1.0
         while True:
             running = sum(sampler.engine.running for sampler in self._samplers.samplers)
-            self._curve.append((self._loop.time(), running / places))
+            self._curve.append((self._loop.time(), running / slots))
             if len(self._curve) > 2 * _POINTS:
                 self._curve, interval = self._curve[::2], 2 * interval
             await asyncio.sleep(interval)
 
-    # What the sampling of a round reports (`sampling.round.RoundReporter`).
+    # The methods of `sampling.round.RoundReporter`, which the sampling of a round calls.
 
     def say(self, text: str) -> None:
-        """Simulations show a table at their end instead."""
+        """Does nothing: a simulation shows a table at its end."""
 
     def progress(self, what: str, done: int, total: int, note: str = "") -> None:
-        """Simulations take no time that would have to be shown."""
+        """Does nothing: a simulation is too short for progress."""
 
     def event(self, name: str, **fields: Any) -> None:
         """Keeps the times of a sampled round."""

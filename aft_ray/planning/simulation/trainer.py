@@ -21,7 +21,7 @@ from aft_ray.weights.version_manifest import VersionManifest
 class RoundTrainingTimes:
     """When a round was trained, in seconds from the start of the run.
 
-    Args:
+    Attributes:
         waited_s: seconds that the workers waited for the round's groups.
         busy: share of the workers' time in which they computed.
     """
@@ -44,9 +44,10 @@ class RoundTrainingTimes:
 
 @dataclass(frozen=True, slots=True)
 class PassCost:
-    """What an uninterrupted training pass takes.
+    """The duration and the amount of work of an uninterrupted training pass.
 
-    Args:
+    Attributes:
+        seconds: duration of the pass.
         compute_s: seconds for which one worker computes on average, without its waiting for others.
         tokens: padded tokens over all workers.
     """
@@ -58,8 +59,10 @@ class PassCost:
 
 
 def group_sizes(config: RunConfig, work: Work, answered: list[tuple[str, int]]) -> list[GroupSize]:
-    """Sizes of the answered questions, given as (id, number in `work`). Which candidates are trained on follows
-    `batching.trained_candidates`, but for repeated responses, which simulated ones are not."""
+    """Sizes of the groups of the answered questions, which are given as (id, number in `work`).
+
+    The trained candidates are those of `batching.trained_candidates`, except that simulated responses are never equal.
+    """
     sizes, objective = [], config.objective.spec
     for question_id, number in answered:
         lengths, right = work.lengths[number], work.right[number]
@@ -82,8 +85,11 @@ def group_sizes(config: RunConfig, work: Work, answered: list[tuple[str, int]]) 
 
 
 def pass_cost(config: RunConfig, assumed: SimulationAssumptions, sizes: list[GroupSize], round_number: int) -> PassCost:
-    """What the plan of a pass takes. In each forward and backward pass the workers wait for the slowest of them,
-    because sharded weights and gradients are gathered by all."""
+    """The cost of a planned pass.
+
+    In each forward and backward pass the workers wait for the slowest of them, because sharded weights and gradients
+    are gathered by all.
+    """
     training = config.training
     plan = plan_pass(
         sizes,
@@ -144,7 +150,7 @@ class SimulatedTrainer:
         self._failed.set()
 
     async def run(self, first: int, last: int) -> None:
-        """What every worker does (`training.worker`): wait for a round, train it, publish the version.
+        """Does what every worker does (`training.worker`): waits for a round, trains it, publishes the version.
 
         Raises:
             PeerFailed: the run has failed.
@@ -153,7 +159,7 @@ class SimulatedTrainer:
             waited = await self._coordinator.wait_ready(number, self._config.rounds.timeout_s)
             cost = pass_cost(self._config, self._assumed, self._sizes(number), number)
             started, failures = self._loop.time(), self.failures
-            # VersionManifest is part of the round: a failure in it also goes back to the last checkpoint.
+            # Publication is part of the round: a failure during it also goes back to the last checkpoint.
             while not (await self._undisturbed(cost.seconds) and await self._undisturbed(self._assumed.publish_s)):
                 await self._restarted()
             published = self._loop.time()
@@ -167,7 +173,7 @@ class SimulatedTrainer:
             await self._coordinator.publish(VersionManifest(number, "", (), ()))
 
     async def _undisturbed(self, seconds: float) -> bool:
-        """Lets the workers work for so many seconds; returns False as soon as one of them fails."""
+        """Whether the workers worked for `seconds` without a failure. Returns at once when one of them fails."""
         if self._failed.is_set():
             return False
         try:

@@ -9,17 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import selectors
-from collections.abc import Coroutine
-from typing import Any, TypeVar
-
-T = TypeVar("T")
 
 
 class Stuck(RuntimeError):
     """Every coroutine waits and no timer is set: the coroutines wait for each other for ever."""
 
 
-class _Jump(selectors.SelectSelector):
+class _VirtualClockSelector(selectors.SelectSelector):
     """A selector that advances the clock where another one would sleep until a timer is due."""
 
     def __init__(self) -> None:
@@ -37,16 +33,10 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
     """An event loop whose time is virtual, in seconds from 0."""
 
     def __init__(self) -> None:
-        self._jump = _Jump()
-        super().__init__(self._jump)
+        self._virtual_clock = _VirtualClockSelector()
+        super().__init__(self._virtual_clock)
         # Timers that are nearer together than this fire together. It is more than the rounding of a double at 10^6 s.
         self._clock_resolution = 1e-9
 
     def time(self) -> float:
-        return self._jump.now
-
-
-def run_virtually(main: Coroutine[Any, Any, T]) -> T:
-    """Runs a coroutine to its end in virtual time, and cancels what is left of its tasks. Raises Stuck."""
-    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
-        return runner.run(main)
+        return self._virtual_clock.now

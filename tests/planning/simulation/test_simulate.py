@@ -14,7 +14,7 @@ from aft_ray.planning.simulation.assumptions import SimulationAssumptions, draw_
 from aft_ray.planning.simulation.calibration import like_answers
 from aft_ray.planning.simulation.sampler import SimulatedSampler
 from aft_ray.planning.simulation.simulate import simulate
-from aft_ray.planning.simulation.virtual_time import Stuck, run_virtually
+from aft_ray.planning.simulation.virtual_time import Stuck, VirtualTimeLoop
 from aft_ray.sampling.sample_stage import SampleJob, SampleStage
 from aft_ray.sampling.sampler_handles import SamplerHandles
 from aft_ray.sampling.stream import sampling_spec
@@ -39,6 +39,12 @@ def config(questions: int = 64, samplers: int = 4, *, rounds: int = 4, staleness
             **sections,
         }
     )
+
+
+def run_virtually(main):
+    """The result of a coroutine that is run to its end in virtual time."""
+    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+        return runner.run(main)
 
 
 async def walk(seconds: list[float]) -> list[float]:
