@@ -79,7 +79,7 @@ def application(config: ServeConfig, resolved: Resolved) -> Application:
     reasoner = serve.deployment(Reasoner).options(  # type: ignore[attr-defined]
         num_replicas=config.reasoner.replicas,
         ray_actor_options={"num_cpus": config.reasoner.cpus},
-        # Above the bound of the admission queue, so that a question too many gets that queue's 429 with Retry-After.
+        # Above the bound of the admission queue, so that a question above it gets the queue's 429 with Retry-After.
         max_ongoing_requests=config.limits.admitted + _OTHER_REQUESTS,
         graceful_shutdown_timeout_s=config.limits.deadline_s + 5,
     )

@@ -14,7 +14,7 @@ from aft_ray.storage.model_files import check_model
 from aft_ray.storage.versions import find_run, find_version, read_config
 from aft_ray.weights.version_manifest import VersionManifest, read_version_manifest
 
-# Longest prompt with response, in tokens, of a model that is not from a run, if the config does not set it.
+# Most tokens of a prompt with its response, for a model that is not from a run and if the config does not set it.
 _DEFAULT_MAX_LENGTH = 2048
 
 
@@ -22,7 +22,10 @@ _DEFAULT_MAX_LENGTH = 2048
 class ServedModel:
     """The model that is served.
 
-    name: its name in the API. model: its directory, URI or hub name. run: the config of its task and prompts.
+    Attributes:
+        name: its name in the API.
+        model: its directory, URI or hub name.
+        run: the config of its task and prompts.
     """
 
     name: str
@@ -56,7 +59,7 @@ def resolve(config: ServeConfig) -> Resolved:
         raise ConfigError(f"{config.model} is a run directory, whose config names its task; leave task out")
     run_dir, version = found
     if config.follow and version is not None:
-        raise ConfigError(f"follow=true serves the newest version; leave @{version} out, or follow")
+        raise ConfigError(f"follow=true serves the newest version; leave @{version} out, or leave follow out")
     run = read_config(run_dir)
     published = find_version(run_dir, run, version)
     run = _with_engine(run, published.model, engine.dtype or run.model.dtype, engine.max_length or run.model.max_length)
@@ -66,6 +69,7 @@ def resolve(config: ServeConfig) -> Resolved:
 
 
 def _with_engine(run: RunConfig, model: str, dtype: str, max_length: int) -> RunConfig:
+    """Returns the config of a run, which names the served model with the service's dtype and context."""
     # A service never runs code that comes with a model, even if the training run allowed it.
     update = {"name": model, "dtype": dtype, "max_length": max_length, "trust_remote_code": False}
     return run.model_copy(update={"model": run.model.model_copy(update=update)})

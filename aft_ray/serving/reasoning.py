@@ -56,9 +56,12 @@ class DeadlineExceeded(RuntimeError):
 class ReasoningRequest:
     """A tokenized question and how to answer it.
 
-    n: most candidates to sample. sampling: its k is not used. seed: of the candidate with index 0; the candidate with
-    index i has seed + i. stop_confidence: sampling stops when the leading answer wins with this probability.
-    min_candidates: candidates that are sampled however certain the winner is.
+    Attributes:
+        n: most candidates to sample.
+        sampling: how they are sampled. Its k is not used.
+        seed: the seed of the candidate with index 0; the candidate with index i has seed + i.
+        stop_confidence: sampling stops when the leading answer wins with this probability.
+        min_candidates: number of candidates that are sampled however certain the winner is.
     """
 
     prompt_token_ids: list[int]
@@ -75,8 +78,10 @@ class ReasoningRequest:
 class ScoredCandidate:
     """A candidate with its text and extracted answer.
 
-    key: canonical form of the answer, equal for equal answers. score: mean log-probability of its tokens,
-    end-of-sequence included, in nats per token. tokens: length of the response.
+    Attributes:
+        key: canonical form of the answer, equal for equal answers; None if the response gives no answer.
+        score: mean log-probability of its tokens, end-of-sequence included, nats per token.
+        tokens: number of tokens of the response.
     """
 
     index: int
@@ -99,8 +104,12 @@ StopReason = Literal["complete", "certain", "confident", "deadline"]
 class ReasoningResult:
     """The ranked candidates of a question.
 
-    candidates: best first. version: policy version that sampled all of them; None for a model that is not from a run.
-    tokens_saved: tokens of the candidates that were not sampled, estimated by the mean length of the others.
+    Attributes:
+        candidates: best first.
+        version: the policy version that sampled all of them; None for a model that is not from a run.
+        stopped: why sampling stopped.
+        tokens_saved: tokens of the candidates that were not sampled, estimated by the mean length of the others.
+        sampling_s: seconds from the start of sampling to the ranking.
     """
 
     ranking: Ranking
@@ -121,7 +130,13 @@ class ReasoningResult:
 
 @dataclass(slots=True)
 class _SamplingState:
-    """The finished candidates of a question by index, and how many have been requested by the present wave."""
+    """What has been sampled of a question so far.
+
+    Attributes:
+        candidates: the finished candidates by index.
+        version: the policy version that sampled them; None before the first.
+        requested: number of candidates requested in all waves, the present one included.
+    """
 
     candidates: dict[int, ScoredCandidate] = field(default_factory=dict)
     version: int | None = None
@@ -139,7 +154,7 @@ class _SamplingState:
 
 
 class ReasoningPipeline:
-    """Answers questions by means of the engines.
+    """Answers questions with candidates that the engines sample.
 
     Args:
         engines: Serve handle of the deployment of policy servers.
@@ -163,8 +178,8 @@ class ReasoningPipeline:
         Args:
             request: the question.
             deadline_s: seconds for all of the sampling.
-            on_candidate: called with each candidate as it is finished. A candidate whose index was passed before
-                replaces the earlier one.
+            on_candidate: called with each candidate as it is finished. A candidate replaces an earlier one of the same
+                index.
 
         Raises:
             BadRequest: the engine rejects the request.
@@ -197,7 +212,7 @@ class ReasoningPipeline:
     async def stream(self, request: ReasoningRequest, deadline_s: float) -> AsyncGenerator[str | ReasoningResult, None]:
         """Yields the text of a single response as it is generated, then the result.
 
-        Nothing is retried, since text that has been sent cannot be taken back. Raises the same errors as `reason`.
+        Nothing is retried, since text that has been sent cannot be withdrawn. Raises the same errors as `reason`.
         """
         started = time.monotonic()
         detokenizer = _IncrementalDetokenizer(self._tokenizer)

@@ -18,8 +18,10 @@ from aft_ray.config.serve import Strategy
 class Vote:
     """What a candidate contributes to the choice of the answer.
 
-    index: number of the candidate. score: mean log-probability of its tokens, nats per token. key: canonical form of
-    its answer, equal for equal answers; None if it gives no answer.
+    Attributes:
+        index: number of the candidate.
+        score: mean log-probability of its tokens, nats per token.
+        key: canonical form of its answer, equal for equal answers; None if it gives no answer.
     """
 
     index: int
@@ -34,10 +36,13 @@ class Vote:
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """The candidates, best first.
+    """The ranked candidates of a question.
 
-    agreement: share of the candidates that give the first one's answer. confidence: the same share counted as the
-    strategy counts, by votes or by weights; the weight of the candidate if there is only one.
+    Attributes:
+        order: the candidates, best first.
+        agreement: share of the candidates that give the first one's answer.
+        confidence: the same share counted as the strategy counts, by votes or by weights; the weight of the candidate
+            if there is only one.
     """
 
     order: tuple[Vote, ...]

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from processes import carriers, free_ports, wait_for
+from processes import free_ports, marked_processes, wait_for
 from served import LENGTH, ROOT, SMALL, Reasoner, train
 
 START_S, STOP_S = 600, 90
@@ -69,11 +69,11 @@ def reasoner(tmp_path_factory) -> Iterator[Reasoner]:
         process.send_signal(signal.SIGINT)
         assert process.wait(STOP_S) == 0, log.read_text()
         deadline = time.monotonic() + 30
-        while left := carriers(mark):
+        while left := marked_processes(mark):
             assert time.monotonic() < deadline, f"left over: {left}"
             time.sleep(0.5)
     finally:
-        for left in carriers(mark):
+        for left in marked_processes(mark):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(left, signal.SIGKILL)
         process.wait(30)

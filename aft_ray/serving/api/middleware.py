@@ -21,7 +21,7 @@ from aft_ray.serving.api.telemetry import RequestRecord, Telemetry
 class RequestMiddleware:
     """Gives each request its RequestRecord as `request.state.record`, checks its key, and logs it when it has ended.
 
-    Invariant: no exception leaves this middleware, save cancellation.
+    Invariant: no exception leaves this middleware except cancellation.
     """
 
     def __init__(self, app: Any, keys: ApiKeys, telemetry: Telemetry) -> None:

@@ -17,7 +17,13 @@ OpenAiKind = Literal["chat.completion", "text_completion"]
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One answered question. created: Unix time in seconds; queued_s: seconds that it waited in the queue."""
+    """One answered question.
+
+    Attributes:
+        created: Unix time in seconds.
+        queued_s: seconds that the question waited in the queue.
+        total_s: seconds in the queue and of sampling together.
+    """
 
     id: str
     created: int
@@ -126,7 +132,7 @@ def explanation(answer: Answer) -> str:
 def openai_body(kind: OpenAiKind, answers: Sequence[Answer], choices: int, extras: Json) -> Json:
     """Returns a chat completion, or a completion of one or more prompts, with the best `choices` responses to each."""
     return {
-        **_header_fields(kind, answers[0]),
+        **_header_fields(answers[0]),
         "object": kind,
         "choices": [
             _choice(kind, position * choices + index, candidate)
@@ -164,12 +170,12 @@ class AnswerHeader:
     model: str
 
 
-def text_chunk(kind: OpenAiKind, of: Answer | AnswerHeader, index: int, text: str, first: bool) -> Json:
+def text_chunk(kind: OpenAiKind, header: Answer | AnswerHeader, index: int, text: str, first: bool) -> Json:
     """Returns a chunk with text of the choice `index`. The `first` chunk of a choice also names the role."""
     if kind == "text_completion":
-        return _chunk(kind, of, {"index": index, "text": text, "logprobs": None, "finish_reason": None})
+        return _chunk(kind, header, {"index": index, "text": text, "logprobs": None, "finish_reason": None})
     delta = {"role": "assistant", "content": text} if first else {"content": text}
-    return _chunk(kind, of, {"index": index, "delta": delta, "logprobs": None, "finish_reason": None})
+    return _chunk(kind, header, {"index": index, "delta": delta, "logprobs": None, "finish_reason": None})
 
 
 def last_chunk(kind: OpenAiKind, answer: Answer, index: int, finish_reason: str, extras: Json | None) -> Json:
@@ -191,13 +197,13 @@ def _choice(kind: OpenAiKind, index: int, candidate: ScoredCandidate) -> Json:
     return common | {"message": {"role": "assistant", "content": candidate.text, "refusal": None}}
 
 
-def _chunk(kind: OpenAiKind, of: Answer | AnswerHeader, choice: Json | None) -> Json:
+def _chunk(kind: OpenAiKind, header: Answer | AnswerHeader, choice: Json | None) -> Json:
     name = "chat.completion.chunk" if kind == "chat.completion" else kind
-    return {**_header_fields(kind, of), "object": name, "choices": [] if choice is None else [choice]}
+    return {**_header_fields(header), "object": name, "choices": [] if choice is None else [choice]}
 
 
-def _header_fields(kind: OpenAiKind, of: Answer | AnswerHeader) -> Json:
-    fields: Json = {"id": of.id, "created": of.created, "model": of.model}
-    if isinstance(of, Answer) and of.result.version is not None:
-        fields["system_fingerprint"] = f"version-{of.result.version}"
+def _header_fields(header: Answer | AnswerHeader) -> Json:
+    fields: Json = {"id": header.id, "created": header.created, "model": header.model}
+    if isinstance(header, Answer) and header.result.version is not None:
+        fields["system_fingerprint"] = f"version-{header.result.version}"
     return fields

@@ -58,7 +58,7 @@ async def stream_response(
 
 
 class _EventStream(StreamingResponse):
-    """A stream of events that releases its resources at its end, also if the client leaves before it begins."""
+    """A stream of events that releases its resources at its end, also if the client disconnects before it begins."""
 
     def __init__(
         self, content: AsyncIterator[bytes], resources: contextlib.AsyncExitStack, record: RequestRecord

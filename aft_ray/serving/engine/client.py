@@ -24,7 +24,7 @@ class BadRequest(ValueError):
 
 
 class EngineClient:
-    """vLLM's AsyncLLM. It is the `UpdatableEngine` of a policy server's VersionedEngine."""
+    """A wrapper of vLLM's AsyncLLM. It is the `UpdatableEngine` of a policy server's VersionedEngine."""
 
     def __init__(self, client: Any) -> None:
         self._client = client
@@ -62,7 +62,7 @@ class EngineClient:
 
 
 class _BlockingClient:
-    """The client for another thread than that of its event loop: calls block until they have returned."""
+    """vLLM's AsyncLLM for another thread than that of its event loop: calls block until they have returned."""
 
     def __init__(self, client: Any, loop: asyncio.AbstractEventLoop) -> None:
         self._client, self._loop = client, loop

@@ -174,6 +174,7 @@ class PolicyServer(LLMServer):  # type: ignore[misc]
             yield SampleChunk(version, ((index, candidates_of(last)[0]),))
 
     async def engine_status(self) -> EngineStatus:
+        """The version that answers, which is the previous one during an update, and for how long."""
         return EngineStatus(self._version, time.monotonic() - self._answering_since)
 
     async def check_health(self) -> None:
@@ -184,6 +185,7 @@ class PolicyServer(LLMServer):  # type: ignore[misc]
 
     @property
     def _version(self) -> int | None:
+        """The version that answers; None for a model that is not from a run."""
         return self._manifest.version if self._manifest is not None else None
 
     @contextlib.asynccontextmanager
@@ -240,7 +242,7 @@ class PolicyServer(LLMServer):  # type: ignore[misc]
                 self._manifest = manifest
                 return None
             except PhaseTimeout as error:
-                # The engine may be blocked for ever, so no call is made to it any more.
+                # The engine may be blocked for ever, so it gets no further call.
                 reason = self._failure = f"version {manifest.version} could not be loaded: {error}"
                 return reason
             except Exception as error:
@@ -249,7 +251,7 @@ class PolicyServer(LLMServer):  # type: ignore[misc]
                 await self._versioned.update(previous, tolerance, timeout_s)
             except Exception as error:
                 # The engine's weights are in an unknown state.
-                self._failure = f"{reason}; nor could the previous version: {error}"
+                self._failure = f"{reason}; the previous version could not be loaded either: {error}"
             return reason
 
 

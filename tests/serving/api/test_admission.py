@@ -10,18 +10,18 @@ from aft_ray.serving.api.errors import ApiError
 
 
 def test_a_question_above_the_bounds_is_rejected_at_once_with_a_retry_after():
-    async def all_of_it():
+    async def run():
         admission = AdmissionQueue(LimitsConfig(concurrency=2, queue=3))
         release = asyncio.Event()
-        at_work = most_at_work = 0
+        answering = most_answering = 0
 
         async def question():
-            nonlocal at_work, most_at_work
+            nonlocal answering, most_answering
             async with admission.admit(5):
-                at_work += 1
-                most_at_work = max(most_at_work, at_work)
+                answering += 1
+                most_answering = max(most_answering, answering)
                 await release.wait()
-                at_work -= 1
+                answering -= 1
 
         calls = [asyncio.create_task(question()) for _ in range(9)]
         await asyncio.sleep(0.05)
@@ -31,14 +31,14 @@ def test_a_question_above_the_bounds_is_rejected_at_once_with_a_retry_after():
         release.set()
         done = await asyncio.gather(*calls, return_exceptions=True)
         assert sum(error is None for error in done) == 5
-        assert most_at_work == 2
+        assert most_answering == 2
         assert admission.in_progress == 0
 
-    asyncio.run(all_of_it())
+    asyncio.run(run())
 
 
 def test_the_deadline_includes_the_wait_and_a_cancelled_question_leaves_the_queue():
-    async def all_of_it():
+    async def run():
         admission = AdmissionQueue(LimitsConfig(concurrency=1, queue=2))
         async with admission.admit(1):
             with pytest.raises(ApiError) as late:
@@ -48,14 +48,14 @@ def test_the_deadline_includes_the_wait_and_a_cancelled_question_leaves_the_queu
 
             async def wait():
                 async with admission.admit(60):
-                    pytest.fail("it went away")
+                    pytest.fail("it was admitted after its cancellation")
 
-            gone = asyncio.create_task(wait())
+            cancelled = asyncio.create_task(wait())
             await asyncio.sleep(0.01)
-            gone.cancel()
-            await asyncio.gather(gone, return_exceptions=True)
+            cancelled.cancel()
+            await asyncio.gather(cancelled, return_exceptions=True)
             assert admission.in_progress == 1
         async with admission.admit(1):
             assert admission.in_progress == 1
 
-    asyncio.run(all_of_it())
+    asyncio.run(run())

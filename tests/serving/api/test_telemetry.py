@@ -23,8 +23,8 @@ def answer(strategy="vote", answers=("4711", "4711", "12", None)) -> Answer:
         )
     ranking = rank(strategy, [one.vote for one in candidates])
     ordered = tuple(candidates[vote.index] for vote in ranking.order)
-    ask = ReasoningRequest([1, 2], task, strategy, 8, SamplingSpec(1, 0.7, 1.0, 40), 3, 0.95)
-    return Answer("reason-1", 0, "m", ask, ReasoningResult(ranking, ordered, 2, "confident", 12, 0.5), 0.1, 0.6)
+    request = ReasoningRequest([1, 2], task, strategy, 8, SamplingSpec(1, 0.7, 1.0, 40), 3, 0.95)
+    return Answer("reason-1", 0, "m", request, ReasoningResult(ranking, ordered, 2, "confident", 12, 0.5), 0.1, 0.6)
 
 
 def test_a_line_has_neither_the_text_nor_the_key():
