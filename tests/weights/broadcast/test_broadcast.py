@@ -66,7 +66,7 @@ def broadcast(engine, model, tensors=None, bucket_bytes=30_000, timeout_s=60.0):
             results.append(stream(tensors or live_parameters(model, True), layout, sender, group, timeout_s))
         except BroadcastFailed as error:
             results.append(error)
-        except ConnectionAbortedError:  # the source's own
+        except ConnectionAbortedError:  # raised by the source of the weights
             sender.destroy()
 
     sending = threading.Thread(target=trainer)
@@ -112,7 +112,7 @@ def test_an_engine_whose_broadcast_broke_off_takes_the_next_update(engine, direc
     assert engine.score(PROMPT, RESPONSE).result(DEADLINE) == pytest.approx(score(model), abs=1e-5)
 
 
-def test_a_trainer_that_never_comes_is_missed_within_the_deadline(engine, directory):
+def test_a_trainer_that_never_joins_fails_the_update_within_the_deadline(engine, directory):
     model = changed(directory, 1.0)
     sender, began = GlooSender(60), time.monotonic()
     plan = FromBroadcast(BroadcastOffer("127.0.0.1", sender.port, layout_of(model, torch.float32, 1000)), 1, 2)
@@ -153,7 +153,7 @@ class Control:
         self.results.append(result)
 
 
-def test_a_trainer_whose_engines_do_not_come_goes_on_and_says_why(tiny_model):
+def test_a_trainer_whose_engines_do_not_join_continues_and_reports_why(tiny_model):
     model = changed(tiny_model, 1.0)
     control = Control(BroadcastGroup(4, RECEIVERS))
     began = time.monotonic()
@@ -162,8 +162,8 @@ def test_a_trainer_whose_engines_do_not_come_goes_on_and_says_why(tiny_model):
     assert str(control.results[0]) == (
         "the stream of version 4 failed in phase 'rendezvous': sampler 0 did not join within 1 s"
     )
-    for nobody in (None, replace(control.group, receivers=())):
-        control = Control(nobody)
+    for no_receivers in (None, replace(control.group, receivers=())):
+        control = Control(no_receivers)
         port = offer_and_transfer(control, model)
         assert control.results == []
         with pytest.raises(ConnectionRefusedError):  # nobody waits at a store that is not used
@@ -200,7 +200,7 @@ def test_vllm_opens_its_store_on_the_port_that_the_trainer_reserved():
         waiting.result(DEADLINE)
 
 
-def test_a_phase_that_stands_still_is_named(monkeypatch):
+def test_a_phase_that_does_not_end_is_named(monkeypatch):
     import asyncio
     from concurrent.futures import Future
 

@@ -60,7 +60,7 @@ shapes = st.lists(st.lists(st.integers(0, 9), max_size=3), max_size=12)
 
 @settings(deadline=None, max_examples=150)
 @given(shapes=shapes, source=st.sampled_from(DTYPES), dtype=st.sampled_from(DTYPES), bucket=st.integers(1, 3000))
-def test_what_goes_in_comes_out_in_order_and_in_the_layouts_dtype(shapes, source, dtype, bucket):
+def test_what_is_sent_is_received_in_order_and_in_the_layouts_dtype(shapes, source, dtype, bucket):
     tensors = [(f"w{i}", torch.randn(shape).to(getattr(torch, source))) for i, shape in enumerate(shapes)]
     layout = Layout.of([name for name, _ in tensors], shapes, dtype, bucket)
     pipe, out = Pipe(), []
@@ -181,29 +181,29 @@ def broadcast(names, shapes, bucket, timeout_s, dies=()):
         sender.destroy()
     at = time.monotonic()
     try:
-        said = [process.communicate(timeout=60)[0].strip() for process in peers]
+        printed = [process.communicate(timeout=60)[0].strip() for process in peers]
     finally:
         for process in peers:
             process.kill()
-    return result, said, time.monotonic() - at
+    return result, printed, time.monotonic() - at
 
 
 def test_a_stream_over_gloo_reaches_every_process():
     shapes = [(64, 64), (64,), (300, 64), (64, 64)]
-    result, said, _ = broadcast(["a", "b", "c", "d"], shapes, 32 << 10, 60)
+    result, printed, _ = broadcast(["a", "b", "c", "d"], shapes, 32 << 10, 60)
     assert result.bytes == sum(math.prod(shape) for shape in shapes) * 4
-    assert said == [f"received {[0.0, 1.0, 2.0, 3.0]}"] * 2
+    assert printed == [f"received {[0.0, 1.0, 2.0, 3.0]}"] * 2
 
 
 def test_a_process_that_dies_in_the_stream_fails_it_at_once_for_all():
-    result, said, seconds = broadcast([f"w{i}" for i in range(40)], [(512, 512)] * 40, 2 << 20, 60, dies=(2,))
+    result, printed, seconds = broadcast([f"w{i}" for i in range(40)], [(512, 512)] * 40, 2 << 20, 60, dies=(2,))
     assert isinstance(result, BroadcastFailed)
     assert str(result).startswith("the stream of version 3 failed in phase 'fetch': ")
-    assert said[0].startswith("failed")
+    assert printed[0].startswith("failed")
     assert seconds < 30  # long before the deadline
 
 
-def test_a_process_that_never_comes_is_named_within_the_deadline():
+def test_a_process_that_never_joins_is_named_within_the_deadline():
     layout = Layout.of(["a"], [(4,)], "float32", 64)
     sender, began = GlooSender(2), time.monotonic()
     group = BroadcastGroup(7, (Receiver("sampler 0", 1), Receiver("sampler 1", 2)))
