@@ -256,7 +256,7 @@ def test_with_binary_rewards_there_is_one_lowest_class(batch):
     assert results[0] == pytest.approx(results[1], rel=1e-6)
 
 
-def test_the_middle_class_is_pushed_down_only_where_the_lowest_alone_is_held():
+def test_the_middle_class_is_lowered_only_if_the_lowest_class_alone_is_detached():
     """Three classes: above the middle one stands a better response, below it a much worse one."""
     s, rewards, mask = torch.tensor([[-1.0, -0.5, -9.0]]), torch.tensor([[2.0, 1.0, 0.0]]), torch.ones(1, 3).bool()
     pushed = {}
@@ -381,7 +381,7 @@ def test_a_loss_against_the_sampler_says_what_it_needs(name):
         build_objective(name)(*arguments, tokens=torch.ones(1, 2))
 
 
-def test_at_the_sampler_itself_nothing_is_preferred_yet():
+def test_with_the_samplers_own_scores_no_candidate_is_preferred():
     """Δ = 0: every DPO pair costs log 2, and GRPO's ratio is one, so its value is zero and its gradient is not."""
     s = torch.tensor([[-1.0, -2.0]], requires_grad=True)
     arguments = s, torch.tensor([[1.0, 0.0]]), torch.ones(1, 2).bool()

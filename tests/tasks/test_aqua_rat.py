@@ -41,7 +41,7 @@ def test_a_question_of_the_tsv_file(tmp_path):
     assert second.id == "aqua_rat-train-000001"
 
 
-def test_both_shapes_give_the_same_question(tmp_path):
+def test_both_formats_give_the_same_question(tmp_path):
     write(tmp_path, 9)
     (of_json,) = [q for q in load_split(task_at(tmp_path, "aqua_rat"), "train", None, 0) if "than 7 " in q.text]
     (tmp_path / "train.json").unlink()
@@ -60,7 +60,7 @@ def test_training_leaves_out_what_is_tested_what_repeats_and_what_has_two_right_
     assert [len(found[split]) for split in ("validation", "test")] == [3, 3]
 
 
-def test_few_training_rows_lend_none_and_enough_make_the_papers_splits(tmp_path):
+def test_no_row_is_moved_from_few_training_rows_and_enough_make_the_papers_splits(tmp_path):
     write(tmp_path, 5000 + 397 + 1251 - 1)
     few = splits(task_at(tmp_path, "aqua_rat"))
     assert {split: len(found) for split, found in few.items()} == {"train": 6647, "validation": 3, "test": 3}

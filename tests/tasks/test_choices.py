@@ -15,7 +15,7 @@ def task(tmp_path):
     return task_at(tmp_path, "ecqa")
 
 
-def test_options_stand_one_a_line_behind_their_letters(task):
+def test_each_option_is_on_its_own_line_after_its_letter(task):
     (question,) = load_split(task, "test", None, 0)
     assert task.prompt(question) == (
         "Question: Which is wet?\n(A) sand\n(B) rain\n(C) salt\n(D) wood\n(E) tin\nAnswer:"
@@ -42,11 +42,11 @@ def test_a_letter_is_read_by_the_marker_else_from_the_words(task, text, answer, 
     assert task.same(task.extract(text), "B").verdict is verdict
 
 
-def test_what_names_two_options_is_not_called_wrong(task):
+def test_an_answer_that_names_two_options_is_not_wrong(task):
     assert task.same(task.extract("#### A or B"), "B").verdict is Verdict.UNDECIDED
 
 
-def test_a_marker_of_ones_own(tmp_path, task):
+def test_a_marker_from_the_config(tmp_path, task):
     own = task_at(tmp_path, "ecqa", answer_marker="Choice:", prompt="{question}\nThink.")
     (question,) = load_split(own, "test", None, 0)
     assert question.reference == "Choice: B"
@@ -73,6 +73,6 @@ def test_copied_questions_are_found_whatever_their_spaces_and_case():
     assert [p.id for p in found] == ["b", "d", "e"]
 
 
-def test_a_right_option_that_stands_twice_is_ambiguous_and_a_wrong_one_is_not():
+def test_a_right_option_that_is_listed_twice_is_ambiguous_and_a_wrong_one_is_not():
     assert problem("a", "?", ("six", " Six", "ten"), "B").is_ambiguous
     assert not problem("a", "?", ("six", "six", "ten"), "C").is_ambiguous

@@ -28,7 +28,7 @@ def test_every_reference_verifies_and_has_no_calculator_marks(gsm8k_path: Path) 
             assert task.same(task.extract(question.reference), question.gold).verdict is Verdict.RIGHT
 
 
-def test_the_usual_prompt_and_our_own(tmp_path: Path) -> None:
+def test_the_default_prompt_and_one_from_the_config(tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", 1)
     plain = build_task(DataConfig(task="gsm8k", path=str(tmp_path)), 0)
     question = load_split(plain, "train", None, 0)[0]

@@ -1,4 +1,4 @@
-"""The plan of a pass, as properties over random sizes."""
+"""The plan of a training pass, as properties over random sizes."""
 
 import random
 

@@ -192,16 +192,16 @@ def test_bfloat16_with_offloading_and_activation_checkpointing_stays_near(result
 
 @pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize("count", [1, 3])
-def test_another_number_of_ranks_goes_on_with_the_same_steps(results, resized, plain, work, count, stage):
+def test_another_number_of_ranks_continues_with_the_same_steps(results, resized, plain, work, count, stage):
     losses, _, weights = plain
     assert (checkpoint_world_size(work / f"checkpoint{stage}"), checkpoint_world_size(work / "checkpoint0")) == (
         2,
         None,
     )
-    went_on = resized[count][f"stage{stage}"]
-    assert went_on["state"]["round"] == 7
-    assert [s.loss for s in went_on["stats"]] == pytest.approx(losses[3:], abs=1e-5)
-    assert_equal_weights(went_on["weights"], weights, 1e-5)
+    continued = resized[count][f"stage{stage}"]
+    assert continued["state"]["round"] == 7
+    assert [s.loss for s in continued["stats"]] == pytest.approx(losses[3:], abs=1e-5)
+    assert_equal_weights(continued["weights"], weights, 1e-5)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -215,7 +215,7 @@ def test_adapters_train_as_in_plain_torch_and_nothing_else_changes(results, plai
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_adapters_resume_from_a_checkpoint_without_the_weights_beside_them(results, work, stage):
+def test_adapters_resume_from_a_checkpoint_without_the_frozen_weights(results, work, stage):
     trained = results[f"adapters{stage}"]
     assert [s.loss for s in trained["again"]] == [s.loss for s in trained["stats"][3:]]
     with_weights, without = (
@@ -226,11 +226,11 @@ def test_adapters_resume_from_a_checkpoint_without_the_weights_beside_them(resul
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_adapters_go_on_on_another_number_of_ranks(resized, plain_adapters, count):
+def test_adapters_continue_on_another_number_of_ranks(resized, plain_adapters, count):
     losses, _, weights = plain_adapters
-    went_on = resized[count]["adapters3"]
-    assert [s.loss for s in went_on["stats"]] == pytest.approx(losses[3:], abs=1e-5)
-    assert_equal_weights({name: went_on["weights"][name] for name in weights}, weights, 1e-5)
+    continued = resized[count]["adapters3"]
+    assert [s.loss for s in continued["stats"]] == pytest.approx(losses[3:], abs=1e-5)
+    assert_equal_weights({name: continued["weights"][name] for name in weights}, weights, 1e-5)
 
 
 @pytest.mark.parametrize("stage", STAGES)

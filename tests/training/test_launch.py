@@ -1,4 +1,4 @@
-"""What starts the train workers, seen from the driver."""
+"""The module that starts the train workers needs no torch in the driver."""
 
 import subprocess
 import sys

@@ -100,7 +100,7 @@ def test_every_parameter_is_what_the_files_hold(outcomes, name):
     assert outcomes[0][name]["eos"] == 2
 
 
-def test_no_rank_takes_more_than_its_half_a_layer_and_the_file_that_is_read(outcomes, work):
+def test_no_rank_uses_more_memory_than_its_half_a_layer_and_the_file_that_is_read(outcomes, work):
     files = [path.stat().st_size for path in (work / "1-large").glob("*.safetensors")]
     assert len(files) >= SHARDS
     model, spare = sum(files), 12 << 20
@@ -132,7 +132,7 @@ def test_files_that_do_not_fit_are_refused_on_every_rank_in_one_sentence(outcome
 
 
 @pytest.mark.parametrize("name", ["missing", "unexpected"])
-def test_a_whole_model_is_held_to_its_files_too(work, name):
+def test_files_that_do_not_fit_a_whole_model_are_refused_too(work, name):
     with pytest.raises(LoadingError, match=r"lacks model\.layers\.1|has extra, which"):
         load_model(work / name, "float32")
 

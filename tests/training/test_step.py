@@ -39,13 +39,13 @@ def test_padded_scores_equal_unpadded_ones(model):
         assert sums.tolist() == pytest.approx([unpadded_logprob(model, *row) for row in expected], abs=1e-5)
 
 
-def test_rows_know_their_group_and_slot():
+def test_each_row_has_its_group_and_slot():
     groups = random_groups(6)
     objective = build_objective("align")
     batch = collate(groups, objective, PAD)
     expected = [(g, s) for g, group in enumerate(groups) for s in [REFERENCE, *trained_candidates(group, objective)]]
     assert list(zip(batch.group_of_row.tolist(), batch.slot_of_row.tolist(), strict=True)) == expected
-    assert batch.mask.nonzero().tolist() == [list(place) for place in expected if place[1] >= 0]
+    assert batch.mask.nonzero().tolist() == [list(position) for position in expected if position[1] >= 0]
 
 
 def loss_and_gradient(model, groups, micro_batches, objective, totals):
@@ -72,7 +72,7 @@ def test_the_split_into_micro_batches_changes_nothing(model, name):
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_one_batch_is_the_mean_contract(model, name):
+def test_the_loss_of_one_batch_is_the_mean_over_its_groups(model, name):
     """The loss of a step is L_VFT + w * objective(...), or the objective alone when it covers the references."""
     groups, objective = random_groups(8), build_objective(name)
     (step,) = plan(groups, objective, ranks=1, groups_per_step=8)[0]

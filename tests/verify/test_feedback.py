@@ -107,13 +107,13 @@ def test_a_candidate_that_the_judge_does_not_rate_is_undecided(server, judged):
     assert rewards(done) == [[4.0, 4.0, 4.0, 0.0, 0.0, 4.0], [], [4.0]]
 
 
-def test_nothing_to_judge_asks_nothing(server, judged):
+def test_without_a_decided_candidate_no_request_is_sent(server, judged):
     assert reward_groups([GROUPS[1]], TASKS, *judged) == [GROUPS[1]]
     assert reward_groups([], TASKS, *judged) == []
     assert not server.requests
 
 
-def test_feedback_brings_in_no_client_library_before_a_judge_is_asked():
+def test_feedback_imports_no_client_library_before_a_judge_is_used():
     code = "import sys, aft_ray.verify.feedback; print({'openai', 'ray', 'torch', 'vllm'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

@@ -32,15 +32,15 @@ def numbers(texts: list[str], gold: str = "12") -> list[VerificationRequest]:
     return [VerificationRequest(task, text, gold) for text in texts]
 
 
-def verdicts(verifier: Verifier, items: list[VerificationRequest]) -> list[Verdict]:
-    return [outcome.verdict for outcome in verifier.verify(items)]
+def verdicts(verifier: Verifier, requests: list[VerificationRequest]) -> list[Verdict]:
+    return [result.verdict for result in verifier.verify(requests)]
 
 
-def test_outcomes_come_in_order(verifier: Verifier) -> None:
-    outcomes = verifier.verify(numbers([str(number) for number in range(300)], gold="250"))
-    assert [outcome.answer for outcome in outcomes] == [str(number) for number in range(300)]
-    assert [i for i, outcome in enumerate(outcomes) if outcome.verdict is Verdict.RIGHT] == [250]
-    assert sum(outcome.verdict is Verdict.WRONG for outcome in outcomes) == 299
+def test_results_come_in_order(verifier: Verifier) -> None:
+    results = verifier.verify(numbers([str(number) for number in range(300)], gold="250"))
+    assert [result.answer for result in results] == [str(number) for number in range(300)]
+    assert [i for i, result in enumerate(results) if result.verdict is Verdict.RIGHT] == [250]
+    assert sum(result.verdict is Verdict.WRONG for result in results) == 299
     assert verifier.verify([]) == []
 
 
@@ -60,12 +60,12 @@ def test_outcomes_come_in_order(verifier: Verifier) -> None:
 )
 def test_only_the_harmful_request_is_undecided(verifier: Verifier, misbehaviour: str, reason: str) -> None:
     started = time.monotonic()
-    outcomes = verifier.verify(numbers(["12", "13", misbehaviour, "12", "12 or 13", "12"]))
+    results = verifier.verify(numbers(["12", "13", misbehaviour, "12", "12 or 13", "12"]))
     assert time.monotonic() - started < 6 * DEADLINE_S
-    assert [outcome.verdict.value for outcome in outcomes] == (
+    assert [result.verdict.value for result in results] == (
         ["right", "wrong", "undecided", "right", "undecided", "right"]
     )
-    assert outcomes[2].reason.startswith(reason)
+    assert results[2].reason.startswith(reason)
     assert verdicts(verifier, numbers(["12"])) == [Verdict.RIGHT]
 
 
@@ -92,8 +92,8 @@ def test_a_response_that_is_too_long_is_not_even_sent(verifier: Verifier) -> Non
 
 def test_many_threads_share_it(verifier: Verifier) -> None:
     def one(number: int) -> bool:
-        outcomes = verifier.verify(numbers([str(number), "dies", "12"], gold=str(number)))
-        return [o.verdict.value for o in outcomes] == ["right", "undecided", "right" if number == 12 else "wrong"]
+        results = verifier.verify(numbers([str(number), "dies", "12"], gold=str(number)))
+        return [o.verdict.value for o in results] == ["right", "undecided", "right" if number == 12 else "wrong"]
 
     with ThreadPoolExecutor(8) as threads:
         assert all(threads.map(one, range(8, 16)))
@@ -103,8 +103,8 @@ def test_an_idle_worker_that_is_killed_is_replaced() -> None:
     verifier = Verifier(deadline_s=DEADLINE_S)
     try:
         for _ in range(2):
-            (outcome,) = verifier.verify([VerificationRequest(ProcessTask(), "pid", "")])
-            os.kill(int(outcome.answer or 0), signal.SIGKILL)
+            (result,) = verifier.verify([VerificationRequest(ProcessTask(), "pid", "")])
+            os.kill(int(result.answer or 0), signal.SIGKILL)
             time.sleep(0.5)
         assert verdicts(verifier, numbers(["12"])) == [Verdict.RIGHT]
     finally:
@@ -113,9 +113,9 @@ def test_an_idle_worker_that_is_killed_is_replaced() -> None:
 
 def test_closed_it_leaves_nothing_and_can_start_again() -> None:
     verifier = Verifier(deadline_s=DEADLINE_S)
-    (outcome,) = verifier.verify([VerificationRequest(ProcessTask(), "pid", "")])
+    (result,) = verifier.verify([VerificationRequest(ProcessTask(), "pid", "")])
     verifier.close()
-    assert not alive(int(outcome.answer or 0))
+    assert not alive(int(result.answer or 0))
     assert verdicts(verifier, numbers(["12"])) == [Verdict.RIGHT]
     verifier.close()
     verifier.close()
@@ -134,7 +134,7 @@ import torch
 from readers import ProcessTask
 from aft_ray.verify.process_pool import VerificationRequest, shared_verifier
 text = {text!r}
-print([outcome.answer for outcome in shared_verifier().verify([VerificationRequest(ProcessTask(), text, "x")])])
+print([result.answer for result in shared_verifier().verify([VerificationRequest(ProcessTask(), text, "x")])])
 """
 
 
@@ -163,8 +163,8 @@ def test_workers_die_with_a_parent_that_is_killed(tmp_path: Path) -> None:
 
 
 def verify_in_this_process() -> None:
-    (outcome,) = shared_verifier().verify(numbers(["12"]))
-    assert outcome.verdict is Verdict.RIGHT
+    (result,) = shared_verifier().verify(numbers(["12"]))
+    assert result.verdict is Verdict.RIGHT
 
 
 def test_a_process_of_multiprocessing_that_verified_can_end() -> None:
@@ -188,10 +188,10 @@ def test_works_in_ray_actors_and_tasks(ray_here: None) -> None:
         from aft_ray.verify.process_pool import VerificationRequest, shared_verifier
 
         task = MisbehavingTask()
-        items = [VerificationRequest(task, text, "12") for text in ("12", "13", "dies", "12")] + [
+        requests = [VerificationRequest(task, text, "12") for text in ("12", "13", "dies", "12")] + [
             VerificationRequest(ProcessTask(), "modules", "x")
         ]
-        return [(outcome.verdict.value, outcome.answer) for outcome in shared_verifier().verify(items)]
+        return [(result.verdict.value, result.answer) for result in shared_verifier().verify(requests)]
 
     class Actor:
         def verify(self) -> list[tuple[str, str | None]]:

@@ -38,7 +38,7 @@ def test_a_curve_is_a_png_and_an_svg_with_its_words(tmp_path):
     assert all(word in said for word in ("VFT", "AFT, β = 0.15", "samples k", "questions right, %", "GSM8K"))
 
 
-def test_the_same_figures_give_the_same_files(tmp_path):
+def test_the_same_values_give_the_same_files(tmp_path):
     one, other = (
         plot_curves(tmp_path / name, [0, 0.1], {"t": {"a": points([0.1, 0.2])}}, "β", "%") for name in ("one", "other")
     )

@@ -101,7 +101,7 @@ def test_the_paired_interval_covers_the_true_difference_and_is_narrower_than_an_
     assert paired < 0.8 * unpaired
 
 
-def test_the_difference_is_that_of_the_figures_for_every_metric():
+def test_the_difference_is_that_of_the_two_values_for_every_metric():
     rng = np.random.default_rng(2)
 
     def model(skill):

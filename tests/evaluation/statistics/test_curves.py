@@ -46,15 +46,15 @@ def test_a_point_is_the_mean_over_all_subsets(patterns):
             assert grown.rules[rule][place].value == pytest.approx(expected), (rule, n)
 
 
-def test_the_last_point_is_the_figure_itself_and_the_first_is_the_same_for_all_rules():
+def test_the_last_point_is_the_metric_itself_and_the_first_is_the_same_for_all_rules():
     rng = np.random.default_rng(0)
     questions = [sampled(f"q{i:02}", "".join(rng.choice(list("rrab"), 24)), list(-rng.random(24))) for i in range(40)]
     result, grown = measure(questions), accuracy_curves(questions)
     assert grown.n == [1, 2, 4, 8, 16, 24]
     for rule, name in (("maj@n", "maj@24"), ("best-of-n", "best-of-24"), ("vote@n", "vote@24"), ("pass@n", "pass@24")):
-        last, figure = grown.rules[rule][-1], result.estimates[name]
-        assert last.value == pytest.approx(figure.value)
-        assert (last.low, last.high) == pytest.approx((figure.low, figure.high))
+        last, metric = grown.rules[rule][-1], result.estimates[name]
+        assert last.value == pytest.approx(metric.value)
+        assert (last.low, last.high) == pytest.approx((metric.low, metric.high))
     assert grown.rules["pass@n"][0].value == pytest.approx(result.estimates["pass@1"].value)
     assert len({grown.rules[rule][0].value for rule in ("maj@n", "best-of-n", "vote@n")}) == 1
 

@@ -76,7 +76,7 @@ def test_assessment_equals_a_slow_loop(samples, assessed):
     assert assessment_accuracy(samples, assessed) == pytest.approx(points / assessed**2)
 
 
-def test_the_figures_of_a_small_split():
+def test_the_metrics_of_a_small_split():
     result = measure(
         [
             answered(*[right(-0.1)] * 3, *[wrong(-0.2)] * 3, greedy=True, id="a"),
@@ -116,7 +116,7 @@ def test_without_samples_only_the_greedy_accuracy_is_known():
         measure([])
 
 
-def test_a_figure_that_no_question_qualifies_for_is_a_dash():
+def test_a_metric_that_no_question_qualifies_for_is_a_dash():
     result = measure([answered(*[right(-0.1)] * 6)])
     assert math.isnan(result.estimates["assessment"].value)
     assert result.estimates["assessment"].questions == 0
@@ -206,7 +206,7 @@ def test_all_seeds_of_a_question_stay_together_in_a_resample():
     assert five.std == pytest.approx(0.0, abs=1e-12)
 
 
-def test_tasks_are_measured_apart_and_weigh_the_same_in_their_mean():
+def test_tasks_are_measured_separately_and_have_equal_weight_in_their_mean():
     small = [answered(greedy=False, id=f"e{i}", task="ecqa") for i in range(2)]
     large = [answered(right(-0.1), greedy=i < 6, id=f"g{i}", task="gsm8k") for i in range(8)]
     result = measure([*large, *small])
@@ -217,9 +217,9 @@ def test_tasks_are_measured_apart_and_weigh_the_same_in_their_mean():
     assert result.macro["greedy"].value == 0.375
     assert result.macro["greedy"].low <= 0.375 <= result.macro["greedy"].high
     assert math.isnan(result.macro["pass@1"].value)  # ecqa has no samples
-    figures = result.flat_values()
-    assert (figures["greedy"], figures["gsm8k/greedy"], figures["ecqa/greedy"]) == (0.6, 0.75, 0.0)
-    assert figures["ecqa/pass_1"] is None
+    values = result.flat_values()
+    assert (values["greedy"], values["gsm8k/greedy"], values["ecqa/greedy"]) == (0.6, 0.75, 0.0)
+    assert values["ecqa/pass_1"] is None
     text = results_text({"x": result})
     assert "mean over the tasks" in text
     assert "gsm8k (8 questions)" in text
@@ -230,7 +230,7 @@ def test_one_task_has_no_section_of_its_own():
     assert (result.tasks, result.macro) == ({}, {})
 
 
-def test_without_scores_the_figures_that_need_them_are_absent():
+def test_without_scores_the_metrics_that_need_them_are_absent():
     samples = [replace(right(0.0), score=None), replace(wrong(0.0), score=None), right(-0.1)]
     result = measure([answered(*samples)])
     assert result.estimates.keys() == {"greedy", "pass@1", "pass@3", "maj@3"}

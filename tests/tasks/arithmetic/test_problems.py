@@ -51,7 +51,7 @@ def test_references_are_true_chains_that_end_in_the_gold_answer() -> None:
         assert task.same(task.extract(question.reference), question.gold).verdict is Verdict.RIGHT
 
 
-def test_every_number_of_a_calculation_stands_in_the_question() -> None:
+def test_every_number_of_a_calculation_is_in_the_question() -> None:
     config = ArithmeticConfig(distractors=0)
     for question in generate(config, "train", 300):
         assert len(NUMBER.findall(question.text)) == len(calculation(question)) + 1

@@ -35,7 +35,7 @@ def test_the_calculation_of_a_question_is_read_back(calculation, seed, distracto
 
 
 @pytest.mark.parametrize("terse", [0.0, 0.5, 1.0])
-def test_references_earn_everything_and_every_part_of_them_less(terse):
+def test_references_get_the_full_grade_and_parts_of_them_less(terse):
     config = ArithmeticConfig(**SHARED, terse=terse, distractors=0.5)
     for question in generate(config, "train", 2000):
         assert grade_steps(question.text, question.reference, True) == 1.0
@@ -83,7 +83,7 @@ def test_references_earn_everything_and_every_part_of_them_less(terse):
         ("1" * 5000 + " + 4 = 12. #### 19", True, 1),
     ],
 )
-def test_what_a_response_earns(response, right, earned):
+def test_the_grade_of_a_response(response, right, earned):
     assert grade_steps(QUESTION, response, right) == earned / 4
 
 

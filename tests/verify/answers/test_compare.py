@@ -143,10 +143,10 @@ TABLE = [
 
 @pytest.mark.parametrize(("kind", "answer", "gold", "verdict"), TABLE)
 def test_ordinary_answers(kind: Kind, answer: str, gold: str, verdict: Verdict) -> None:
-    outcome = compare(kind, answer, gold)
-    assert outcome.verdict is verdict, outcome
-    assert outcome.answer == answer
-    assert bool(outcome.reason) == (verdict is UNDECIDED)
+    result = compare(kind, answer, gold)
+    assert result.verdict is verdict, result
+    assert result.answer == answer
+    assert bool(result.reason) == (verdict is UNDECIDED)
 
 
 @pytest.mark.parametrize("kind", get_args(Kind))
@@ -159,21 +159,21 @@ def test_no_answer_is_wrong_and_no_gold_is_undecided(kind: Kind) -> None:
 
 
 def test_a_failure_inside_is_undecided_and_named() -> None:
-    outcome = compare("number", 12, "12")  # type: ignore[arg-type]
-    assert outcome.verdict is UNDECIDED
-    assert outcome.reason.startswith("AttributeError")
+    result = compare("number", 12, "12")  # type: ignore[arg-type]
+    assert result.verdict is UNDECIDED
+    assert result.reason.startswith("AttributeError")
 
 
-def test_outcomes_cross_processes() -> None:
-    outcome = compare("number", "3 or 4", "4")
-    assert pickle.loads(pickle.dumps(outcome)) == outcome
+def test_results_can_be_sent_between_processes() -> None:
+    result = compare("number", "3 or 4", "4")
+    assert pickle.loads(pickle.dumps(result)) == result
 
 
 @settings(deadline=None, max_examples=200)
 @given(st.sampled_from(["number", "option", "yes_no", "text"]), st.text(max_size=60), st.text(max_size=60))
 def test_any_text_gets_a_verdict_and_undecided_a_reason(kind: Kind, answer: str, gold: str) -> None:
-    outcome = compare(kind, answer, gold)
-    assert bool(outcome.reason) == (outcome.verdict is UNDECIDED)
+    result = compare(kind, answer, gold)
+    assert bool(result.reason) == (result.verdict is UNDECIDED)
 
 
 @settings(deadline=None)

@@ -72,7 +72,7 @@ HOSTILE = {
 GOLDS = {"number": "12", "option": "B", "yes_no": "yes", "math": "\\sqrt{2}", "text": "New York"}
 
 
-def items() -> list[VerificationRequest]:
+def hostile_requests() -> list[VerificationRequest]:
     tasks = [(TextTask(kind), gold) for kind, gold in GOLDS.items()]  # type: ignore[arg-type]
     return [VerificationRequest(task, text, gold) for text in HOSTILE.values() for task, gold in tasks]
 
@@ -86,10 +86,12 @@ def verifier():
 
 def test_none_is_right_and_all_are_answered_in_bounded_time(verifier: Verifier) -> None:
     started = time.monotonic()
-    outcomes = verifier.verify(items())
+    results = verifier.verify(hostile_requests())
     took = time.monotonic() - started
-    assert [item.text[:50] for item, o in zip(items(), outcomes, strict=True) if o.verdict is Verdict.RIGHT] == []
-    hung = sum(outcome.reason.startswith("took longer") for outcome in outcomes)
+    assert [
+        request.text[:50] for request, o in zip(hostile_requests(), results, strict=True) if o.verdict is Verdict.RIGHT
+    ] == []
+    hung = sum(result.reason.startswith("took longer") for result in results)
     assert took < 30 + hung * (DEADLINE_S + 1)
     good = verifier.verify(
         [
@@ -97,13 +99,13 @@ def test_none_is_right_and_all_are_answered_in_bounded_time(verifier: Verifier) 
             VerificationRequest(TextTask("math"), "2^{1/2}", "\\sqrt{2}"),
         ]
     )
-    assert [outcome.verdict for outcome in good] == [Verdict.RIGHT, Verdict.RIGHT]
+    assert [result.verdict for result in good] == [Verdict.RIGHT, Verdict.RIGHT]
 
 
 def test_none_is_right_as_a_response_to_a_task(verifier: Verifier) -> None:
     task = build_task(DataConfig(), 0)
-    outcomes = verifier.verify([VerificationRequest(task, text, "12") for text in HOSTILE.values()])
-    assert Verdict.RIGHT not in {outcome.verdict for outcome in outcomes}
+    results = verifier.verify([VerificationRequest(task, text, "12") for text in HOSTILE.values()])
+    assert Verdict.RIGHT not in {result.verdict for result in results}
 
 
 def test_from_a_thread(verifier: Verifier) -> None:
@@ -137,9 +139,9 @@ def test_in_a_ray_actor(ray_here: None) -> None:
 
             verifier = Verifier(workers=2, deadline_s=1.5)
             task = TextTask("math")
-            outcomes = verifier.verify([VerificationRequest(task, text, "\\sqrt{2}") for text in [*texts, "2^{1/2}"]])
+            results = verifier.verify([VerificationRequest(task, text, "\\sqrt{2}") for text in [*texts, "2^{1/2}"]])
             verifier.close()
-            return [outcome.verdict.value for outcome in outcomes]
+            return [result.verdict.value for result in results]
 
     verdicts = ray.get(ray.remote(Actor).remote().verify.remote(), timeout=240)
     assert verdicts[-1] == "right"

@@ -103,14 +103,14 @@ def test_the_last_explicit_statement_wins(text: str, option: str) -> None:
         "The answer is F",
     ],
 )
-def test_nothing_is_picked_out_of_other_text(text: str) -> None:
+def test_no_option_is_read_from_other_text(text: str) -> None:
     assert extract_option(text) is None
 
 
 @pytest.mark.parametrize(
     "text", ["The answer is A or B.", "The answer is (A) and (B)", "The answer is A, B", "#### A/B", "Both (A) and (B)"]
 )
-def test_several_options_are_kept_as_they_were_said(text: str) -> None:
+def test_several_options_are_returned_in_the_words_of_the_response(text: str) -> None:
     answer = extract_option(text)
     assert answer is not None
     assert len(answer) > 1

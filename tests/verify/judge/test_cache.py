@@ -30,7 +30,7 @@ def start_writer(path, count, name) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
-def test_a_reply_comes_back_as_it_was_put_and_the_first_one_stays(tmp_path):
+def test_a_reply_is_read_as_it_was_stored_and_the_first_one_stays(tmp_path):
     with JudgeCache(tmp_path / "below" / "judge.sqlite") as cache:
         assert cache.get("a") is None
         assert cache.put("a", REPLY) == REPLY
@@ -48,7 +48,7 @@ def test_a_key_names_everything_that_decides_a_reply():
     assert request_key(dict(reversed(request.items())), 0) == request_key(request, 0)
 
 
-def test_what_was_put_is_there_after_a_kill(tmp_path):
+def test_a_stored_reply_is_there_after_a_kill(tmp_path):
     path = tmp_path / "judge.sqlite"
     writer = start_writer(path, 10**6, "w")
     seen = [writer.stdout.readline().split()[0] for _ in range(30)]

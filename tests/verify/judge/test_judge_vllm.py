@@ -116,7 +116,7 @@ def config(url: str, **settings) -> JudgeConfig:
     return JudgeConfig(**{"url": url, "guided": True, "max_tokens": 60, "ratings": 1, "timeout_s": 120, **settings})
 
 
-def items(count: int) -> list[RatingRequest]:
+def rating_requests(count: int) -> list[RatingRequest]:
     return [
         RatingRequest(
             f"q{index}", f"what is {index} + 2?", f"{index} + 2 = {index + 2}.", f"{index} + 2 = {index + 3}."
@@ -128,29 +128,29 @@ def items(count: int) -> list[RatingRequest]:
 def test_with_guided_decoding_everything_is_rated(vllm, tmp_path):
     judge = Judge(config(vllm.url, ratings=2), tmp_path / "judge.sqlite")
     assert judge.check() == "bytes"
-    ratings = judge.rate(items(4))
+    ratings = judge.rate(rating_requests(4))
     assert all(1 <= rating.reward <= 10 and len(rating.evidence) == 2 for rating in ratings)
     assert any(len(set(rating.evidence)) == 2 for rating in ratings)  # a seed for each rating
     assert (judge.counts.calls, judge.counts.unparsable, judge.counts.refused) == (8, 0, 0)
     assert judge.counts.completion_tokens > 8 * len("Evaluation Evidence: \nRating: 1")
     assert judge.counts.prompt_tokens > 8 * 1000
     # the same seeds at the same endpoint give the same ratings
-    assert Judge(config(vllm.url, ratings=2), tmp_path / "other.sqlite").rate(items(1)) == ratings[:1]
+    assert Judge(config(vllm.url, ratings=2), tmp_path / "other.sqlite").rate(rating_requests(1)) == ratings[:1]
 
 
 def test_a_judge_that_does_not_keep_the_form_gives_no_ratings(vllm, tmp_path):
     rambling = config(vllm.url, guided=False, ratings=2, max_tokens=20)
     judge = Judge(rambling, tmp_path / "judge.sqlite")
-    assert [rating.reward for rating in judge.rate(items(1))] == [None]
+    assert [rating.reward for rating in judge.rate(rating_requests(1))] == [None]
     assert judge.counts.unparsable == 2
     with pytest.raises(JudgeFailed, match=r"have no rating, more than feedback.judge.max_unparsable=0.1"):
-        judge.rate(items(4))
+        judge.rate(rating_requests(4))
 
 
 def test_a_candidate_longer_than_the_context_is_refused_and_the_others_are_rated(vllm, tmp_path):
     judge = Judge(config(vllm.url), tmp_path / "judge.sqlite")
     long = RatingRequest("long", "how many?", "12", "8 + 4 = 12. " * 1000)
-    assert [rating.reward is None for rating in judge.rate([*items(1), long])] == [False, True]
+    assert [rating.reward is None for rating in judge.rate([*rating_requests(1), long])] == [False, True]
     assert (judge.counts.refused, judge.counts.retries) == (1, 0)
 
 
@@ -159,9 +159,9 @@ def test_nothing_is_paid_twice_when_the_judging_process_is_killed(vllm, tmp_path
     code = (
         "import sys; sys.path[:0] = sys.argv[3:]\n"
         "from pathlib import Path\n"
-        "from test_judge_vllm import config, items\n"
+        "from test_judge_vllm import config, rating_requests\n"
         "from aft_ray.verify.judge.judge import Judge\n"
-        f"Judge(config(sys.argv[1], concurrency={concurrency}), Path(sys.argv[2])).rate(items({count}))\n"
+        f"Judge(config(sys.argv[1], concurrency={concurrency}), Path(sys.argv[2])).rate(rating_requests({count}))\n"
     )
     before = vllm.answered()
     here = Path(__file__).parent
@@ -178,13 +178,13 @@ def test_nothing_is_paid_twice_when_the_judging_process_is_killed(vllm, tmp_path
     paid = kept(cache)
     assert paid < count
     judge = Judge(config(vllm.url, concurrency=concurrency), cache)
-    assert all(rating.reward is not None for rating in judge.rate(items(count)))
+    assert all(rating.reward is not None for rating in judge.rate(rating_requests(count)))
     assert judge.counts.hits == paid
     assert judge.counts.calls == count - paid
     assert kept(cache) == count
     assert count <= vllm.answered() - before <= count + concurrency
     again = Judge(config(vllm.url), cache)
-    again.rate(items(count))
+    again.rate(rating_requests(count))
     assert (again.counts.calls, again.counts.hits) == (0, count)
 
 

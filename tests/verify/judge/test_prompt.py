@@ -110,7 +110,7 @@ def test_anything_else_is_no_rating(reply):
     assert read_reply(reply, complete=True) is None
 
 
-def test_the_evidence_is_what_stands_before_the_rating():
+def test_the_evidence_is_the_text_before_the_rating():
     parsed = read_reply("Fine.\n**Evaluation Evidence:** step 1 is right\nstep 2 is not\n**Rating:** 3\nBye", True)
     assert parsed is not None
     assert parsed.evidence == "step 1 is right\nstep 2 is not"
@@ -163,7 +163,7 @@ PIECES = st.sampled_from(
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(PIECES, max_size=12).map("".join), st.lists(PIECES, max_size=12).map("".join))
-def test_what_is_quoted_stands_whole_between_marks_it_does_not_contain(reference, candidate):
+def test_quoted_text_is_whole_between_marks_that_it_does_not_contain(reference, candidate):
     prompt = judge_prompt("how many?", reference, candidate)
     for text, name in ((reference, "REFERENCE SOLUTION"), (candidate, "SOLUTION TO EXAMINE")):
         mark = re.search(rf"^<<<([0-9a-f]{{16}}) {name}$", prompt, re.MULTILINE)[1]
