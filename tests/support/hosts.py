@@ -29,8 +29,9 @@ class Host:
 
     def command(self, *arguments: str) -> list[str]:
         """The command line that runs a command on this host."""
-        own = f'hostname {self.name} && mount --bind {self.ray_directory} /tmp/ray && exec "$@"'
-        return ["ip", "netns", "exec", self.namespace, "unshare", "--uts", "--mount", "sh", "-c", own, "sh", *arguments]
+        script = f'hostname {self.name} && mount --bind {self.ray_directory} /tmp/ray && exec "$@"'
+        shell = ["sh", "-c", script, "sh", *arguments]
+        return ["ip", "netns", "exec", self.namespace, "unshare", "--uts", "--mount", *shell]
 
 
 def hosts_missing() -> str | None:
@@ -59,11 +60,11 @@ def hosts(count: int) -> Iterator[list[Host]]:
         for number in range(1, count + 1):
             directory = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
             made.append(Host(f"h{number}-{mark}", f"host{number}", f"10.77.0.{number}", directory))
-        known = "".join(f"{host.address} {host.name}\n" for host in made)
+        addresses = "".join(f"{host.address} {host.name}\n" for host in made)
         for host in made:
             files = HOSTS_FILES / host.namespace
             files.mkdir(parents=True)
-            (files / "hosts").write_text(f"127.0.0.1 localhost\n{known}")
+            (files / "hosts").write_text(f"127.0.0.1 localhost\n{addresses}")
             outside = f"v{host.namespace}"[:15]
             _ip("netns", "add", host.namespace)
             _ip("link", "add", outside, "type", "veth", "peer", "name", "eth0", "netns", host.namespace)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from processes import carriers, free_ports, wait_for
+from processes import free_ports, marked_processes, wait_for
 
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 START_S = 400
@@ -91,11 +91,11 @@ def local_cluster(num_cpus: int) -> Iterator[LocalCluster]:
         yield cluster
     finally:
         for stop in (signal.SIGTERM, signal.SIGKILL):
-            for process in carriers(mark):
+            for process in marked_processes(mark):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process, stop)
             time.sleep(2)
         for one in (head, *cluster.nodes):
             one.wait(30)
-        assert carriers(mark) == []
+        assert marked_processes(mark) == []
         shutil.rmtree(temporary, ignore_errors=True)

@@ -34,10 +34,10 @@ def s3_server(log: str) -> Iterator[str]:
             except OSError:
                 assert server.poll() is None and time.monotonic() < deadline, open(log).read()  # noqa: PT018, SIM115
                 time.sleep(0.2)
-        place = {"endpoint_override": f"127.0.0.1:{port}", "scheme": "http", "region": "us-east-1"}
+        server_options = {"endpoint_override": f"127.0.0.1:{port}", "scheme": "http", "region": "us-east-1"}
         keys = {"access_key": CREDENTIALS["AWS_ACCESS_KEY_ID"], "secret_key": CREDENTIALS["AWS_SECRET_ACCESS_KEY"]}
-        pafs.S3FileSystem(**place, **keys, allow_bucket_creation=True).create_dir("bucket")
-        yield "&".join(f"{key}={value}" for key, value in place.items())
+        pafs.S3FileSystem(**server_options, **keys, allow_bucket_creation=True).create_dir("bucket")
+        yield "&".join(f"{key}={value}" for key, value in server_options.items())
     finally:
         server.kill()
         server.wait()

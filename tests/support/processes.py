@@ -46,13 +46,13 @@ def wait_for(condition: Callable[[], bool], seconds: float, what: str, process: 
     """Waits for a condition. Fails with the end of the log when the process ends first or the time is over."""
     deadline = time.monotonic() + seconds
     while not condition():
-        said = log.read_text()[-3000:]
-        assert process.poll() is None, f"it ended before {what}: {said}"
-        assert time.monotonic() < deadline, f"waited {seconds} s for {what}: {said}"
+        end_of_log = log.read_text()[-3000:]
+        assert process.poll() is None, f"it ended before {what}: {end_of_log}"
+        assert time.monotonic() < deadline, f"waited {seconds} s for {what}: {end_of_log}"
         time.sleep(0.05)
 
 
-def carriers(mark: str) -> list[int]:
+def marked_processes(mark: str) -> list[int]:
     """The pids of the live processes that have a mark in their environment."""
     found = []
     for entry in filter(str.isdigit, os.listdir("/proc")):

@@ -32,9 +32,9 @@ def build(model_dir, stage, dtype="float32", lora=None, adapter=None, universal=
     return engine
 
 
-def keep_nothing_gathered(training, dtype, made=deepspeed.ds_config):
+def keep_nothing_gathered(training, dtype, ds_config=deepspeed.ds_config):
     """A config that also partitions small parameters. By default DeepSpeed keeps them whole, here the whole model."""
-    config = made(training, dtype)
+    config = ds_config(training, dtype)
     config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     return config
 
@@ -42,12 +42,12 @@ def keep_nothing_gathered(training, dtype, made=deepspeed.ds_config):
 def take(engine, groups, steps, rank, ranks):
     """Takes some of the steps of two epochs. The last step of an epoch is smaller than the others."""
     planned = [s for epoch in plan(groups, OBJECTIVE, ranks=ranks, groups_per_step=PER_STEP, epochs=2) for s in epoch]
-    made = []
+    taken = []
     for number in steps:
         batches = [collate([groups[i] for i in b], OBJECTIVE, PAD) for b in planned[number].shares[rank]]
         totals = planned[number].totals
-        made.append(step.train_step(engine, batches, OBJECTIVE, WEIGHT, totals, RATE / (number + 1)))
-    return made
+        taken.append(step.train_step(engine, batches, OBJECTIVE, WEIGHT, totals, RATE / (number + 1)))
+    return taken
 
 
 def weights(engine):
@@ -134,9 +134,9 @@ def do_everything(rank, ranks, work):
         results[f"resumed{stage}"] = {"stats": stats, "weights": weights(resumed), "state": state}
         resumed.destroy()
 
-        half = build(work / "model", stage, dtype="bfloat16", activation_checkpointing=True)
-        results[f"bfloat16_{stage}"] = {"stats": take(half, groups, range(6), rank, ranks), "weights": weights(half)}
-        half.destroy()
+        bf16 = build(work / "model", stage, dtype="bfloat16", activation_checkpointing=True)
+        results[f"bfloat16_{stage}"] = {"stats": take(bf16, groups, range(6), rank, ranks), "weights": weights(bf16)}
+        bf16.destroy()
         results[f"adapters{stage}"] = train_adapters(work, stage, groups, rank, ranks)
 
         poisoned = build(work / "poisoned", stage)
@@ -146,22 +146,22 @@ def do_everything(rank, ranks, work):
         poisoned.destroy()
     for stage in (2, 3):
         options = {"offload_optimizer": True, "offload_parameters": stage == 3}
-        away = build(work / "model", stage, **options)
-        stats = take(away, groups, range(6), rank, ranks)
-        results[f"offloaded{stage}"] = {"stats": stats, "weights": weights(away)}
-        away.destroy()
+        offloaded = build(work / "model", stage, **options)
+        stats = take(offloaded, groups, range(6), rank, ranks)
+        results[f"offloaded{stage}"] = {"stats": stats, "weights": weights(offloaded)}
+        offloaded.destroy()
 
         # Continue from a checkpoint that was saved without offloading.
-        away = build(work / "model", stage, **options)
-        deepspeed.load_checkpoint(away, work / f"checkpoint{stage}")
-        stats = take(away, groups, range(3, 6), rank, ranks)
-        results[f"moved{stage}"] = {"stats": stats, "weights": weights(away)}
-        away.destroy()
+        offloaded = build(work / "model", stage, **options)
+        deepspeed.load_checkpoint(offloaded, work / f"checkpoint{stage}")
+        stats = take(offloaded, groups, range(3, 6), rank, ranks)
+        results[f"moved{stage}"] = {"stats": stats, "weights": weights(offloaded)}
+        offloaded.destroy()
 
-        away = build(work / "model", stage, dtype="bfloat16", activation_checkpointing=True, **options)
-        stats = take(away, groups, range(6), rank, ranks)
-        results[f"bfloat16_offloaded{stage}"] = {"stats": stats, "weights": weights(away)}
-        away.destroy()
+        offloaded = build(work / "model", stage, dtype="bfloat16", activation_checkpointing=True, **options)
+        stats = take(offloaded, groups, range(6), rank, ranks)
+        results[f"bfloat16_offloaded{stage}"] = {"stats": stats, "weights": weights(offloaded)}
+        offloaded.destroy()
     everyone = [None] * ranks
     dist.all_gather_object(everyone, {name: r["stats"] for name, r in results.items() if "stats" in r})
     results["all_ranks"] = everyone

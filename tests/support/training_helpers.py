@@ -38,10 +38,10 @@ def write_tiny_llama(directory, *, tied=False, poisoned=False):
 def make_group(name, prompt, reference, candidates):
     """A group for a prompt and a reference in token ids; `candidates` are (token ids, verdict) each."""
     question = Question(name, "text", "reference", "gold", "test")
-    made = [
+    labelled = [
         Candidate(ids, -4.0 - len(ids), "stop", "text", None, v, float(v is Verdict.RIGHT)) for ids, v in candidates
     ]
-    return Group(1, 0, question, prompt, reference, made)
+    return Group(1, 0, question, prompt, reference, labelled)
 
 
 def random_groups(count, *, k=4, seed=0):

@@ -21,9 +21,9 @@ from aft_ray.weights.receive_plan import BroadcastOffer
 from aft_ray.weights.version_manifest import VersionManifest
 
 
-def keep_nothing_gathered(training, dtype, made=deepspeed.ds_config):
-    """DeepSpeed keeps parameters below a size whole on every rank, which would be all those of a tiny model."""
-    config = made(training, dtype)
+def keep_nothing_gathered(training, dtype, ds_config=deepspeed.ds_config):
+    """A config that also partitions small parameters. By default DeepSpeed keeps them whole, here the whole model."""
+    config = ds_config(training, dtype)
     config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     return config
 
