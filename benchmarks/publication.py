@@ -241,19 +241,24 @@ def _start(engine: Any, spec: EngineSpec) -> float:
 
 
 def _results(repetitions: dict[str, list[Any]], size: int) -> dict[str, Any]:
-    counted = {name: of[1:] if name in (*TRANSPORTS, "copy") else of for name, of in repetitions.items()}
+    counted = {
+        name: measured[1:] if name in (*TRANSPORTS, "copy") else measured for name, measured in repetitions.items()
+    }
     counted["write"] = repetitions["write"][len(TRANSPORTS) :]
     seconds = {
-        name: statistics.median(one.seconds if isinstance(one, Update) else one for one in of)
-        for name, of in counted.items()
-        if of
+        name: statistics.median(one.seconds if isinstance(one, Update) else one for one in measured)
+        for name, measured in counted.items()
+        if measured
     }
     return {
         "bytes": size,
         "seconds": seconds,
         "gb_per_s": {name: size / 1e9 / took for name, took in seconds.items()},
         "times_a_copy": {name: took / seconds["copy"] for name, took in seconds.items()},
-        "turns": {name: [asdict(o) if isinstance(o, Update) else o for o in of] for name, of in counted.items()},
+        "turns": {
+            name: [asdict(one) if isinstance(one, Update) else one for one in measured]
+            for name, measured in counted.items()
+        },
     }
 
 
@@ -270,9 +275,9 @@ def _show(results: dict[str, Any]) -> None:
             continue
         parts = ""
         if name in TRANSPORTS:
-            of = results["turns"][name]
+            updates = results["turns"][name]
             parts = ", ".join(
-                f"{statistics.median(one[key] for one in of):.3f}"
+                f"{statistics.median(update[key] for update in updates):.3f}"
                 for key in ("rendezvous_s", "fetch_s", "load_s", "prove_s")
             )
         ratio = f"{restart / seconds[name]:.0f}" if restart and name in TRANSPORTS else ""

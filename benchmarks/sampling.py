@@ -172,13 +172,13 @@ def _measure(config: RunConfig, repeats: int) -> dict[str, list[Measurement]]:
 
 
 def _results(config: RunConfig, turns: dict[str, list[Measurement]]) -> dict[str, Any]:
-    speeds = {name: [turn.speed for turn in of] for name, of in turns.items()}
-    medians = {name: statistics.median(of) for name, of in speeds.items()}
+    speeds = {name: [one.speed for one in measured] for name, measured in turns.items()}
+    medians = {name: statistics.median(measured) for name, measured in speeds.items()}
     return {
         "benchmark": "sampling",
         "sampling": config.sampling.model_dump(mode="json"),
         "questions": config.data.arithmetic.train_size,
-        "turns": {name: [turn._asdict() for turn in of] for name, of in turns.items()},
+        "turns": {name: [one._asdict() for one in measured] for name, measured in turns.items()},
         "tokens_per_s": medians,
         "ratio": medians["stage"] / medians["vllm"],
         "ratio_of_each_pair": [a / b for a, b in zip(speeds["stage"], speeds["vllm"], strict=True)],

@@ -78,7 +78,7 @@ def _timed(
 def _results(
     answers: int, workers: int, start_s: float, seconds: dict[str, list[float]], verdicts: Counter[str]
 ) -> dict[str, Any]:
-    medians = {name: statistics.median(of) for name, of in seconds.items()}
+    medians = {name: statistics.median(measured) for name, measured in seconds.items()}
     return {
         "benchmark": "verification",
         "answers": answers,
