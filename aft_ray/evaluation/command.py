@@ -68,8 +68,8 @@ def _baseline(targets: Sequence[Target], given: str | None) -> str:
     if given is None:
         return targets[0].label
     for target in targets:
-        place = target.run_dir.uri() if target.run_dir is not None else target.source
-        if given in (target.label, target.source, target.argument) or given.rstrip("/") == place.rstrip("/"):
+        location = target.run_dir.uri() if target.run_dir is not None else target.source
+        if given in (target.label, target.source, target.argument) or given.rstrip("/") == location.rstrip("/"):
             return target.label
     raise ConfigError(f"--baseline {given} is not one of the targets; they are {', '.join(t.label for t in targets)}")
 

@@ -115,9 +115,9 @@ def estimate_metrics(
     sums = columns.sum(axis=2)
     values, by_seed = mean_over_seeds(sums), ratios(sums)
     defined = (columns[..., 1] > 0).any(axis=1).sum(axis=1)
-    found = {}
+    estimates = {}
     for i, name in enumerate(names):
         per_seed = by_seed[i, :1] if name in unseeded else by_seed[i]
         low, high = percentile_interval(draws[:, i])
-        found[name] = Estimate(float(values[i]), low, high, int(defined[i]), tuple(map(float, per_seed)))
-    return found
+        estimates[name] = Estimate(float(values[i]), low, high, int(defined[i]), tuple(map(float, per_seed)))
+    return estimates

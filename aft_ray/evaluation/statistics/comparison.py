@@ -160,7 +160,7 @@ def _differences(names: Sequence[str], a: Floats, b: Floats, resamples: int, see
     draws = bootstrap_resamples(np.concatenate([a, b]), resamples, np.random.default_rng(seed))
     drawn = draws[:, len(names) :] - draws[:, : len(names)]
     values = mean_over_seeds(b.sum(axis=2)) - mean_over_seeds(a.sum(axis=2))
-    found = {}
+    differences = {}
     for i, name in enumerate(names):
         both = (a[i, ..., 1] > 0).any(axis=0) & (b[i, ..., 1] > 0).any(axis=0)
         if name == "greedy":
@@ -168,8 +168,8 @@ def _differences(names: Sequence[str], a: Floats, b: Floats, resamples: int, see
             p = mcnemar_test(int((right & ~other_right).sum()), int((other_right & ~right).sum()))
         else:
             p = permutation_test(a[i], b[i], np.random.default_rng([seed, i]))
-        found[name] = Difference(float(values[i]), *percentile_interval(drawn[:, i]), p, int(both.sum()))
-    return found
+        differences[name] = Difference(float(values[i]), *percentile_interval(drawn[:, i]), p, int(both.sum()))
+    return differences
 
 
 def mcnemar_test(only_one: int, only_other: int) -> float:

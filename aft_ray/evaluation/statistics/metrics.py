@@ -163,14 +163,14 @@ def metric_columns(
         names += [rule.format(n=k) for rule in RULES if scored or rule not in RULES_BY_SCORE]
         names += ["assessment", "perplexity"] if scored else []
     columns = np.zeros((len(names), max(1, len(seeds)), len(answered), 2))
-    place = {name: i for i, name in enumerate(names)}
+    row_of = {name: i for i, name in enumerate(names)}
     for q, question in enumerate(answered):
         if question.greedy is not None:
-            columns[place["greedy"], 0, q] = question.greedy.right, 1
+            columns[row_of["greedy"], 0, q] = question.greedy.right, 1
         for s, seed in enumerate(seeds):
             if samples := question.samples_of_seed(seed):
                 for name, value in _question_metrics(samples, k, canonical, scored).items():
-                    columns[place[name], s, q] = value
+                    columns[row_of[name], s, q] = value
     return names, columns
 
 

@@ -105,5 +105,5 @@ def _selects_right_answer(samples: SampleArrays, subsets: Ints, weights: Sequenc
         reached = np.where(leading, key, -np.inf)
         leading &= reached == reached.max(axis=1, keepdims=True)
     right = (votes & samples.right[subsets][:, :, None]).any(axis=1)
-    outcome: Bools = (leading & right).any(axis=1)
-    return outcome
+    selected_right: Bools = (leading & right).any(axis=1)
+    return selected_right
