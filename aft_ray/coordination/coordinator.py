@@ -125,6 +125,7 @@ class Coordinator:
             lambda: any(len(placements) == placement.workers for placement in placements.values()),
             timeout_s,
             f"the train workers to release their GPUs before round {round_number}",
+            "training.timeout_s",
         )
         return list(placements.values())
 
@@ -154,8 +155,15 @@ class Coordinator:
             change()
             self._changed.notify_all()
 
-    async def _wait(self, condition: Callable[[], bool], timeout_s: float, awaited: str) -> float:
-        """Waits for a condition and returns the seconds waited. `awaited` names it in the error."""
+    async def _wait(
+        self, condition: Callable[[], bool], timeout_s: float, awaited: str, timeout_key: str = "rounds.timeout_s"
+    ) -> float:
+        """Waits for a condition and returns the seconds waited.
+
+        Args:
+            awaited: what the error says was waited for.
+            timeout_key: the config key of the deadline, for the error.
+        """
         now = asyncio.get_running_loop().time
         started = now()
         async with self._changed:
@@ -164,9 +172,7 @@ class Coordinator:
                     self._changed.wait_for(lambda: self._failure is not None or condition()), timeout_s
                 )
             except TimeoutError:
-                raise PeerFailed(
-                    f"waited {timeout_s:.0f} s for {awaited}; rounds.timeout_s sets this deadline"
-                ) from None
+                raise PeerFailed(f"waited {timeout_s:.0f} s for {awaited}; {timeout_key} sets this deadline") from None
         await self.check()
         return now() - started
 
