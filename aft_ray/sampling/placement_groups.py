@@ -86,9 +86,9 @@ def wait_for_placement_group(tensor_parallel_size: int, timeout_s: float) -> Non
     counts = Counter(table["bundles_to_node_id"].values())
     if not stages_are_whole(counts.values(), tensor_parallel_size):
         raise SamplersFailed(
-            f"an engine's processes lie on nodes as {', '.join(map(str, sorted(counts.values())))}: the "
-            f"{tensor_parallel_size} of a stage (sampling.tensor_parallel_size) must share a node. Free whole nodes "
-            f"for it, or choose a size that divides a node's GPUs"
+            f"an engine has {', '.join(map(str, sorted(counts.values())))} processes on its nodes, and the "
+            f"{tensor_parallel_size} processes of a stage (sampling.tensor_parallel_size) must share a node; free "
+            f"whole nodes for it, or choose a size that divides a node's GPUs"
         )
 
 

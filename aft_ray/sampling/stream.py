@@ -73,7 +73,7 @@ def sample_round(
         groups: groups of one round without candidates, at least one.
     """
     round_number = groups[0].round
-    sampled = _sampled(config, pool, manifest, groups, sampling_spec(config.sampling), f"round {round_number}")
+    sampled = _sampled_groups(config, pool, manifest, groups, sampling_spec(config.sampling), f"round {round_number}")
     written = sampled.map_batches(
         _label_and_write,
         batch_size=config.sampling.groups_per_file,
@@ -100,7 +100,7 @@ def sample_all(
     Raises:
         SamplersFailed: the pipeline broke off.
     """
-    sampled = _sampled(config, pool, manifest, groups, spec, purpose)
+    sampled = _sampled_groups(config, pool, manifest, groups, spec, purpose)
     tasks = build_tasks(config)
     try:
         for batch in sampled.iter_batches(batch_size=None, batch_format="pyarrow"):
@@ -115,7 +115,7 @@ def data_flow(sampling: SamplingConfig, samplers: int) -> tuple[int, int]:
     return sampling.batch_size, sampling.in_flight * samplers
 
 
-def _sampled(
+def _sampled_groups(
     config: RunConfig,
     pool: SamplerPool,
     manifest: VersionManifest | None,
@@ -123,6 +123,7 @@ def _sampled(
     spec: SamplingSpec,
     purpose: str,
 ) -> ray.data.Dataset:
+    """The groups after the sampling stage: with candidates, or with the reason why their question failed."""
     _silence_ray_data()
     size, in_flight = data_flow(config.sampling, len(pool.actors))
     batches = [groups_to_table(groups[start : start + size]) for start in range(0, len(groups), size)]
@@ -144,6 +145,7 @@ def _sampled(
 def _label_and_write(
     batch: pa.Table, config: RunConfig, run_dir: RunDir, round_number: int, judge: RemoteJudge | None
 ) -> pa.Table:
+    """Labels, rewards and writes a batch of sampled groups; returns one row, a WrittenGroups as JSON."""
     answered, failed = [], []
     for group, reason, attempts in zip(*split_failed(batch), strict=True):
         if reason is None:
@@ -159,6 +161,7 @@ def _label_and_write(
 
 
 def _from_row(row: dict[str, Any]) -> WrittenGroups:
+    """The WrittenGroups of a row that `_label_and_write` returned."""
     fields = json.loads(row["written"])
     file = fields["file"]
     return WrittenGroups(
