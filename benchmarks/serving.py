@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import aiohttp
 import numpy as np
 import typer
-from served import Service, service_of
+from local_service import Service, service_of
 
 from aft_ray.config.serve import STRATEGIES
 from aft_ray.inference.request_parameters import SamplingSpec

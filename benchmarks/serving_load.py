@@ -24,7 +24,7 @@ import aiohttp
 import numpy as np
 import psutil
 import typer
-from served import service_of
+from local_service import service_of
 
 from aft_ray.observe.reporter import Reporter
 
