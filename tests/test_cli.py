@@ -106,6 +106,11 @@ def test_what_is_no_run_directory_is_refused(tmp_path):
     assert "--config must name the task" in command("evaluate", tmp_path, status=2)
 
 
+def test_a_damaged_config_of_a_run_is_one_sentence(tmp_path):
+    (tmp_path / "config.yaml").write_text("run_dir: {x}/run")
+    assert f"{tmp_path}/config.yaml is not valid YAML" in command("status", tmp_path, status=2)
+
+
 def test_a_run_goes_on_only_with_the_config_it_was_started_with(file, begun):
     said = command("train", file, "rounds.count=2", "sampling.k=5", "seed=3", status=2)
     assert "started with another config (seed: 0 -> 3; sampling.k: 3 -> 5)" in said

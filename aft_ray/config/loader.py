@@ -30,12 +30,17 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         text = Path(path).read_text()
     except OSError as error:
         raise ConfigError(f"cannot read the config file {path}: {error.strerror}") from error
+    return parse_yaml(text, str(path))
+
+
+def parse_yaml(text: str | bytes, source: str) -> dict[str, Any]:
+    """The nested dicts of a YAML text. Raises ConfigError, which names the source of the text."""
     try:
         tree = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path} must be a mapping of keys to values, not a {type(tree).__name__}")
+        raise ConfigError(f"{source} must be a mapping of keys to values, not a {type(tree).__name__}")
     return tree
 
 

@@ -50,7 +50,7 @@ class FileStore:
     def __init__(self, uri: str | os.PathLike[str], filesystem: Any = None) -> None:
         self._uri, mark, query = os.fspath(uri).partition("?") if "://" in os.fspath(uri) else (os.fspath(uri), "", "")
         self._uri, self._query = self._uri.rstrip("/") or "/", mark + query
-        self._given = filesystem
+        self._given_filesystem = filesystem
         # For each file that `append_line` writes to an object store: the number and the contents of its last part.
         self._parts: dict[str, tuple[int, bytes]] = {}
         if filesystem is not None:
@@ -66,7 +66,7 @@ class FileStore:
                 raise RunDirError(f"cannot use the run directory {uri}: {_first_line(error)}") from error
 
     def __reduce__(self) -> tuple[type[FileStore], tuple[str, Any]]:
-        return type(self), (self.uri(), self._given)
+        return type(self), (self.uri(), self._given_filesystem)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.uri()!r})"

@@ -18,7 +18,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from aft_ray.storage.files import FileStore
 
@@ -36,18 +36,22 @@ class LeaseTaken(Exception):
 class HeldLock:
     """The lock of a run directory while this process holds it.
 
-    on_lost: is called with a sentence, in another thread, when the lease is lost. A lock of the operating system is
-    never lost.
+    Attributes:
+        on_lost: is called with a sentence, in another thread, when the lease is lost. A lock of the operating system
+            is never lost.
     """
 
-    on_lost: Callable[[str], None] | None = field(default=None)
+    on_lost: Callable[[str], None] | None = None
 
 
 @contextmanager
 def renewed_lease(store: FileStore, say: Callable[[str], None] | None = None) -> Iterator[HeldLock]:
     """Takes the lease of a run directory and renews it in a thread until the context is closed.
 
-    A lease that a dead driver may have left is watched first, which `say` is told.
+    A lease that is found is watched first, because a driver that died may have left it.
+
+    Args:
+        say: Is called with a sentence before a lease is watched.
 
     Raises:
         LeaseTaken: Another driver holds the lease.
@@ -108,7 +112,7 @@ def _check_held(store: FileStore, token: str) -> None:
 
 
 def _renew(store: FileStore, token: str, held: HeldLock, closed: threading.Event) -> None:
-    """Renews the lease until it is closed or lost."""
+    """Renews the lease until `closed` is set or the lease is lost."""
     renewal, last = 0, time.monotonic()
     while not closed.wait(RENEWAL_S):
         renewal += 1

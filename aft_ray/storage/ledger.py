@@ -47,7 +47,9 @@ class SampledRound:
 class CheckpointRecord:
     """A durable training state, `step` optimiser steps into `round`.
 
-    checkpoint: its directory, relative to the run directory. complete: whether the training of the round is done.
+    Attributes:
+        checkpoint: its directory, relative to the run directory.
+        complete: whether the training of the round is done.
     """
 
     round: int

@@ -50,7 +50,7 @@ class RunDir(DirectoryStore):
         return f"{EVALUATIONS}/{name}.json"
 
     def staging(self) -> str | None:
-        """A directory for files that are moved into the run directory when they are finished.
+        """Where files are written that are moved into the run directory when they are finished.
 
         Returns:
             A directory on the same disk where the run directory is mounted, else None: any temporary directory will do.

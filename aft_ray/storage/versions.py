@@ -8,9 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import yaml
-
-from aft_ray.config.loader import parse_section
+from aft_ray.config.loader import parse_section, parse_yaml
 from aft_ray.config.run import ConfigError, RunConfig
 from aft_ray.storage.ledger import Ledger
 from aft_ray.storage.run_dir import CONFIG, RunDir, local_model
@@ -20,7 +18,8 @@ from aft_ray.storage.run_dir import CONFIG, RunDir, local_model
 class PublishedVersion:
     """A policy version and its model.
 
-    model: a local directory, a hub name, or a URI in a run directory on an object store.
+    Attributes:
+        model: a local directory, a hub name, or a URI in a run directory on an object store.
     """
 
     version: int
@@ -37,10 +36,15 @@ def find_run(argument: str) -> tuple[RunDir, int | None] | None:
 
 
 def read_config(run_dir: RunDir, overrides: Sequence[str] = ()) -> RunConfig:
-    """The resolved config of a run with `key.sub=value` overrides. Raises ConfigError when it is no run directory."""
+    """The resolved config of a run with `key.sub=value` overrides.
+
+    Raises:
+        ConfigError: There is no config in the directory, or it is damaged, or an override is wrong.
+    """
     if not run_dir.exists(CONFIG):
         raise ConfigError(f"{run_dir.uri()} is not a run directory: it has no {CONFIG}")
-    return parse_section(RunConfig, yaml.safe_load(run_dir.read_bytes(CONFIG)), overrides)
+    tree = parse_yaml(run_dir.read_bytes(CONFIG), run_dir.uri(CONFIG))
+    return parse_section(RunConfig, tree, overrides)
 
 
 def find_version(

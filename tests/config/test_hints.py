@@ -5,6 +5,7 @@ import pytest
 from aft_ray.config.keys import value_keys
 from aft_ray.config.run import ConfigError, RunConfig, parse_config
 from aft_ray.config.serve import ServeConfig, parse_serve_config
+from aft_ray.planning.plan.assumptions import parse_assumptions
 
 RUN = {"run_dir": "runs/x", "model": {"name": "some/model"}}
 TASKS = {"tasks": {"gsm8k": {}, "Sums": {"task": "arithmetic"}}}
@@ -86,6 +87,16 @@ def message(parse, tree: dict, key: str) -> str:
         ("evaluation.n", "evaluation.k"),
         ("weights.backend.transport", "weights.transport"),
         ("cluster.ray_address", "cluster.address"),
+        ("cluster.autoscaling", "cluster.grows"),
+        ("data.train_batch_size", "training.groups_per_step"),
+        ("data.prompt_key", "data.custom.question"),
+        ("data.custom.answer", "data.custom.reference or data.custom.gold"),
+        ("actor_rollout_ref.actor.ppo_mini_batch_size", "training.groups_per_step"),
+        ("actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu", "training.tokens_per_microbatch"),
+        ("trainer.total_epochs", "rounds.count"),
+        ("trainer.default_local_dir", "run_dir"),
+        ("weights.type", "weights.transport"),
+        ("weights.backend", "weights.transport"),
     ],
 )
 def test_a_wrong_key_of_a_run_is_answered_with_the_keys_that_fit(key, meant):
@@ -132,6 +143,12 @@ def test_a_wrong_key_of_a_service_is_answered_with_the_keys_that_fit(key, meant)
 @pytest.mark.parametrize("key", ["wandb.project", "sampling.top_k", "training.optimizer", "nodes", "zzzz", "port"])
 def test_a_key_without_a_counterpart_gets_no_misleading_answer(key):
     assert message(parse_config, RUN, key) == f"unknown key {key}; `aft-ray keys` lists the known ones"
+
+
+def test_a_service_and_the_assumptions_of_a_plan_name_their_own_lists_of_keys():
+    assert message(parse_serve_config, {"model": "m"}, "zzzz").endswith("; `aft-ray keys --serve` lists the known ones")
+    with pytest.raises(ConfigError, match="unknown key zzzz; the end of every plan lists the known ones"):
+        parse_assumptions(["zzzz=1"])
 
 
 @pytest.mark.parametrize(
