@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from aft_ray.operations.findings import CLUSTER, AllReduceFacts, ClusterFacts, Finding, NodeFacts
+from aft_ray.operations.findings import CLUSTER, AllReduceFacts, ClusterFacts, Finding, Level, NodeFacts
 
 GIB = 1 << 30
 # Limits of the clock difference in seconds. Above the first, log lines of a run are out of order. S3 refuses requests
@@ -81,8 +81,8 @@ def gpus(facts: ClusterFacts) -> Iterator[Finding]:
 
 
 def _gpus_of(node: NodeFacts) -> Iterator[Finding]:
-    def finding(level: str, message: str, cure: str) -> Finding:
-        return Finding("gpus", node.name, "fail" if level == "fail" else "warn", message, cure)
+    def finding(level: Level, message: str, cure: str) -> Finding:
+        return Finding("gpus", node.name, level, message, cure)
 
     seen, announced = len(node.gpus), node.gpus_announced
     if announced > seen:
@@ -128,8 +128,8 @@ def clocks(facts: ClusterFacts) -> Iterator[Finding]:
         if certain < CLOCK_WARN_S:
             yield Finding("clock", node.name, "ok", message)
             continue
-        level = "fail" if certain >= CLOCK_FAIL_S else "warn"
-        yield Finding("clock", node.name, level, message, "Run a time service such as chrony on that node.")  # type: ignore[arg-type]
+        level: Level = "fail" if certain >= CLOCK_FAIL_S else "warn"
+        yield Finding("clock", node.name, level, message, "Run a time service such as chrony on that node.")
 
 
 def storage(facts: ClusterFacts) -> Iterator[Finding]:
@@ -227,9 +227,9 @@ def open_files(facts: ClusterFacts) -> Iterator[Finding]:
         if node.open_files >= FILES_WARN:
             yield Finding("open files", node.name, "ok", str(node.open_files))
             continue
-        level = "fail" if node.open_files < FILES_FAIL else "warn"
+        level: Level = "fail" if node.open_files < FILES_FAIL else "warn"
         cure = "Run `ulimit -n 65536` before `ray start`, or raise the limit of the container."
-        yield Finding("open files", node.name, level, f"at most {node.open_files} per process", cure)  # type: ignore[arg-type]
+        yield Finding("open files", node.name, level, f"at most {node.open_files} per process", cure)
 
 
 def ports(facts: ClusterFacts) -> Iterator[Finding]:

@@ -179,7 +179,11 @@ def _query_nodes(
 
 @dataclass(frozen=True, slots=True)
 class NoReply:
-    """A call to a node failed. gone: the node or the process died or did not answer in time."""
+    """The failure of a call to a node.
+
+    Attributes:
+        gone: whether the node or its process died or did not answer in time.
+    """
 
     reason: str
     gone: bool

@@ -32,7 +32,11 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """A GPU according to nvidia-smi. ecc: uncorrected memory errors since the driver started; None: not counted."""
+    """A GPU according to nvidia-smi.
+
+    Attributes:
+        ecc: uncorrected memory errors since the driver started; None: not counted.
+    """
 
     name: str
     driver: str

@@ -206,18 +206,18 @@ def _open(storage: str) -> tuple[Any, str]:
         if not isinstance(filesystem, fs.LocalFileSystem):
             return filesystem, root
         storage = root
-    return fs.LocalFileSystem(), str(_existing(storage))
+    return fs.LocalFileSystem(), str(_nearest_existing(storage))
 
 
-def _existing(path: str) -> Path:
-    place = Path(path).expanduser().absolute()
-    while not place.is_dir():
-        place = place.parent
-    return place
+def _nearest_existing(path: str) -> Path:
+    directory = Path(path).expanduser().absolute()
+    while not directory.is_dir():
+        directory = directory.parent
+    return directory
 
 
 def _free(path: str) -> int:
-    status = os.statvfs(_existing(path))
+    status = os.statvfs(_nearest_existing(path))
     return status.f_bavail * status.f_frsize
 
 

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from aft_ray.operations.findings import ClusterFacts, Finding
 
-_WORST = {"ok": 0, "warn": 1, "fail": 2}
+_SEVERITY = {"ok": 0, "warn": 1, "fail": 2}
 _STYLE = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
 
@@ -30,7 +30,7 @@ def table(findings: Sequence[Finding]) -> Table:
         cells = []
         for check in checks:
             levels = [finding.level for finding in findings if (finding.check, finding.node) == (check, node)]
-            worst = max(levels, key=_WORST.__getitem__, default=None)
+            worst = max(levels, key=_SEVERITY.__getitem__, default=None)
             cells.append(f"[{_STYLE[worst]}]{worst}[/]" if worst else "")
         result.add_row(node, *cells)
     return result
@@ -38,7 +38,7 @@ def table(findings: Sequence[Finding]) -> Table:
 
 def lines(findings: Sequence[Finding]) -> list[str]:
     """A line for every failure, then for every warning, with its cure."""
-    faults = sorted((f for f in findings if f.level != "ok"), key=lambda finding: -_WORST[finding.level])
+    faults = sorted((f for f in findings if f.level != "ok"), key=lambda finding: -_SEVERITY[finding.level])
     return [f"{f.level}: {f.check}, {f.node}: {f.message}. {f.cure}" for f in faults]
 
 

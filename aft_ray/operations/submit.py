@@ -164,18 +164,18 @@ def _overrides_for_cluster(config: RunConfig, directory: Path, local: bool) -> l
                 "path on storage that every node can access, such as run_dir=/shared/runs/x or run_dir=s3://bucket/x"
             )
         more.append(f"run_dir={Path(config.run_dir).absolute()}")
-    name = config.model.name
-    if name.startswith((".", "~")) or (name.count("/") != 1 and not name.startswith("/") and Path(name).is_dir()):
+    model = config.model.name
+    if model.startswith((".", "~")) or (model.count("/") != 1 and not model.startswith("/") and Path(model).is_dir()):
         raise ConfigError(
-            f"model.name={name} is a path on this machine only; put the model on storage that every node can access "
+            f"model.name={model} is a path on this machine only; put the model on storage that every node can access "
             "and give its absolute path, or give a hub name"
         )
-    for key, task in ((config.task_key(name), entry) for name, entry in config.task_configs.items()):
+    for name, task in config.task_configs.items():
         path = task.path
         if path is not None and not Path(path).is_absolute() and not _is_uploaded(directory, path):
             raise ConfigError(
-                f"{key}.path={path} is relative and is not part of what is uploaded; give an absolute path on storage "
-                "that every node can access"
+                f"{config.task_key(name)}.path={path} is relative and is not part of what is uploaded; give an "
+                "absolute path on storage that every node can access"
             )
     return more
 
@@ -205,8 +205,8 @@ def _check_size(directory: Path) -> None:
 def _environment(forwarded: Sequence[str]) -> dict[str, str]:
     """The variables as a dict. Secrets are refused, because everybody with access to the dashboard can read them."""
     environment = {}
-    for one in forwarded:
-        name, equals, value = one.partition("=")
+    for variable in forwarded:
+        name, equals, value = variable.partition("=")
         if _SECRET.search(name):
             raise ConfigError(
                 f"{name} looks like a secret, and everybody with access to the dashboard can read the environment of a "
