@@ -56,12 +56,12 @@ def train(
         from aft_ray.cluster.connect import placement_table
         from aft_ray.cluster.reservations import training_reservations
 
-        print_plan(parsed, placement_table(parsed.cluster, training_reservations(parsed)))
+        print_dry_run(parsed, placement_table(parsed.cluster, training_reservations(parsed)))
         return
     train_run(parsed)
 
 
-def print_plan(config: Section, placement: list[str]) -> None:
+def print_dry_run(config: Section, placement: list[str]) -> None:
     print(dump_config(config), end="")
     print("\n".join(["", "# placement", *(f"# {line}".rstrip() for line in placement)]))
 
@@ -118,10 +118,10 @@ def plan_run(
 
         aft-ray plan jobs/configs/llama2_70b_gsm8k.yaml --nodes 8 --node h100-80gb --price-per-gpu-hour 2.5
     """
-    from aft_ray.planning.plan.command import plan_run as print_plan_of
+    from aft_ray.planning.plan.command import plan_run as print_run_plan
 
     console = Console() if sys.stdout.isatty() else Console(width=160)
-    print_plan_of(load_config(config, overrides or []), nodes, node, assume or [], price_per_gpu_hour, output, console)
+    print_run_plan(load_config(config, overrides or []), nodes, node, assume or [], price_per_gpu_hour, output, console)
 
 
 @app.command()
@@ -216,7 +216,7 @@ def serve(
     if dry_run:
         from aft_ray.cluster.reservations import serving_reservations
 
-        print_plan(parsed, serving_reservations(parsed).lines())
+        print_dry_run(parsed, serving_reservations(parsed).lines())
         return
     from aft_ray.observe.logs import driver_log_path
     from aft_ray.serving.command import serve as serve_until_stopped
