@@ -3,7 +3,7 @@
 Each class is the L_A of the total loss L = L_VFT + w * L_A. Equation numbers are those of the paper. One implementation
 serves binary and graded rewards: i ≻ j means r_i > r_j, and with binary rewards i is right and j is wrong. s_i is the
 score of candidate i, nats per token. D(x) is x with its gradient stopped. Every loss takes scores, rewards and mask of
-shape [groups, k], returns one value a group, and is zero for a group without a pair (all rewards equal).
+shape [groups, k], returns one value per group, and is zero for a group without a pair (all rewards equal).
 """
 
 from __future__ import annotations

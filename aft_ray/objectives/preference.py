@@ -3,8 +3,8 @@
 The reference policy is the one that sampled the candidates. The sampler returned its log-probabilities with them, so
 training holds no second model. Each class is the L_A of L = L_VFT + w * L_A. s_i is the score of candidate i and
 s_ref_i its score under the sampler (nats per token); Δ_i is the log-probability of the whole response minus the
-sampler's (nats); i ≻ j means r_i > r_j. Every loss takes [groups, k] tensors, returns one value a group, is zero for a
-group without two different rewards, and raises ValueError without the sampler's scores (or lengths, where it needs Δ).
+sampler's (nats); i ≻ j means r_i > r_j. Every loss takes [groups, k] tensors, returns one value per group, is zero for
+a group without two different rewards, and raises ValueError without the sampler's scores (or lengths, for Δ).
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Each class is the L_A of L = L_VFT + w * L_A, for binary and graded rewards. Equation numbers are those of arXiv
 2309.02144. s_i is the score of candidate i (nats per token), r_i its reward, i ≻ j means r_i > r_j, and D(x) is x with
-its gradient stopped. Every loss takes [groups, k] tensors, returns one value a group, and is zero for a group without a
-pair. A `_detached` loss differs in one place: it does not lower the worse candidate of a pair.
+its gradient stopped. Every loss takes [groups, k] tensors, returns one value per group, and is zero for a group without
+a pair. A `_detached` loss differs in one place: it does not lower the worse candidate of a pair.
 """
 
 from __future__ import annotations
