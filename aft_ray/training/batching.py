@@ -68,7 +68,7 @@ class StepPlan:
 
 
 def training_mask(group: Group) -> list[bool]:
-    """Which candidates may be trained on, one entry a candidate.
+    """Which candidates may be trained on, one entry per candidate.
 
     Left out are candidates with an undecided verdict, without tokens, or with the tokens of an earlier candidate: a
     response that was sampled twice must not count double.

@@ -155,7 +155,7 @@ def checkpoint_world_size(directory: str | Path) -> int | None:
 
 
 def convert_to_universal(directory: str | Path, output: str | Path, timeout_s: float) -> None:
-    """Writes a checkpoint in DeepSpeed's universal format, one file a parameter, which any number of ranks can load.
+    """Writes a checkpoint in DeepSpeed's universal format, one file per parameter, which any number of ranks can load.
 
     The conversion runs in a child process, so that its memory is freed.
 

@@ -1,7 +1,7 @@
 """The schedule of a round: its objective, its passes, and where its steps lie on the learning rate's curve.
 
 Round 0 (VFT) has a curve of its own. All later rounds share one curve, so the learning rate falls over the whole run
-and not once a round.
+and not in each round.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ def plain_adapters(work):
 
 
 def train_plainly(model):
-    """Trains with plain torch and one batch a step. Returns losses, gradient norms and the trained weights.
+    """Trains with plain torch and one batch per step. Returns losses, gradient norms and the trained weights.
 
     A weight is NaN where a clipped gradient was below Adam's epsilon of 1e-8, but not zero. There Adam divides a
     rounding error by its own size, so that the step differs from one processor to another.
