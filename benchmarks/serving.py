@@ -77,7 +77,8 @@ class Options:
 class Bench:
     """Clients of one service. A question is sampled with the seed of its position, by each of the three sides.
 
-    engine: the streaming handle of the policy servers, made once, as in the reasoner.
+    Attributes:
+        engine: the streaming handle of the policy servers, which is created once, as in the reasoner.
     """
 
     url: str

@@ -11,7 +11,6 @@ def command(*arguments, status=0, timeout=120):
         capture_output=True,
         text=True,
         timeout=timeout,
-        env=None,
     )
     assert done.returncode == status, done.stdout + done.stderr
     if status == 0:

@@ -123,8 +123,9 @@ def stream_of(answer: dict[str, Any], candidates: Sequence[dict[str, Any]] = CAN
 class Reply:
     """A response: a status with a body, or the pieces of a stream, sent one by one every `pause_s` seconds.
 
-    hold: the stream stays open after its pieces until the browser closes the connection. broken: the connection is
-    closed before the end of the stream.
+    Attributes:
+        hold: whether the stream stays open after its pieces until the browser closes the connection.
+        broken: whether the connection is closed before the end of the stream.
     """
 
     status: int = 200

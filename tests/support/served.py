@@ -65,7 +65,9 @@ def train(directory: Path) -> Path:
 class Reasoner:
     """The running service.
 
-    session: Ray's session directory with its logs. problems: questions that the model was not trained on.
+    Attributes:
+        session: Ray's session directory with its logs.
+        problems: questions that the model was not trained on.
     """
 
     url: str
