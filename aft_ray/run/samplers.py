@@ -83,7 +83,7 @@ class RunSamplers:
             processes = self._config.sampling.processes_per_sampler
             broadcast = broadcast_version(self._coordinator, self.pool, manifest, processes)
             for sentence in broadcast.missed:
-                self._reporter.say(f"version {manifest.version} did not reach every engine by stream: {sentence}")
+                self._reporter.say(f"version {manifest.version} did not reach every engine by broadcast: {sentence}")
             reports += broadcast.loaded
         # Samplers that the broadcast reached report that they hold the version already.
         reports += self.pool.load(manifest)
