@@ -69,7 +69,7 @@ def run(config: RunConfig, reporter: Reporter) -> bool:
     run_dir = RunDir(config.run_dir)
     with run_dir.lock(reporter.say) as lock:
         if changed := adopt_config(config, run_dir):
-            reporter.say(f"goes on with {'; '.join(changed)}: the same steps, up to rounding")
+            reporter.say(f"continues with {'; '.join(changed)}, which changes its steps by rounding only")
         ledger = Ledger(run_dir)
         last = config.rounds.count
         if ledger.first_untrained_round(bool(config.vft.epochs)) > last and not evaluation_due(config, run_dir, last):

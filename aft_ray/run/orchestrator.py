@@ -63,7 +63,7 @@ class Orchestrator:
     version_on_disk: Callable[[int], VersionManifest]
 
     def run(self, first_round: int) -> None:
-        """Runs every round from `first_round` to the last, and evaluates the versions that come after them.
+        """Runs every round from `first_round` to the last, and evaluates the versions that they publish.
 
         Raises:
             PeerFailed: training has failed, or did not publish a version in time.

@@ -1,6 +1,6 @@
 """What a run that is started again takes over from its run directory: its config and its published versions.
 
-Invariant: a run goes on only with a config that leads to the same steps, up to rounding.
+Invariant: a run is resumed only with a config that leads to the same steps, up to rounding.
 """
 
 from __future__ import annotations

@@ -29,6 +29,6 @@ def order_of_rounds(first: int, last: int, max_staleness: int) -> Iterator[Sampl
     """The steps of the orchestrator, from round `first` to the version that round `last` publishes."""
     for number in range(first, last + 1):
         yield SampleRound(number, max(0, number - 1 - max_staleness))
-    # Versions that are still in training are evaluated when they come. The last wait ends the run.
+    # Versions that are still in training are evaluated when they are published. The last wait ends the run.
     for version in range(max(0, last - max_staleness), last + 1):
         yield AwaitVersion(version)
