@@ -72,7 +72,7 @@ class RoundSampling:
             waited_s: seconds that the samplers waited for the version; they are reported with the round.
 
         Raises:
-            RunFailed: sampling broke off, or more questions failed than `sampling.max_failed` allows.
+            RunFailed: sampling failed, or more questions failed than `sampling.max_failed` allows.
         """
         wanted = questions_of_round(self.config, self.questions, round_number)
         self._open(round_number)

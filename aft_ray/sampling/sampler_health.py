@@ -164,7 +164,7 @@ class SamplerHealth:
 def reason_of(error: BaseException) -> str:
     """Why a call to a sampler failed, as a short phrase."""
     if isinstance(error, ActorDiedError):
-        return f"it is gone for good: {traceback_message(str(error))}"
+        return f"Ray does not restart it any more: {traceback_message(str(error))}"
     if isinstance(error, RayActorError):
         return "its process or node ended"
     cause = getattr(error, "cause", None) or error

@@ -33,7 +33,8 @@ from aft_ray.sampling.sampler_health import HealthChange, SamplersFailed, reason
 from aft_ray.sampling.version_loading import load_version
 from aft_ray.weights.version_manifest import VersionManifest
 
-# How often Ray restarts a sampler whose process or node ended. A question that kills its engine has failed long before.
+# How often Ray restarts a sampler whose process or node ended. It is far more than `sampling.attempts`, after which a
+# question that kills its engine has failed.
 MAX_RESTARTS = 100
 # Seconds within which a sampler must return its status to be among `statuses`.
 _STATUS_TIMEOUT_S = 5.0

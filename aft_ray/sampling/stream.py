@@ -1,8 +1,8 @@
-"""The Ray Data pipeline of a round: groups without candidates go in, files of labelled groups come out one by one.
+"""The Ray Data pipeline of a round: its input is groups without candidates, its output files of labelled groups.
 
     read → sample (`sample_stage.py`, asynchronous, through the long-lived samplers) → label and reward → write
 
-Invariant: every group that goes in comes out once, with candidates or with the reason why its question failed.
+Invariant: every group leaves the pipeline once, with candidates or with the reason why its question failed.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def sample_all(
     Yields each group, labelled, and None; or a group without candidates and why its question failed.
 
     Raises:
-        SamplersFailed: the pipeline broke off.
+        SamplersFailed: the pipeline failed.
     """
     sampled = _sampled_groups(config, pool, manifest, groups, spec, purpose)
     tasks = build_tasks(config)
