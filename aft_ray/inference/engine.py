@@ -89,7 +89,7 @@ class Engine:
         """
 
         def update(llm: Any) -> None:
-            # The KV cache is allocated last: beside it there may be no room for what loading needs.
+            # The KV cache is allocated last, since it may leave no room for what loading needs.
             _wake(llm, "weights")
             receive_weights(llm, calls, enter_phase)
             _wake(llm, "kv_cache")
