@@ -32,7 +32,7 @@ class Layout:
         names: names of the parameters in the Hugging Face checkpoint.
         shapes: the whole shape of each tensor.
         dtype: the dtype of all tensors, for example "bfloat16".
-        threshold: a bucket ends with the tensor that brings it above so many bytes.
+        threshold: bytes; a bucket ends with the tensor that brings it above them.
     """
 
     names: tuple[str, ...]

@@ -73,7 +73,7 @@ class Sender(ProcessGroup, Protocol):
         ...
 
     def destroy(self) -> None:
-        """Ends the group and closes its store, so that nobody waits for this rank."""
+        """Ends the group and closes its store, so that no engine waits for this rank."""
         ...
 
 
