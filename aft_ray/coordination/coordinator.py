@@ -66,7 +66,7 @@ class Coordinator:
         """Offers a version to the samplers. Only the newest manifest is kept, so that Ray frees older objects.
 
         An offer to broadcast stands until the next manifest is published. Train workers that have started again publish
-        their last version from disk, which ends an offer of their predecessors, since nobody could send those weights.
+        their last version from disk, which ends an offer of their predecessors, whose store has closed.
         """
 
         def change() -> None:
