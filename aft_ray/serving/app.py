@@ -22,7 +22,7 @@ from aft_ray.storage.run_dir import RunDir, local_model
 from aft_ray.tasks.dataset import load_tokenizer
 from aft_ray.tasks.rendering import end_of_sequence
 
-# Requests that a replica takes beside the questions: health checks, pages, and questions that are rejected at once.
+# Requests that a replica takes besides the questions: health checks, pages, and questions that are rejected at once.
 _OTHER_REQUESTS = 64
 
 

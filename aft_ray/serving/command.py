@@ -167,7 +167,7 @@ def running_service(
 
 
 def _failure_reason(status: object) -> str:
-    """Returns the sentence that tells why a deployment did not start, from Serve's message with its stack frames."""
+    """Returns the sentence that says why a deployment did not start, from Serve's message with its stack frames."""
     from aft_ray.cluster.remote_errors import traceback_message
 
     messages = [one.message for one in status.deployments.values() if one.message]  # type: ignore[attr-defined]

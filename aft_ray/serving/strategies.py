@@ -59,7 +59,7 @@ def rank(strategy: Strategy, votes: Sequence[Vote]) -> Ranking:
     by_answer = _by_answer(votes)
     if strategy in ("vote", "weighted_vote"):
         tallies = {key: _tally(strategy, same) for key, same in by_answer.items()}
-        # Candidates without an answer come last, and are not counted together.
+        # Candidates without an answer are ranked last, and are not counted together.
         no_answer: tuple[float, ...] = (-1.0, 0.0, 0.0)
         ordered = sorted(
             votes, key=lambda vote: (tallies.get(vote.key, no_answer), vote.score, -vote.index), reverse=True

@@ -30,7 +30,7 @@ class EngineClient:
         self._client = client
 
     async def generate(self, token_ids: Sequence[int], parameters: Any) -> AsyncIterator[Any]:
-        """vLLM's RequestOutputs of one request, as they come. Closing the iterator ends the request.
+        """vLLM's RequestOutputs of one request, as vLLM yields them. Closing the iterator ends the request.
 
         Raises:
             BadRequest: vLLM refuses the request.
@@ -54,7 +54,7 @@ class EngineClient:
     def update_weights(
         self, calls: Iterator[EngineCall], enter_phase: Callable[[Phase], None], adapter: int
     ) -> asyncio.Future[None]:
-        """Receives new weights, in a thread beside the event loop. The caller must see to it that no request runs."""
+        """Receives new weights, outside the event loop's thread. The caller must ensure that no request runs."""
         if adapter:
             raise ValueError("the service loads whole weights and takes no adapters")
         blocking = _BlockingClient(self._client, asyncio.get_running_loop())

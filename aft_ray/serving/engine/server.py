@@ -213,7 +213,7 @@ class PolicyServer(LLMServer):  # type: ignore[misc]
             return request_parameters(prompt, sampling, min(sampling.max_tokens, room), self._spec.eos_token_id)
 
     async def _follow(self, rollout: Any) -> None:
-        """Loads each new version of the run when the rollout tells this engine to."""
+        """Asks the rollout every `follow_s` seconds for a version to load, and loads it."""
         engine_id = uuid.uuid4().hex
         while True:
             await asyncio.sleep(self._spec.follow_s)
