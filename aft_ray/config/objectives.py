@@ -56,11 +56,11 @@ class ObjectiveConfig(Section):
     """The loss on a group: L = L_VFT + weight * L_A."""
 
     name: str = Field("aft_boundary", description="which objective; see docs/objectives.md")
-    weight: float = Field(1.0, gt=0, description="of L_A beside L_VFT")
+    weight: float = Field(1.0, gt=0, description="weight of L_A beside L_VFT")
     beta: Annotated[float, Field(ge=0)] | Literal["auto"] | None = Field(
         None,
-        description="aft_boundary: how far below the worst right score, nats per token, or auto (none: 0.15); "
-        "dpo, irpo, dpop: strength of the preference (none: 0.1)",
+        description="aft_boundary: how far the boundary for wrong candidates is below the worst right score, nats per "
+        "token, or auto (none: 0.15); dpo, irpo, dpop: strength of the preference (none: 0.1)",
     )
     alpha: float | None = Field(None, ge=0, description="irpo: weight of the better response's likelihood (none: 1)")
     penalty: float | None = Field(None, ge=0, description="dpop: weight of the penalty λ (none: 5)")

@@ -74,7 +74,9 @@ class RoundsConfig(Section):
     """The rounds of AFT after round 0."""
 
     count: Natural = Field(3, description="rounds after round 0")
-    questions_per_round: Positive | None = Field(None, description="none: every training question in every round")
+    questions_per_round: Positive | None = Field(
+        None, description="questions of a round; none: every training question"
+    )
     max_staleness: Natural = Field(1, description="0: sampling and training alternate; 1: they overlap")
     evaluate_every: Natural = Field(1, description="rounds between evaluations on the validation split; 0: never")
     timeout_s: Seconds = Field(86_400, description="deadline of a round's sampling or training, seconds")

@@ -273,7 +273,7 @@ def test_a_file_that_is_no_config_is_refused(tmp_path, text, words):
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_the_configs_that_come_along_load(path):
+def test_the_configs_in_jobs_load(path):
     assert load_config(path).task_configs
 
 

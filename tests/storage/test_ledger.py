@@ -58,7 +58,7 @@ def test_groups_are_read_back_as_they_were_written(run_dir):
         ledger.read_groups(1, ["a", "z"])
 
 
-def test_a_question_is_committed_once_whichever_file_it_comes_in(run_dir):
+def test_a_question_is_committed_once_even_if_two_files_have_it(run_dir):
     ledger = Ledger(run_dir)
     first, second = write_group_file(run_dir, [group("a"), group("b")]), write_group_file(run_dir, [group("b", "y")])
     assert ledger.commit(first)
@@ -98,7 +98,7 @@ def test_failed_questions_are_pending_again_when_they_are_retried(run_dir):
     assert ledger.failed_questions(1) == []
 
 
-def test_a_closed_round_is_open_again_when_it_loses_a_file(run_dir):
+def test_a_sampled_round_is_incomplete_again_when_it_loses_a_file(run_dir):
     ledger = Ledger(run_dir)
     file = write_group_file(run_dir, [group("a")])
     ledger.commit(file)

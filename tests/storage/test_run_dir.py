@@ -72,7 +72,7 @@ def test_lines_are_appended_and_a_torn_one_does_not_spoil_the_next(run_dir):
         assert run_dir.read_bytes(METRICS) == b'{"i": 0}\n{"i"\n{"i": 2}\n'
 
 
-def test_it_crosses_processes(run_dir):
+def test_a_run_directory_can_be_pickled(run_dir):
     run_dir.write_bytes("x", b"1")
     again = pickle.loads(pickle.dumps(run_dir))
     assert again.read_bytes("x") == b"1"
@@ -87,12 +87,12 @@ def test_paths_are_those_of_the_layout(tmp_path):
     assert run_dir.uri("a") == f"{tmp_path}/a"
 
 
-def test_a_uri_nobody_knows_is_one_sentence():
+def test_an_unknown_uri_scheme_is_refused_in_one_sentence():
     with pytest.raises(RunDirError, match="cannot use the run directory nope://x"):
         RunDir("nope://x/y")
 
 
-def test_a_stored_directory_comes_back_whole(run_dir, tmp_path):
+def test_a_stored_directory_is_read_back_whole(run_dir, tmp_path):
     assert not run_dir.is_complete("model")
     assert "never completed" in run_dir.verify_manifest("model")[0]
     with pytest.raises(RunDirError, match="never completed"):

@@ -1,4 +1,4 @@
-"""Simulated runs: what the scheduling code promises holds under any failures, and times are what arithmetic says."""
+"""Simulated runs: the invariants of the scheduling code hold under any failures, and times agree with arithmetic."""
 
 import asyncio
 import math
@@ -127,7 +127,7 @@ def test_with_any_answers_an_overlapped_run_is_no_slower_and_within_its_bound(se
     hours=st.floats(0.005, 1),
     node_hours=st.none() | st.floats(0.02, 1),
 )
-def test_whatever_fails_every_question_is_answered_or_parked_once_by_a_version_young_enough(
+def test_whatever_fails_every_question_is_answered_or_failed_once_by_a_version_that_is_fresh_enough(
     seed, staleness, samplers, batch_size, in_flight, hours, node_hours
 ):
     assumed = SimulationAssumptions(
@@ -135,7 +135,7 @@ def test_whatever_fails_every_question_is_answered_or_parked_once_by_a_version_y
         publish_s=5, load_s=3, train_tokens_per_s=5000,
     )  # fmt: skip
     sampling = {"batch_size": batch_size, "in_flight": in_flight, "max_failed": 1.0}
-    # The simulation raises when a question is lost or comes twice.
+    # The simulation raises when a question is lost or answered twice.
     result = simulate(config(48, samplers, staleness=staleness, sampling=sampling), assumed, seed)
     assert [one.round for one in result.sampled] == list(range(1, len(result.sampled) + 1))
     assert [one.round for one in result.trained] == list(range(1, len(result.trained) + 1))
