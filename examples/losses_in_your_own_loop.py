@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from aft_ray import ScoredGroups, build_objective
+from aft_ray import build_objective
 
 VOCABULARY, WIDTH = 16, 32
 # [groups, k, tokens]: one group of two responses, the right one first.
@@ -35,8 +35,8 @@ class TinyModel(nn.Module):
 
 def scores_of(model: nn.Module, responses: Tensor) -> Tensor:
     """The score of each response: its mean token log-probability, nats per token, [groups, k]."""
-    before = torch.cat([torch.zeros_like(responses[..., :1]), responses[..., :-1]], dim=-1)
-    logprobs = model(before).log_softmax(-1)
+    inputs = torch.cat([torch.zeros_like(responses[..., :1]), responses[..., :-1]], dim=-1)
+    logprobs = model(inputs).log_softmax(-1)
     return logprobs.gather(-1, responses[..., None]).squeeze(-1).mean(-1)
 
 
@@ -47,11 +47,11 @@ def main() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     mask = torch.ones_like(REWARDS, dtype=torch.bool)
     for step in range(31):
-        groups = ScoredGroups(scores_of(model, RESPONSES), REWARDS, mask)
-        reference_loss = -groups.scores[:, 0].mean()
-        loss = reference_loss + objective(groups.scores, groups.rewards, groups.mask)
+        scores = scores_of(model, RESPONSES)
+        reference_loss = -scores[:, 0].mean()
+        loss = reference_loss + objective(scores, REWARDS, mask)
         if step % 10 == 0:
-            right, wrong = groups.scores[0].tolist()
+            right, wrong = scores[0].tolist()
             print(
                 f"step {step:2}: loss {loss:.4f}, score of the right response {right:.3f}, of the wrong one {wrong:.3f}"
             )

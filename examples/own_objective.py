@@ -23,7 +23,7 @@ class Margin(Objective):
         self.margin = margin
 
     def group_sums(self, groups: ScoredGroups) -> Tensor:
-        """[groups] float32."""
+        """The loss of each group, [groups] float32."""
         pairs = groups.ordered_pairs()
         scores = groups.masked_scores()
         hinge = (self.margin - (scores[:, :, None] - scores[:, None, :])).clamp_min(0.0)
