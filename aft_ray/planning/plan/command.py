@@ -40,7 +40,7 @@ def plan_run(
     """
     on_gpus = config.training.gpus_per_worker or config.sampling.gpus_per_sampler
     node_type = load_node(node or ("h100-80gb" if on_gpus else "cpu"))
-    cluster = ClusterShape(node_type, nodes) if nodes else fewest_nodes(config, ClusterShape(node_type, 1))
+    cluster = ClusterShape(node_type, nodes) if nodes else fewest_nodes(config, node_type)
     run_plan = plan(config, cluster, parse_assumptions(assumptions), price_per_gpu_hour)
     console.print(rendered(run_plan))
     if output:

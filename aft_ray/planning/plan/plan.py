@@ -13,7 +13,7 @@ from aft_ray.config.run import ConfigError, RunConfig
 from aft_ray.planning.plan.architecture import architecture_of
 from aft_ray.planning.plan.assumptions import PlanAssumptions
 from aft_ray.planning.plan.engine_memory import EngineMemory
-from aft_ray.planning.plan.hardware import ClusterShape
+from aft_ray.planning.plan.hardware import ClusterShape, NodeType
 from aft_ray.planning.plan.planner import Planner, RoundTime
 from aft_ray.planning.plan.problems import engine_fits, problems, trainer_fits, trainer_problem
 from aft_ray.planning.plan.publish_time import TRANSPORTS, PublishTime
@@ -150,7 +150,7 @@ def plan(
     )
 
 
-def fewest_nodes(config: RunConfig, cluster: ClusterShape) -> ClusterShape:
-    """The cluster with as many nodes as the config's split needs; one node when no number of them is enough."""
-    needed = uniform_nodes.nodes_needed(config, split_of(config), cluster.node.resources)
-    return ClusterShape(cluster.node, needed or 1)
+def fewest_nodes(config: RunConfig, node: NodeType) -> ClusterShape:
+    """The smallest cluster of nodes of this kind that holds the config's split; one node when no number is enough."""
+    needed = uniform_nodes.nodes_needed(config, split_of(config), node.resources)
+    return ClusterShape(node, needed or 1)

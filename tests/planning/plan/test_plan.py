@@ -68,7 +68,7 @@ def test_every_config_for_gpus_fits_the_nodes_that_its_comment_names(path):
     run_plan = plan(config, ClusterShape(load_node(node), int(nodes)))
     assert run_plan.problems == ()
     assert run_plan.gpus <= run_plan.planner.cluster.gpus
-    assert fewest_nodes(config, ClusterShape(load_node(node), 1)).nodes == int(nodes)
+    assert fewest_nodes(config, load_node(node)).nodes == int(nodes)
     assert re.search(rf"needs {nodes} nodes? with 8 \S+ of", path.read_text())
     best, time = run_plan.best
     assert time.round <= run_plan.time.round <= 1.15 * time.round, f"{best} would take {time.round:.0f} s"
