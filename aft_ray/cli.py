@@ -19,6 +19,14 @@ from aft_ray.config.loader import dump_config
 from aft_ray.config.run import ConfigError, RunConfig, load_config
 from aft_ray.config.section import Section
 
+
+def file_to_write(path: Path | None) -> Path | None:
+    """The path of an option that names a file to write. Raises ConfigError when its directory does not exist."""
+    if path is not None and not path.absolute().parent.is_dir():
+        raise ConfigError(f"cannot write {path}: the directory {path.parent} does not exist")
+    return path
+
+
 app = typer.Typer(
     help="Alignment Fine-Tuning of language models into better reasoners, on a Ray cluster.",
     no_args_is_help=True,
@@ -31,7 +39,9 @@ UsageError: Any = typer.BadParameter.__base__
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="`key.sub=value` replaces a value of the file", metavar="[KEY=VALUE]...")
 ]
-
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", help="also write all numbers to this JSON file", callback=file_to_write)
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="only print the resolved config and the placement")]
 
 
@@ -103,7 +113,7 @@ def plan_run(
     price_per_gpu_hour: Annotated[
         float | None, typer.Option(min=0, help="price of a GPU hour, to show the cost")
     ] = None,
-    output: Annotated[Path | None, typer.Option("--json", help="also write all numbers to this JSON file")] = None,
+    output: JsonFile = None,
 ) -> None:
     """Estimate what a run needs before it starts: memory, placement, time and cost, each with its formula.
 
@@ -257,8 +267,10 @@ def simulate(
     seed: Annotated[int, typer.Option(help="seed of the simulated answers and failures")] = 0,
     staleness: Annotated[str | None, typer.Option(help="compare these values of rounds.max_staleness: 0,1,2")] = None,
     compare: Annotated[str | None, typer.Option(help="compare these values of a key: KEY=VALUE,VALUE")] = None,
-    plot: Annotated[Path | None, typer.Option(help="draw the timeline to this PNG, SVG or PDF file")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="also write all numbers to this JSON file")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="draw the timeline to this PNG, SVG or PDF file", callback=file_to_write)
+    ] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Simulate the rounds of a run in virtual time: round times, waiting times, and the cost of failures.
 

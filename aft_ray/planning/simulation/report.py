@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
+from aft_ray.config.section import ConfigError
 from aft_ray.planning.simulation.result import Simulated
 
 
@@ -92,7 +93,11 @@ def figures_of(simulated: Simulated) -> dict[str, Any]:
 
 
 def draw(simulated: Simulated, path: Path) -> None:
-    """Draws the timeline: how many sequences the engines run, and below it the phases of each round."""
+    """Draws the timeline: how many sequences the engines run, and below it the phases of each round.
+
+    Raises:
+        ConfigError: The suffix of the path is no format that matplotlib writes.
+    """
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
@@ -137,7 +142,10 @@ def draw(simulated: Simulated, path: Path) -> None:
         handles=[Patch(color=colour, label=kind) for kind, colour in colours.items()],
         loc="outside lower center", ncols=len(colours), fontsize=8, frameon=False,
     )  # fmt: skip
-    figure.savefig(path, dpi=130)
+    try:
+        figure.savefig(path, dpi=130)
+    except ValueError as error:  # matplotlib does not know the suffix
+        raise ConfigError(f"cannot draw {path}: {error}") from error
 
 
 def _s(seconds: float) -> str:

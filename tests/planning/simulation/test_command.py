@@ -51,6 +51,8 @@ def test_it_compares_staleness_and_any_other_key(capsys, tmp_path):
         (["--assume", "step_mss=3"], "unknown key step_mss; did you mean step_ms?"),
         (["--assume", "step_ms=-1"], "step_ms=-1: input should be greater than 0"),
         (["--compare", "rounds.count"], "is not of the form KEY=VALUE,VALUE"),
+        (["--json", "/no/such/x.json"], "cannot write /no/such/x.json: the directory /no/such does not exist"),
+        (["--plot", "/tmp/x.xyz", "--rounds", "1"], "cannot draw /tmp/x.xyz: Format 'xyz' is not supported"),
         (["--staleness", "0", "--compare", "rounds.count=1"], "ask for one at a time"),
         (["--like", "/no/such/run"], "/no/such/run is not a run directory"),
         (["objective.name=vft", "objective.beta=null"], "nothing to schedule"),
