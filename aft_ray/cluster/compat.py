@@ -68,7 +68,7 @@ def free_resources_by_node() -> dict[str, dict[str, float]]:
 def session_parent() -> Path:
     """The directory below which Ray keeps the logs and spilled objects of its sessions on this machine.
 
-    Ray has no public call for it, and `--temp-dir` may have moved it. Needs a connection to a cluster.
+    Ray has no public call for it, and `--temp-dir` may have moved it. The process must be connected to a cluster.
     """
     from ray._private.worker import global_worker
 
