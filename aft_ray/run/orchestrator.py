@@ -6,8 +6,8 @@ it if that is due, samples the round, and marks the round ready. The train worke
     wait until the round is ready
     take the round's optimiser steps
     write the new version as a model directory and offer it to the samplers
-    stream it to the running engines, if the weight transport does that
-    save the training state, after which the ledger records the round as trained
+    start to save the training state; the ledger records the round as trained when it is durable
+    send the weights to the running engines, if the weight transport does that
 
 Both halves run at the same time; with `rounds.max_staleness: 1` the driver samples round r + 1 while the workers train
 round r. `aft-ray simulate` runs this module with simulated samplers and train workers.
