@@ -27,8 +27,8 @@ $(STAMP): pyproject.toml tools/install.sh
 demo: $(STAMP)  ## train a tiny reasoner in minutes
 	@$(BIN)/python jobs/demo.py $(ARGS)
 
-# Two files at a time; tests/conftest.py groups the files that share a running service.
-PYTEST = $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+# Two files at a time, as tests/conftest.py distributes them.
+PYTEST = $(BIN)/python -m pytest -n 2 --no-loadscope-reorder
 
 test: lint  ## lint, types and every test that needs no whole run
 	$(PYTEST) $(or $(ARGS),-m "not slow and not browser")

@@ -2,9 +2,11 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import LENGTH
+from xdist.scheduler import LoadFileScheduling
 
 from aft_ray.cluster.connect import start_ray
 from jobs.tiny_model import build_tiny_model, build_tokenizer
@@ -15,10 +17,16 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Keeps the tests of a file in one process, and so all tests of the service, which takes long to start."""
-    group = "service" if "reasoner" in getattr(item, "fixturenames", ()) else str(item.path)
-    item.add_marker(pytest.mark.xdist_group(group))
+class OneProcessForEachFile(LoadFileScheduling):
+    """Gives each file to one of the processes, and all files of the service to the same one: it takes long to start."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file: str = super()._split_scope(nodeid)
+        return "tests/serving" if file.startswith("tests/serving/") else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneProcessForEachFile:
+    return OneProcessForEachFile(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -8,10 +8,7 @@ SECONDS = 5.0
 
 
 class SlowRunDir(RunDir):
-    """Takes `SECONDS` for each copy, as remote storage may. It keeps its class when it is pickled for Ray's workers."""
-
-    def __reduce__(self):
-        return SlowRunDir, (self._uri, self._given)
+    """Takes `SECONDS` for each copy, as remote storage may."""
 
     def add_files(self, local_dir, path) -> None:
         time.sleep(SECONDS)
@@ -20,9 +17,6 @@ class SlowRunDir(RunDir):
 
 class FullRunDir(RunDir):
     """Has no space for the checkpoint of round 1."""
-
-    def __reduce__(self):
-        return FullRunDir, (self._uri, self._given)
 
     def add_files(self, local_dir, path) -> None:
         if "/0001/" in path:
