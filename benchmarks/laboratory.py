@@ -250,7 +250,7 @@ class Laboratory:
 
         (model,) = list(self.directory.glob("seed*/vft-model"))[:1]
         return Engine(
-            EngineSpec(str(model), _tokenizer().eos_token_id, "float32", 160, 128, gpu=False, kv_cache_gib=0.5)
+            EngineSpec(str(model), (_tokenizer().eos_token_id,), "float32", 160, 128, gpu=False, kv_cache_gib=0.5)
         )
 
     def _sample_groups(self, seed: int) -> list[Group]:

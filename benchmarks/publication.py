@@ -140,7 +140,7 @@ def main(
     hidden = _hidden_size(parameters * 1_000_000)
     with tempfile.TemporaryDirectory(prefix="aft-ray-benchmark-") as scratch:
         model = str(build_tiny_model(f"{scratch}/model", 0, hidden, LAYERS, hidden // HEAD, True, LENGTH))
-        spec = EngineSpec(model, 1, dtype, LENGTH, 8, gpu, kv_cache_gib=0.25, receives_broadcasts=True)
+        spec = EngineSpec(model, (1,), dtype, LENGTH, 8, gpu, kv_cache_gib=0.25, receives_broadcasts=True)
         results = _measure(spec, Path(scratch), repeats, starts, bucket_mib)
     results |= {"benchmark": "publication", "dtype": dtype, "bucket_mib": bucket_mib, "gpu": gpu}
     _show(results)

@@ -60,7 +60,7 @@ class PlainVllm:
         inputs = [{"prompt_token_ids": prompt.token_ids} for prompt in prompts]
         limits = [min(sampling.max_tokens, self._spec.max_length - len(prompt.token_ids)) for prompt in prompts]
         parameters = [
-            request_parameters(prompt, sampling, limit, self._spec.eos_token_id)
+            request_parameters(prompt, sampling, limit, self._spec.eos_token_ids)
             for prompt, limit in zip(prompts, limits, strict=True)
         ]
         started = time.monotonic()
@@ -131,8 +131,8 @@ def _measure(config: RunConfig, repeats: int) -> dict[str, list[Measurement]]:
     ledger = Ledger(run_dir)
     turns: dict[str, list[Measurement]] = {"vllm": [], "stage": []}
     with connected(config.cluster, evaluation_reservations(config)):
-        pool = SamplerPool.start(config, config.model.name, tokenizer.eos_token_id, None, None)
-        spec = sampler_engine_spec(config, config.model.name, tokenizer.eos_token_id)
+        pool = SamplerPool.start(config, config.model.name, (tokenizer.eos_token_id,), None, None)
+        spec = sampler_engine_spec(config, config.model.name, (tokenizer.eos_token_id,))
         plain = ray.remote(PlainVllm).options(num_cpus=1).remote(spec)
 
         def vllm_alone(number: int) -> Measurement:

@@ -214,7 +214,7 @@ def run_peer(service: Service) -> None:
     ingress = serve.deployment(make_fastapi_ingress(OpenAiIngress)).options(
         name="peer", num_replicas=1, max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0.5}
     )
-    card = to_model_metadata(service.served.name, llm_config(service.config, service.served, 0))
+    card = to_model_metadata(service.served.name, llm_config(service.config, service.served, ()))
     bound = ingress.bind(llm_deployments={MODEL: engines()}, model_cards={MODEL: card})
     serve.run(bound, name="peer", route_prefix=PEER)
 

@@ -40,7 +40,7 @@ def evaluate_models(
             tokenizer = load_tokenizer(target_config)
             questions = tokenize_split(target_config, split, tokenizer).groups
             logs = str(log_dir.local_path(LOGS)) if log_dir is not None and log_dir.is_local else None
-            pool = SamplerPool.start(target_config, target.source, tokenizer.eos_token_id, logs, None)
+            pool = SamplerPool.start(target_config, target.source, (tokenizer.eos_token_id,), logs, None)
             task = f"evaluating {target.label} on {len(questions)} {split} questions"
             try:
                 reporter.say(task)

@@ -68,7 +68,7 @@ class Engine:
             PromptTooLong: the prompt leaves no room for a response.
         """
         room = response_room(len(prompt.token_ids), self._spec.max_length)
-        parameters = request_parameters(prompt, sampling, min(sampling.max_tokens, room), self._spec.eos_token_id)
+        parameters = request_parameters(prompt, sampling, min(sampling.max_tokens, room), self._spec.eos_token_ids)
         return self._request(prompt.token_ids, parameters, candidates_of)
 
     def score(self, prompt_token_ids: Sequence[int], response_token_ids: Sequence[int]) -> Future[float]:

@@ -20,7 +20,7 @@ class EngineSpec:
 
     Attributes:
         model: a local directory or a hub name.
-        eos_token_id: the token that ends a response. The engine is started without a tokenizer that would know it.
+        eos_token_ids: the tokens that end a response. The engine is started without a tokenizer that would know them.
         threads: CPU threads of each of the engine's processes, of which there are
             tensor_parallel_size x pipeline_parallel_size.
         shared_gpus: ids of the GPUs that train workers use while the engine sleeps; empty when the engine has GPUs of
@@ -30,7 +30,7 @@ class EngineSpec:
     """
 
     model: str
-    eos_token_id: int
+    eos_token_ids: tuple[int, ...]
     dtype: str
     max_length: int
     max_num_seqs: int

@@ -6,6 +6,7 @@ is computed: log-probabilities at temperature 1, end-of-sequence token included.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +49,7 @@ def response_room(prompt_tokens: int, max_length: int) -> int:
     return max_length - prompt_tokens
 
 
-def request_parameters(prompt: Prompt, sampling: SamplingSpec, max_tokens: int, eos_token_id: int) -> Any:
+def request_parameters(prompt: Prompt, sampling: SamplingSpec, max_tokens: int, eos_token_ids: Sequence[int]) -> Any:
     """vLLM's SamplingParams for the k candidates of a question, each of at most `max_tokens` tokens."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
@@ -60,7 +61,7 @@ def request_parameters(prompt: Prompt, sampling: SamplingSpec, max_tokens: int, 
         max_tokens=max_tokens,
         logprobs=0,
         seed=prompt.seed if sampling.temperature > 0 else None,
-        stop_token_ids=[eos_token_id],
+        stop_token_ids=list(eos_token_ids),
         detokenize=False,
         # With the default, the output of a request with n > 1 holds only the candidate that finished last.
         output_kind=RequestOutputKind.FINAL_ONLY,

@@ -49,11 +49,11 @@ _EVENTS_INTERVAL_S = 0.5
 
 @dataclass(frozen=True, slots=True)
 class RunData:
-    """The questions of a run as token ids, rendered once, and the token that ends a response."""
+    """The questions of a run as token ids, rendered once, and the tokens that end a response."""
 
     training: list[Group]
     validation: list[Group]
-    eos_token_id: int
+    eos_token_ids: tuple[int, ...]
 
 
 def run(config: RunConfig, reporter: Reporter) -> bool:
@@ -99,7 +99,7 @@ def _prepare(config: RunConfig, run_dir: RunDir, reporter: Reporter) -> RunData:
         + (f" ({len(training.too_long)} are longer than the context and left out)" if training.too_long else "")
         + f", {len(validation)} for validation; run directory {run_dir.uri()}"
     )
-    return RunData(training.groups, validation, tokenizer.eos_token_id)
+    return RunData(training.groups, validation, (tokenizer.eos_token_id,))
 
 
 def run_on_cluster(
@@ -116,7 +116,9 @@ def run_on_cluster(
     coordinator = start_coordinator()
     client: CoordinatorClient[VersionManifest] = CoordinatorClient.of_actor(coordinator)
     lock.on_lost = client.fail
-    samplers = RunSamplers(config, run_dir, reporter, coordinator, data.eos_token_id) if config.needs_samplers else None
+    samplers = (
+        RunSamplers(config, run_dir, reporter, coordinator, data.eos_token_ids) if config.needs_samplers else None
+    )
     try:
         worker = WorkerConfig(config, run_dir, coordinator, count_by_task(data.training))
         with _training(worker, client, reporter) as failures:

@@ -38,14 +38,14 @@ class RunSamplers:
 
     Args:
         coordinator: the coordinator's actor.
-        eos_token_id: the token that ends a response.
+        eos_token_ids: the tokens that end a response.
     """
 
     def __init__(
-        self, config: RunConfig, run_dir: RunDir, reporter: Reporter, coordinator: Any, eos_token_id: int
+        self, config: RunConfig, run_dir: RunDir, reporter: Reporter, coordinator: Any, eos_token_ids: tuple[int, ...]
     ) -> None:
         self._config, self._run_dir, self._reporter = config, run_dir, reporter
-        self._coordinator, self._eos_token_id = coordinator, eos_token_id
+        self._coordinator, self._eos_token_ids = coordinator, eos_token_ids
         self._pool: SamplerPool | None = None
         self._colocation: Colocation[SamplerPool] | None = None
         if config.sampling.colocate:
@@ -120,7 +120,7 @@ class RunSamplers:
         return SamplerPool.start(
             self._config,
             self._config.model.name,
-            self._eos_token_id,
+            self._eos_token_ids,
             log_dir,
             version,
             report_changes(self._reporter),

@@ -41,13 +41,13 @@ _STATUS_TIMEOUT_S = 5.0
 
 
 def sampler_engine_spec(
-    config: RunConfig, model: str, eos_token_id: int, placement: EnginePlacement | None = None
+    config: RunConfig, model: str, eos_token_ids: tuple[int, ...], placement: EnginePlacement | None = None
 ) -> EngineSpec:
     """The engine of a run's samplers, started from `model`. With a `placement` it uses the train workers' GPUs."""
     sampling = config.sampling
     return EngineSpec(
         model=model,
-        eos_token_id=eos_token_id,
+        eos_token_ids=eos_token_ids,
         dtype=config.model.dtype,
         max_length=config.model.max_length,
         max_num_seqs=sampling.max_num_seqs,
@@ -88,7 +88,7 @@ class SamplerPool:
         cls,
         config: RunConfig,
         model: str,
-        eos_token_id: int,
+        eos_token_ids: tuple[int, ...],
         log_dir: str | None,
         version: int | None,
         on_change: Callable[[HealthChange], None] | None = None,
@@ -117,7 +117,7 @@ class SamplerPool:
             )
             .remote(
                 index,
-                sampler_engine_spec(config, model, eos_token_id, placements[index] if placements else None),
+                sampler_engine_spec(config, model, eos_token_ids, placements[index] if placements else None),
                 log,
                 sampling.start_timeout_s,
                 version,

@@ -56,7 +56,7 @@ def application(config: ServeConfig, resolved: Resolved) -> Application:
     tokenizer = load_tokenizer(served.run)
     policy = PolicySpec(
         manifest=manifest,
-        eos_token_id=end_of_sequence(tokenizer),
+        eos_token_ids=(end_of_sequence(tokenizer),),
         max_length=served.run.model.max_length,
         tolerance=served.run.score_tolerance,
         drain_s=config.engine.drain_s,
@@ -71,7 +71,7 @@ def application(config: ServeConfig, resolved: Resolved) -> Application:
             serve.deployment(Rollout).options(**options).bind(RunDir(config.model).uri(), update_timeout_s)
         )  # type: ignore[attr-defined]
     engines = build_llm_deployment(
-        llm_config(config, served, policy.eos_token_id),
+        llm_config(config, served, policy.eos_token_ids),
         deployment_cls=PolicyServer,
         name_prefix="Policy:",
         bind_kwargs=bind_arguments,
@@ -86,13 +86,13 @@ def application(config: ServeConfig, resolved: Resolved) -> Application:
     return reasoner.bind(config, served, engines)
 
 
-def llm_config(config: ServeConfig, served: ServedModel, eos_token_id: int) -> LLMConfig:
+def llm_config(config: ServeConfig, served: ServedModel, eos_token_ids: tuple[int, ...]) -> LLMConfig:
     """Returns the config of the engines for ray.serve.llm."""
     engine = config.engine
     gpu = engine.gpus > 0
     spec = EngineSpec(
         model=local_model(served.model),
-        eos_token_id=eos_token_id,
+        eos_token_ids=eos_token_ids,
         dtype=served.run.model.dtype,
         max_length=served.run.model.max_length,
         max_num_seqs=engine.max_num_seqs,

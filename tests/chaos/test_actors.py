@@ -36,7 +36,7 @@ def test_a_sampler_that_is_killed_catches_up_and_the_round_is_whole(tiny_model, 
     run_dir, tokenizer = RunDir(config.run_dir), load_tokenizer(config)
     questions = questions_of_round(config, tokenize_split(config, "train", tokenizer).groups, 1)
     ledger, manifest = Ledger(run_dir), read_version_manifest(1, tiny_model)
-    pool = SamplerPool.start(config, str(tiny_model), tokenizer.eos_token_id, None, None)
+    pool = SamplerPool.start(config, str(tiny_model), (tokenizer.eos_token_id,), None, None)
     pool.wait_ready()
     try:
         pool.load(manifest)

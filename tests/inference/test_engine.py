@@ -26,7 +26,7 @@ DEADLINE = 120
 
 
 def start(directory) -> Engine:
-    return Engine(EngineSpec(str(directory), EOS, "float32", LENGTH, 32, gpu=False, kv_cache_gib=0.25))
+    return Engine(EngineSpec(str(directory), (EOS,), "float32", LENGTH, 32, gpu=False, kv_cache_gib=0.25))
 
 
 def sharpened(directory, source):
@@ -289,7 +289,7 @@ def test_a_file_that_is_no_safetensors_kills_the_engine_and_fails_every_waiting_
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU here")
 def test_an_engine_on_a_gpu_scores_as_transformers_does_before_and_after_a_weight_update(models):
     before, after = models["untied"]
-    spec = EngineSpec(str(before), EOS, "bfloat16", LENGTH, 32, gpu=True, gpu_memory_utilization=0.3)
+    spec = EngineSpec(str(before), (EOS,), "bfloat16", LENGTH, 32, gpu=True, gpu_memory_utilization=0.3)
     engine = Engine(spec)
     for directory in (before, after):
         load(engine, directory)

@@ -193,7 +193,7 @@ def run_with_refused(config, refused) -> None:
     with quiet_reporter(config) as reporter, run_dir.lock(reporter.say) as lock:
         ledger = Ledger(run_dir)
         launch.run_on_cluster(
-            config, run_dir, lock, ledger, reporter, launch.RunData(groups, [], tokenizer.eos_token_id)
+            config, run_dir, lock, ledger, reporter, launch.RunData(groups, [], (tokenizer.eos_token_id,))
         )
 
 
@@ -246,7 +246,7 @@ def pool(overlapped):
     """A sampler that starts from the fine-tuned model of the overlapped run, and holds no version yet."""
     model = RunDir(overlapped.run_dir).local_path("rounds/0000/model")
     alone = overlapped.model_copy(update={"sampling": overlapped.sampling.model_copy(update={"samplers": 1})})
-    pool = SamplerPool.start(alone, str(model), 1, None, None)
+    pool = SamplerPool.start(alone, str(model), (1,), None, None)
     pool.wait_ready()
     yield pool
     pool.close()

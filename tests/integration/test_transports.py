@@ -174,7 +174,7 @@ def test_a_broadcast_that_loses_an_engine_harms_neither_the_trainer_nor_the_othe
         tmp_path / "run", tiny_model, sampling={"samplers": 2}, weights={"transport": "nccl", "timeout_s": 8}
     )
     coordinator = start_coordinator()
-    pool = SamplerPool.start(config, str(tiny_model), 1, None, None)
+    pool = SamplerPool.start(config, str(tiny_model), (1,), None, None)
     try:
         pool.wait_ready(2)
         model = AutoModelForCausalLM.from_pretrained(tiny_model)

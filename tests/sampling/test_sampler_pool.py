@@ -22,7 +22,7 @@ from aft_ray.sampling.sampler_pool import sampler_engine_spec
 )
 def test_the_parallel_sizes_choose_vllms_executor(keys, executor, in_this_process):
     config = tiny_config(Path("/run"), Path("m"), sampling=keys)
-    spec = sampler_engine_spec(config, "m", 1)
+    spec = sampler_engine_spec(config, "m", (1,))
     arguments = engine_arguments(spec)
     assert arguments["distributed_executor_backend"] == spec.executor == executor
     assert arguments["tensor_parallel_size"] == config.sampling.tensor_parallel_size

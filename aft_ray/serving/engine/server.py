@@ -86,7 +86,7 @@ class PolicySpec:
     """
 
     manifest: VersionManifest | None
-    eos_token_id: int
+    eos_token_ids: tuple[int, ...]
     max_length: int
     tolerance: float
     drain_s: float
@@ -210,7 +210,7 @@ class PolicyServer(LLMServer):  # type: ignore[misc]
         sampling = SamplingSpec(1, wanted.temperature, wanted.top_p, wanted.max_tokens)
         with bad_request_errors():
             room = response_room(len(request.prompt_token_ids), self._spec.max_length)
-            return request_parameters(prompt, sampling, min(sampling.max_tokens, room), self._spec.eos_token_id)
+            return request_parameters(prompt, sampling, min(sampling.max_tokens, room), self._spec.eos_token_ids)
 
     async def _follow(self, rollout: Any) -> None:
         """Asks the rollout every `follow_s` seconds for a version to load, and loads it."""

@@ -49,7 +49,9 @@ def directory(request, tiny_model, untied_model):
 
 @pytest.fixture(scope="module")
 def engine(directory):
-    spec = EngineSpec(str(directory), 1, "float32", LENGTH, 32, gpu=False, kv_cache_gib=0.25, receives_broadcasts=True)
+    spec = EngineSpec(
+        str(directory), (1,), "float32", LENGTH, 32, gpu=False, kv_cache_gib=0.25, receives_broadcasts=True
+    )
     engine = Engine(spec)
     yield engine
     engine.close()
