@@ -42,7 +42,7 @@ def begun(tmp_path, tiny_model):
 
 def train(run_dir, ledger, number):
     run_dir.write_json(f"{run_dir.checkpoint(number)}/state.json", {})
-    run_dir.write_manifest(run_dir.checkpoint(number))
+    run_dir.write_manifest(run_dir.checkpoint(number), run_dir.hash_files(run_dir.checkpoint(number)))
     ledger.record_checkpoint(CheckpointRecord(number, 1, run_dir.checkpoint(number), True))
     event = f'{{"event": "trained", "round": {number}, "groups": 10, "loss": 0.25, "train_s": 3.0}}'
     run_dir.append_line("metrics.jsonl", event)

@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from aft_ray.coordination.coordinator import call
 from aft_ray.storage.run_dir import RunDir
+from aft_ray.storage.stored_files import StoredFile
 from aft_ray.training import deepspeed
 from aft_ray.training.loading import LoadingError
 
@@ -71,10 +72,9 @@ class CheckpointWriter:
 
         def upload(checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
             try:
-                self._run_dir.add_files(checkpoint.path, path)
-                dist.monitored_barrier(self._process_group)
-                if self._rank == 0:
-                    self._run_dir.write_manifest(path)
+                written = self._gather(self._run_dir.add_files(checkpoint.path, path))
+                if written is not None:
+                    self._run_dir.write_manifest(path, written)
                     on_durable()
                 shutil.rmtree(self._scratch)
             except BaseException as error:
@@ -94,6 +94,13 @@ class CheckpointWriter:
             checkpoint_upload_fn=upload,
             delete_local_checkpoint_after_upload=False,  # `upload` deletes it: the next save uses the same directory
         )
+
+    def _gather(self, written: list[StoredFile]) -> list[StoredFile] | None:
+        """The files that all ranks have written, on rank 0; None on the others. Names the rank that does not come."""
+        dist.monitored_barrier(self._process_group, timeout=timedelta(seconds=self._timeout_s))
+        of_all: list[list[StoredFile]] | None = [[]] * dist.get_world_size() if self._rank == 0 else None
+        dist.gather_object(written, of_all, group=self._process_group)
+        return None if of_all is None else [file for files in of_all for file in files]
 
     def wait(self) -> None:
         """Waits until nothing is being saved. Raises CheckpointFailed if the save failed or missed its deadline."""

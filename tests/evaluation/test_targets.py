@@ -22,7 +22,7 @@ def run_dir(tmp_path, tiny_model):
     for number in (0, 1):
         for place in (run_dir.checkpoint(number), run_dir.model(number)):
             run_dir.write_json(f"{place}/config.json", {})
-            run_dir.write_manifest(place)
+            run_dir.write_manifest(place, run_dir.hash_files(place))
         ledger.record_checkpoint(CheckpointRecord(number, 1, run_dir.checkpoint(number), True))
     return run_dir
 

@@ -159,7 +159,7 @@ def test_training_begins_with_the_first_round_that_is_not_trained(run_dir):
     ledger = Ledger(run_dir)
     assert (ledger.first_untrained_round(has_vft=True), ledger.first_untrained_round(has_vft=False)) == (0, 1)
     run_dir.write_bytes("c/shard", b"1")
-    run_dir.write_manifest("c")
+    run_dir.write_manifest("c", run_dir.hash_files("c"))
     ledger.record_checkpoint(CheckpointRecord(2, 3, "c", True))
     assert ledger.first_untrained_round(has_vft=True) == 3
     run_dir.delete("c")
@@ -175,7 +175,7 @@ def test_training_states(run_dir):
     done = CheckpointRecord(1, 10, "rounds/0001/checkpoint/10", True, {"loss": 0.5})
     for trained in (half, done):
         run_dir.write_bytes(f"{trained.checkpoint}/shard", b"1")
-        run_dir.write_manifest(trained.checkpoint)
+        run_dir.write_manifest(trained.checkpoint, run_dir.hash_files(trained.checkpoint))
         ledger.record_checkpoint(trained)
     assert Ledger(run_dir).last_checkpoint() == done
     assert Ledger(run_dir).trained_rounds() == [1]
@@ -188,7 +188,7 @@ def test_both_writers_see_each_other_after_a_refresh(run_dir):
     orchestrator, trainer = Ledger(run_dir), Ledger(run_dir)
     orchestrator.commit(write_group_file(run_dir, [group("a")]))
     run_dir.write_bytes("c/shard", b"1")
-    run_dir.write_manifest("c")
+    run_dir.write_manifest("c", run_dir.hash_files("c"))
     trainer.record_checkpoint(CheckpointRecord(0, 3, "c", True))
     assert trainer.read_groups(1) == []
     trainer.refresh()

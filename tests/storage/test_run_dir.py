@@ -109,14 +109,55 @@ def test_a_stored_directory_is_read_back_whole(run_dir, tmp_path):
 
 
 def test_several_writers_add_to_one_directory_that_a_manifest_then_completes(run_dir, tmp_path):
+    written = []
     for rank in range(2):
         (tmp_path / f"rank{rank}" / "state").mkdir(parents=True)
         (tmp_path / f"rank{rank}" / "state" / f"{rank}.pt").write_bytes(bytes([rank]) * 100)
-        run_dir.add_files(tmp_path / f"rank{rank}", "checkpoint")
+        written += run_dir.add_files(tmp_path / f"rank{rank}", "checkpoint")
+    with run_dir.create_file("checkpoint", "notes/index.json") as file:
+        file.write(b"{")
+        file.write(memoryview(b"}"))
     assert not run_dir.is_complete("checkpoint")
-    run_dir.write_manifest("checkpoint")
+    run_dir.write_manifest("checkpoint", [file.entry, *written])
     assert run_dir.verify_manifest("checkpoint") == []
-    assert sorted(run_dir.read_json(f"checkpoint/{MANIFEST}")["files"]) == ["state/0.pt", "state/1.pt"]
+    assert [one.name for one in run_dir.read_manifest("checkpoint")] == ["notes/index.json", "state/0.pt", "state/1.pt"]
+    assert run_dir.hash_files("checkpoint") == run_dir.read_manifest("checkpoint")
+
+
+def test_a_file_that_its_writer_gave_up_does_not_appear_on_a_mounted_filesystem(tmp_path):
+    run_dir = RunDir(tmp_path)
+    with pytest.raises(ZeroDivisionError), run_dir.create_file("d", "file") as file:  # noqa: PT012
+        file.write(b"half")
+        raise ZeroDivisionError
+    assert run_dir.hash_files("d") == []
+    assert os.listdir(tmp_path / "d") == []
+
+
+def test_no_manifest_names_a_file_that_others_do_not_see(run_dir, tmp_path):
+    (tmp_path / "rank").mkdir()
+    (tmp_path / "rank/1.pt").write_bytes(b"12345")
+    written = run_dir.add_files(tmp_path / "rank", "c")
+    run_dir.write_bytes("c/1.pt", b"123")
+    with pytest.raises(RunDirError, match=r"c/1.pt has 3 bytes instead of 5 .* every node of the run sees"):
+        run_dir.write_manifest("c", written)
+    run_dir.delete("c/1.pt")
+    with pytest.raises(RunDirError, match=r"c/1.pt is missing although its writer finished it"):
+        run_dir.write_manifest("c", written)
+    assert not run_dir.is_complete("c")
+
+
+def test_only_the_files_that_are_asked_for_are_fetched_and_compared(run_dir, tmp_path):
+    run_dir.store_directory(model(tmp_path), "model")
+    run_dir.write_bytes("model/config.json", b"[]")  # damaged, and not asked for
+    wanted = [file for file in run_dir.read_manifest("model") if file.name.startswith("shards/")]
+    run_dir.fetch_files("model", wanted, tmp_path / "fetched")
+    assert [one.name for one in (tmp_path / "fetched").iterdir()] == ["shards"]
+    assert (tmp_path / "fetched/shards/1.safetensors").read_bytes() == b"w" * 1000
+    with pytest.raises(RunDirError, match=r"config.json is corrupted"):
+        run_dir.fetch_files("model", run_dir.read_manifest("model"), tmp_path / "all")
+    run_dir.delete("model/config.json")
+    with pytest.raises(RunDirError, match=r"config.json is missing"):
+        run_dir.fetch_files("model", run_dir.read_manifest("model"), tmp_path / "again")
 
 
 def test_a_damaged_directory_names_its_files(run_dir, tmp_path):
@@ -137,7 +178,7 @@ def test_a_damaged_download_is_refused(tmp_path, monkeypatch):
     run_dir = RunDir("b/run", pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem()))
     run_dir.store_directory(model(tmp_path), "model")
     run_dir.write_bytes("model/config.json", b"[]")
-    with pytest.raises(RunDirError, match=r"download of .* is damaged: .*config.json is corrupted"):
+    with pytest.raises(RunDirError, match=r"the download of .*config.json is corrupted"):
         run_dir.fetch_directory("model")
     assert not list((tmp_path / "cache").rglob("config.json"))
 
@@ -147,7 +188,7 @@ def test_a_damaged_download_is_refused(tmp_path, monkeypatch):
 def test_any_flipped_bit_of_a_directory_is_found(tmp_path_factory, data, position, bit):
     run_dir = RunDir(tmp_path_factory.mktemp("flip"))
     run_dir.write_bytes("d/file", data)
-    run_dir.write_manifest("d")
+    run_dir.write_manifest("d", run_dir.hash_files("d"))
     flipped = bytearray(data)
     flipped[position % len(data)] ^= 1 << bit
     run_dir.write_bytes("d/file", bytes(flipped))
