@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,14 @@ import torch.distributed as dist
 from aft_ray.config.run import RunConfig
 from aft_ray.coordination.broadcast_group import BroadcastGroup
 from aft_ray.coordination.coordinator import call
-from aft_ray.objectives import build_objective
 from aft_ray.storage.records import Group
 from aft_ray.storage.run_dir import RunDir
-from aft_ray.training import step
-from aft_ray.training.collate import collate
 from aft_ray.training.deepspeed import gathered
+from aft_ray.training.probes import choose_probes, score_probes
 from aft_ray.weights.broadcast.sender import Broadcast, BroadcastFailed, BroadcastStats
 from aft_ray.weights.export import write_adapter, write_model
 from aft_ray.weights.publish import ObjectStore, SharedStorage, Transport
-from aft_ray.weights.version_manifest import Probe, VersionManifest, stored_manifest, with_adapter, write_probes
+from aft_ray.weights.version_manifest import VersionManifest, stored_manifest, with_adapter, write_probes
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,8 @@ class WeightPublisher:
         Returns:
             On rank 0 the manifest to publish; on the other ranks None.
         """
-        probes = self._score_probes(engine, self._probe_groups(groups))
+        chosen = choose_probes(groups, self.config.weights.probes, self.config.model.max_length)
+        probes = score_probes(engine, chosen, self.tokenizer.pad_token_id or 0)
         if self.config.lora is not None:
             self._write_adapter(engine, round_number)
         model_dir = self.run_dir.model(round_number)
@@ -156,29 +155,3 @@ class WeightPublisher:
             write_adapter(engine.module, directory, self.rank, gathered)
             if self.rank == 0:
                 self.run_dir.store_directory(directory, self.run_dir.adapter(round_number))
-
-    def _probe_groups(self, groups: Sequence[Group]) -> list[Group]:
-        """The sequences of the round that become probes, each as a group whose reference is the probe's response."""
-        sequences = [
-            replace(group, reference_token_ids=group.candidates[0].token_ids, candidates=[])
-            if group.candidates
-            else group
-            for group in groups
-        ]
-        # An engine scores a sequence by generating one more token, for which its context must have room.
-        limit = self.config.model.max_length
-        fitting = [one for one in sequences if len(one.prompt_token_ids) + len(one.reference_token_ids) < limit]
-        return fitting[: self.config.weights.probes]
-
-    def _score_probes(self, engine: Any, groups: list[Group]) -> list[Probe]:
-        """The probes with their scores under the new weights. ZeRO-3 gathers weights on all ranks, so all score."""
-        batch = collate(groups, build_objective("vft"), self.tokenizer.pad_token_id or 0).to(engine.device)
-        engine.eval()
-        with torch.no_grad():
-            scores = step.score_groups(engine, batch).reference_scores
-        engine.train()
-        assert scores is not None
-        return [
-            Probe(group.prompt_token_ids, group.reference_token_ids, score)
-            for group, score in zip(groups, scores.tolist(), strict=True)
-        ]
