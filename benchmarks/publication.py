@@ -67,7 +67,7 @@ class Trainer:
 
         self._dtype = getattr(torch, dtype)
         self._model = AutoModelForCausalLM.from_pretrained(model, dtype=self._dtype).to("cuda" if gpu else "cpu")
-        control = CoordinatorControl(coordinator, 600)
+        control = CoordinatorControl(coordinator, 600, 0, 1)
         self._transports = {
             "checkpoint": SharedStorage(),
             "object_store": ObjectStore(),

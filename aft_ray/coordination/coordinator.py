@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import ray
@@ -35,6 +36,33 @@ class PeerFailed(RuntimeError):
     """The other side of the run failed; the message is its reason."""
 
 
+@dataclass(slots=True)
+class _Meeting:
+    """Of one version: the train workers that wait to broadcast it, and, once it is settled, the answer to all of them.
+
+    Attributes:
+        ranks: the train workers that wait or have waited.
+        workers: the number of train workers.
+        settled: whether the answer is final. The driver and the workers never get different answers.
+        group: the engines that receive the broadcast; None: there is no broadcast.
+    """
+
+    ranks: set[int] = field(default_factory=set)
+    workers: int = 0
+    settled: bool = False
+    group: BroadcastGroup | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether every train worker waits."""
+        return 0 < self.workers <= len(self.ranks)
+
+    def settle(self, group: BroadcastGroup | None) -> None:
+        """Gives the answer, unless one was given before."""
+        if not self.settled:
+            self.settled, self.group = True, group
+
+
 class Coordinator:
     """The actor. Its methods are asynchronous, so that one that waits does not block the others.
 
@@ -47,7 +75,7 @@ class Coordinator:
         self._newest: OfferedVersion | None = None
         self._requested = -1  # the oldest version that the driver may still load into the samplers
         self._offered: int | None = None  # the version whose broadcast train worker 0 offers now
-        self._broadcasts: dict[int, BroadcastGroup] = {}
+        self._meetings: dict[int, _Meeting] = {}
         self._released: dict[int, dict[int, WorkerPlacement]] = {}
         self._events: list[dict[str, Any]] = []
         self._failure: str | None = None
@@ -65,14 +93,29 @@ class Coordinator:
     async def publish(self, manifest: OfferedVersion) -> None:
         """Offers a version to the samplers. Only the newest manifest is kept, so that Ray frees older objects.
 
-        An offer to broadcast stands until the next manifest is published. Train workers that have started again publish
-        their last version from disk, which ends an offer of their predecessors, whose store has closed.
+        An offer to broadcast stands until it is answered, or the next manifest is published, or the train workers start
+        again.
         """
 
         def change() -> None:
-            self._offered = manifest.version if manifest.broadcast is not None else None
+            self._end_offer()
+            if manifest.broadcast is not None:
+                self._offered = manifest.version
+                if self._meeting(manifest.version).settled:  # the version is offered again
+                    self._meetings[manifest.version] = _Meeting()
             if self._newest is None or manifest.version >= self._newest.version:
                 self._newest = manifest
+
+        await self._change(change)
+
+    async def end_offers(self) -> None:
+        """Ends what the train workers have offered. Those that start again call it: nobody can send it any more."""
+
+        def change() -> None:
+            self._end_offer()
+            for meeting in self._meetings.values():
+                meeting.settle(None)
+            self._meetings.clear()
 
         await self._change(change)
 
@@ -88,31 +131,80 @@ class Coordinator:
         assert self._newest is not None
         return self._newest, waited_s
 
-    async def announce_broadcast(self, group: BroadcastGroup) -> bool:
-        """Tells the train workers which engines receive the broadcast of a version; with none they need not wait.
+    async def announce_broadcast(self, group: BroadcastGroup, timeout_s: float) -> str | None:
+        """Tells the train workers which engines receive the broadcast of a version, once all of them wait for that.
+
+        So engines never join a broadcast for which the train workers have not come, nor the other way round. Without
+        receivers the train workers are told to wait no longer.
+
+        Args:
+            timeout_s: how long the train workers may take to come. Then the offer ends: they will not wait either.
 
         Returns:
-            Whether the engines can join. False when the offer does not stand any more, because train workers have
-            started again, or when the broadcast of this version was announced before.
+            None when the engines can join now. Otherwise a sentence that says why there is no broadcast.
+
+        Raises:
+            PeerFailed: training has failed.
         """
-        if self._offered != group.version:
-            return False
+        version = group.version
+        meeting = self._meeting(version)
+
+        def stands() -> bool:
+            return self._offered == version and self._meetings.get(version) is meeting and not meeting.settled
+
+        if stands() and group.receivers:
+            await self._reached(lambda: not stands() or meeting.complete, timeout_s)
+        if not stands():
+            return f"the train workers do not offer the broadcast of version {version} any more"
+        come = meeting.complete
 
         def change() -> None:
-            self._offered = None
-            self._broadcasts[group.version] = group
+            meeting.settle(group if come and group.receivers else None)
+            self._end_offer()
 
         await self._change(change)
-        return True
+        if not group.receivers:
+            return f"no engine needs the broadcast of version {version}"
+        if not come:
+            return (
+                f"the train workers did not come to the broadcast of version {version} within {timeout_s:.0f} s "
+                f"(weights.timeout_s)"
+            )
+        return None
 
-    async def wait_broadcast(self, version: int, timeout_s: float) -> BroadcastGroup | None:
-        """The broadcast group of a version once the driver announces it; None when the driver skips the version."""
-        await self._wait(
-            lambda: version in self._broadcasts or self._requested > version,
-            timeout_s,
-            f"the samplers to take policy version {version}",
-        )
-        return self._broadcasts.get(version)
+    async def wait_broadcast(self, version: int, rank: int, workers: int, timeout_s: float) -> BroadcastGroup | None:
+        """The engines that receive the broadcast of a version, once the driver announces them.
+
+        Every train worker calls it, and every one gets the same answer.
+
+        Args:
+            rank: the train worker that calls.
+            workers: the number of train workers.
+
+        Returns:
+            None when there is no broadcast: the driver has gone on without the version, or has waited too long for the
+            train workers, or did not come within `timeout_s`. The offer has ended then.
+
+        Raises:
+            PeerFailed: the run has failed.
+        """
+        meeting = self._meeting(version)
+
+        def arrive() -> None:
+            meeting.workers = workers
+            meeting.ranks.add(rank)
+
+        await self._change(arrive)
+        await self._reached(lambda: meeting.settled or self._requested > version, timeout_s)
+
+        def leave() -> None:
+            if not meeting.settled:
+                meeting.settle(None)
+                if self._offered == version:
+                    self._offered = None
+
+        await self._change(leave)
+        return meeting.group
 
     async def release_gpus(self, round_number: int, placement: WorkerPlacement) -> None:
         """Records that a train worker has released its GPUs to the samplers until the round is ready."""
@@ -158,7 +250,7 @@ class Coordinator:
     async def _wait(
         self, condition: Callable[[], bool], timeout_s: float, awaited: str, timeout_key: str = "rounds.timeout_s"
     ) -> float:
-        """Waits for a condition and returns the seconds waited.
+        """Waits for a condition and returns the seconds waited. Raises PeerFailed after `timeout_s`.
 
         Args:
             awaited: what the error says was waited for.
@@ -166,15 +258,32 @@ class Coordinator:
         """
         now = asyncio.get_running_loop().time
         started = now()
+        if not await self._reached(condition, timeout_s):
+            raise PeerFailed(f"waited {timeout_s:.0f} s for {awaited}; {timeout_key} sets this deadline")
+        return now() - started
+
+    async def _reached(self, condition: Callable[[], bool], timeout_s: float) -> bool:
+        """Waits for a condition; returns whether it came true within `timeout_s`. Raises PeerFailed after a failure."""
         async with self._changed:
             try:
                 await asyncio.wait_for(
                     self._changed.wait_for(lambda: self._failure is not None or condition()), timeout_s
                 )
             except TimeoutError:
-                raise PeerFailed(f"waited {timeout_s:.0f} s for {awaited}; {timeout_key} sets this deadline") from None
+                await self.check()
+                return False
         await self.check()
-        return now() - started
+        return True
+
+    def _meeting(self, version: int) -> _Meeting:
+        """The meeting of a version. A train worker may come before the version is published."""
+        return self._meetings.setdefault(version, _Meeting())
+
+    def _end_offer(self) -> None:
+        """Ends the offer that stands, if any. The train workers that wait for an announcement wait no longer."""
+        if self._offered is not None:
+            self._meeting(self._offered).settle(None)
+            self._offered = None
 
 
 def call(method: Any, *args: Any) -> Any:

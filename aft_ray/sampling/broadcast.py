@@ -35,7 +35,7 @@ class BroadcastResult:
 
     Attributes:
         loaded: a report for each sampler that holds the version now.
-        missed: a sentence for each sampler that does not, which names it.
+        missed: a sentence for each sampler that does not, which names it; or the one reason why there was no broadcast.
     """
 
     loaded: list[UpdateReport]
@@ -47,12 +47,14 @@ def broadcast_version(
 ) -> BroadcastResult:
     """Announces the broadcast of a version that the trainer offers, and has the samplers that answer receive it.
 
+    The samplers go on with what they do until every train worker has come to the broadcast.
+
     Args:
         coordinator: the coordinator's actor.
         processes: the number of processes of each engine.
 
     Returns:
-        The results; both lists are empty when the trainer's offer does not stand any more.
+        The results; `loaded` is empty when the trainer's offer does not stand any more.
 
     Raises:
         PeerFailed: training has failed for good.
@@ -64,9 +66,8 @@ def broadcast_version(
     receiving = _without_version(manifest.version, samplers, ready)
     receivers = tuple(Receiver(f"sampler {index}", processes) for index in receiving)
     group = BroadcastGroup(manifest.version, receivers)
-    if not call(coordinator.announce_broadcast, group):
-        call(coordinator.check)
-        return BroadcastResult([], [])
+    if reason := call(coordinator.announce_broadcast, group, samplers.load_timeout_s):
+        return BroadcastResult([], [reason] if receivers else [])
     calls = {}
     for index, first_rank in zip(receiving, group.first_ranks, strict=True):
         plan = FromBroadcast(offer, first_rank, group.world_size)

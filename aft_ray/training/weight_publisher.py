@@ -36,6 +36,8 @@ class CoordinatorControl:
 
     coordinator: Any
     timeout_s: float
+    rank: int
+    workers: int
 
     @property
     def address(self) -> str:
@@ -43,8 +45,9 @@ class CoordinatorControl:
         return str(ray.util.get_node_ip_address())
 
     def wait_group(self, version: int) -> BroadcastGroup | None:
-        """The group that the driver announced; None when it went on without this version. Raises PeerFailed."""
-        group: BroadcastGroup | None = call(self.coordinator.wait_broadcast, version, self.timeout_s)
+        """The group that the driver announced; None when there is no broadcast of this version. Raises PeerFailed."""
+        waiting = version, self.rank, self.workers, self.timeout_s
+        group: BroadcastGroup | None = call(self.coordinator.wait_broadcast, *waiting)
         return group
 
     def report(self, version: int, result: BroadcastStats | BroadcastFailed) -> None:
@@ -62,8 +65,10 @@ def build_transport(config: RunConfig, coordinator: Any, rank: int) -> Transport
         return SharedStorage()
 
     def broadcast() -> Transport:
+        if rank == 0:
+            call(coordinator.end_offers)  # those of train workers that ran before these
         return Broadcast(
-            CoordinatorControl(coordinator, config.rounds.timeout_s),
+            CoordinatorControl(coordinator, config.rounds.timeout_s, rank, dist.get_world_size()),
             rank,
             getattr(torch, config.model.dtype),
             config.weights.bucket_mib << 20,
