@@ -95,6 +95,9 @@ _KEYS = (
     ("custom.gold custom.reference", "answer answer_key response_key"),
     ("train_limit", "limit max_samples num_examples max_train_samples train_samples"),
     ("prompt chat_template", "template prompt_template"),
+    ("chat_template_kwargs", "template_kwargs chat_kwargs default_chat_template_kwargs enable_thinking thinking"),
+    ("system_prompt", "system system_message default_system_prompt"),
+    ("template_date", "date date_string today current_date strftime_now"),
     # the run
     (".run_dir", "output output_dir out_dir save_dir log_dir ckpt_dir rundir default_local_dir"),
     ("seed", "random_seed manual_seed"),

@@ -5,11 +5,20 @@ Invariant: each section checks only its own keys. Rules about several sections a
 
 from __future__ import annotations
 
+from datetime import date
 from typing import ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from aft_ray.config.section import ConfigError, Natural, Positive, Seconds, Section
+
+
+# What a run itself gives a chat template, and the parameters of transformers' `apply_chat_template`.
+_NOT_TEMPLATE_KWARGS = frozenset(
+    "messages conversation tools documents add_generation_prompt continue_final_message strftime_now chat_template "
+    "tokenize tokenizer_kwargs padding truncation max_length return_tensors return_dict "
+    "return_assistant_tokens_mask".split()
+)
 
 
 class ModelConfig(Section):
@@ -21,7 +30,37 @@ class ModelConfig(Section):
     chat_template: Literal["auto", "never"] = Field(
         "auto", description="auto: put questions into the model's chat template if it has one"
     )
+    chat_template_kwargs: dict[str, JsonValue] = Field(
+        {}, description="values for the chat template, such as enable_thinking: false for Qwen3"
+    )
+    system_prompt: str | None = Field(
+        None, min_length=1, description="system message before every question; none: as the chat template does"
+    )
+    template_date: date | None = Field(
+        None,
+        description="the day that strftime_now tells a chat template, YYYY-MM-DD; none: the day on which the run begins",
+    )
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+
+    @model_validator(mode="after")
+    def _check_template(self) -> Self:
+        if owned := sorted(_NOT_TEMPLATE_KWARGS & self.chat_template_kwargs.keys()):
+            hint = "; the date is model.template_date" if "strftime_now" in owned else ""
+            raise ConfigError(
+                f"model.chat_template_kwargs cannot have {owned[0]}, which the run itself gives the chat template{hint}"
+            )
+        if self.chat_template == "never":
+            for key in ("chat_template_kwargs", "system_prompt"):
+                if getattr(self, key):
+                    raise ConfigError(
+                        f"model.{key} needs a chat template, and model.chat_template=never leaves it out; remove one "
+                        f"of the two"
+                    )
+        return self
+
+    def dated(self, day: date) -> Self:
+        """The same section with `day` as its template date, unless it has one."""
+        return self if self.template_date is not None else self.model_copy(update={"template_date": day})
 
 
 class JudgeConfig(Section):
