@@ -18,6 +18,7 @@ from aft_ray.inference.engine_spec import EngineSpec, engine_arguments, prepare_
 from aft_ray.inference.request_parameters import (
     Prompt,
     SamplingSpec,
+    adapter_request,
     candidates_of,
     request_parameters,
     response_room,
@@ -26,7 +27,7 @@ from aft_ray.inference.request_parameters import (
 )
 from aft_ray.inference.versioned_engine import WeightTransferFailed, receive_weights
 from aft_ray.storage.records import Candidate
-from aft_ray.weights.receive_plan import EngineCall, Phase, lora_request
+from aft_ray.weights.receive_plan import EngineCall, Phase
 
 # Seconds between two checks whether the processes of an idle engine are still alive.
 _HEALTH_CHECK_INTERVAL_S = 5.0
@@ -93,7 +94,7 @@ class Engine:
             _wake(llm, "weights")
             receive_weights(llm, calls, enter_phase)
             _wake(llm, "kv_cache")
-            self._adapter = lora_request(adapter) if adapter else None
+            self._adapter = adapter_request(adapter) if adapter else None
 
         return self._exclusive(update)
 

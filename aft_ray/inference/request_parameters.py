@@ -68,6 +68,14 @@ def request_parameters(prompt: Prompt, sampling: SamplingSpec, max_tokens: int, 
     )
 
 
+def adapter_request(number: int, directory: str | None = None) -> Any:
+    """vLLM's LoRARequest for adapter `number`: with its directory to load it, and without to name the loaded one."""
+    from vllm.lora.request import LoRARequest
+
+    # Without `load_inplace`, a worker that holds an adapter of this number would keep its old weights.
+    return LoRARequest(f"adapter {number}", number, directory or "loaded already", load_inplace=directory is not None)
+
+
 def candidates_of(output: Any) -> list[Candidate]:
     """The candidates of a finished vLLM request (a RequestOutput), in the order of their indices, without texts."""
     return [

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 from aft_ray.storage.run_dir import local_model
 from aft_ray.weights.adapter import ADAPTER_FILES
@@ -25,15 +25,44 @@ Phase = Literal["rendezvous", "fetch", "load", "verify"]
 RECOVERABLE_PHASES: tuple[Phase, ...] = ("rendezvous", "fetch")
 # The names under which the two weight transfer engines of broadcasts are registered in vLLM: without GPUs, and with.
 GLOO_BACKEND, NCCL_BACKEND = "aft_ray_gloo", "aft_ray_nccl"
+# What vLLM's messages between processes carry unchanged. Its decoder knows no other types inside the arguments of a
+# call: a tuple arrives as a list, and so does every object that has fields.
+Plain: TypeAlias = "bool | int | float | str | Sequence[Plain] | Mapping[str, Plain] | None"
+_PLAIN_VALUES = (type(None), bool, int, float, str)
 
 
 @dataclass(frozen=True, slots=True)
 class EngineCall:
-    """A method of every worker process of an engine, its arguments, and the phase that it belongs to."""
+    """A method of every worker process of an engine, its arguments, and the phase that it belongs to.
+
+    The engine's core and its workers may run in other processes than the caller, so every argument is a plain value.
+    Lists and dicts must be of exactly these types.
+
+    Raises:
+        TypeError: an argument would not arrive as it is given.
+    """
 
     phase: Phase
     method: str
-    args: tuple[Any, ...] = ()
+    args: tuple[Plain, ...] = ()
+
+    def __post_init__(self) -> None:
+        for index, argument in enumerate(self.args):
+            if (part := _not_plain(argument)) is not None:
+                raise TypeError(
+                    f"argument {index} of {self.method} contains a {type(part).__name__}, which does not reach an "
+                    f"engine in another process unchanged; pass numbers, texts, lists, and dicts whose keys are texts"
+                )
+
+
+def _not_plain(value: Any) -> Any:
+    """A part of a value that is not `Plain`; None when there is none."""
+    if type(value) is dict:
+        wrong_keys = [key for key in value if type(key) is not str]
+        return wrong_keys[0] if wrong_keys else _not_plain(list(value.values()))
+    if type(value) is list:
+        return next((part for part in map(_not_plain, value) if part is not None), None)
+    return None if type(value) in _PLAIN_VALUES else value
 
 
 class ReceivePlan(Protocol):
@@ -173,14 +202,7 @@ class FromAdapter:
 
     def _load(self, directory: str) -> EngineCall:
         # Engines have room for one adapter: when this one is loaded, vLLM drops the one before.
-        return EngineCall("load", "add_lora", (lora_request(self.number, directory),))
-
-
-def lora_request(number: int, directory: str = "loaded already") -> Any:
-    """vLLM's LoRARequest for an adapter. It loads the adapter from `directory`, and each later request carries it."""
-    from vllm.lora.request import LoRARequest
-
-    return LoRARequest(f"adapter {number}", number, directory)
+        return EngineCall("load", "load_adapter", (self.number, directory))
 
 
 def _load_files(paths: Iterator[str]) -> Iterator[EngineCall]:

@@ -101,9 +101,10 @@ def test_an_adapter_is_fetched_for_the_engine_that_loads_it(options, tmp_path, m
     run_dir = bucket(options, "adapter")
     run_dir.store_directory(tmp_path / "adapter", run_dir.adapter(1))
     (call,) = FromAdapter(run_dir.uri(run_dir.adapter(1)), 2).calls(10)
-    (request,) = call.args
-    assert request.lora_path.startswith(str(tmp_path / "node"))
-    assert Path(request.lora_path, ADAPTER_FILE).read_bytes() == b"a" * 1000
+    number, directory = call.args
+    assert number == 2
+    assert directory.startswith(str(tmp_path / "node"))
+    assert Path(directory, ADAPTER_FILE).read_bytes() == b"a" * 1000
 
 
 def test_a_second_driver_is_refused_and_the_first_keeps_its_lease(options, quick, monkeypatch):

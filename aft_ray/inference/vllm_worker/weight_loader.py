@@ -13,6 +13,7 @@ import torch
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 from aft_ray.cluster.compat import embedding_classes, layerwise_reload
+from aft_ray.inference.request_parameters import adapter_request
 from aft_ray.weights.receive_plan import GLOO_BACKEND, NCCL_BACKEND
 
 WeightTransferEngineFactory.register_engine(
@@ -59,6 +60,12 @@ class WeightLoader:
             layerwise_reload().finalize_layerwise_reload(model, self.vllm_config.model_config)
             repack_tied_heads(model)
         self.model_runner.reset_lora_state()
+
+    def load_adapter(self, number: int, directory: str) -> None:
+        """Loads a LoRA adapter in place of the one before, which may have the same number."""
+        # The request is made here: as an argument of a call it would reach another process as a plain list.
+        if not self.model_runner.add_lora(adapter_request(number, directory)):
+            raise RuntimeError(f"vLLM did not load adapter {number} from {directory}")
 
 
 def repack_tied_heads(model: torch.nn.Module) -> None:
