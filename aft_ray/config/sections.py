@@ -12,12 +12,13 @@ from pydantic import Field, JsonValue, model_validator
 
 from aft_ray.config.section import ConfigError, Natural, Positive, Seconds, Section
 
-
 # What a run itself gives a chat template, and the parameters of transformers' `apply_chat_template`.
 _NOT_TEMPLATE_KWARGS = frozenset(
-    "messages conversation tools documents add_generation_prompt continue_final_message strftime_now chat_template "
-    "tokenize tokenizer_kwargs padding truncation max_length return_tensors return_dict "
-    "return_assistant_tokens_mask".split()
+    {
+        *("messages", "conversation", "tools", "documents", "add_generation_prompt", "continue_final_message"),
+        *("strftime_now", "chat_template", "tokenize", "tokenizer_kwargs", "padding", "truncation", "max_length"),
+        *("return_tensors", "return_dict", "return_assistant_tokens_mask"),
+    }
 )
 
 
@@ -38,7 +39,7 @@ class ModelConfig(Section):
     )
     template_date: date | None = Field(
         None,
-        description="the day that strftime_now tells a chat template, YYYY-MM-DD; none: the day on which the run begins",
+        description="day that strftime_now tells a chat template, YYYY-MM-DD; none: the day on which the run begins",
     )
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
 
