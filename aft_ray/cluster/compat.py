@@ -196,7 +196,7 @@ def nccl_weight_transfer() -> tuple[Any, Any]:
     They are the base classes of `inference.vllm_worker.transfer_engines`. vLLM's registry of transfer engines is
     public, but its NCCL engine takes neither a deadline nor a group other than NCCL. The subclasses override
     `init_transfer_engine`, `update_weights`, `receive_weights` and `finish_weight_update`, and set
-    `model_update_group` and `packed_buffer_size_bytes`.
+    `model_update_group`, `packed`, `packed_buffer_size_bytes` and `packed_num_buffers`.
     """
     from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitInfo
     from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
@@ -204,12 +204,34 @@ def nccl_weight_transfer() -> tuple[Any, Any]:
     return NCCLWeightTransferEngine, NCCLWeightTransferInitInfo
 
 
-def nccl_process_group(address: str, port: int, rank: int, world_size: int, device: Any) -> Any:
+def store_group(store: Any, rank: int, world_size: int) -> Any:
+    """`StatelessProcessGroup`, through whose `store` the ranks of `nccl_communicator` find each other.
+
+    Its own `create` opens a store with a deadline of 300 s, which callers in vLLM's weight transfer cannot change.
+    """
+    from vllm.distributed.utils import StatelessProcessGroup
+
+    return StatelessProcessGroup(rank, world_size, store)
+
+
+def nccl_communicator(members: Any, device: int) -> Any:
     """Joins a NCCL group that is independent of torch's default process group, as vLLM's engines join theirs.
 
-    The trainer's end must form the group in exactly the way of vLLM's engine, and vLLM's public trainer interface
-    does not return the group.
-    """
-    from vllm.distributed.weight_transfer.nccl_common import stateless_init_process_group
+    Both ends of a weight broadcast form the group in the way of vLLM's weight transfer engine, whose function for that
+    takes no deadline of the store, and does not return the group on the trainer's end.
 
-    return stateless_init_process_group(address, port, rank, world_size, device)
+    Args:
+        members: a `store_group`.
+        device: the number of the GPU.
+
+    Raises:
+        RuntimeError: there is no NCCL library. vLLM would send and receive nothing, without an error.
+    """
+    from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
+    from vllm.utils.nccl import unpinned_nccl_env
+
+    with unpinned_nccl_env():
+        communicator = PyNcclCommunicator(members, device)
+    if communicator.disabled:
+        raise RuntimeError("vLLM could not load NCCL (libnccl.so.2), or VLLM_DISABLE_PYNCCL is set")
+    return communicator

@@ -9,7 +9,8 @@ import sys
 import torch
 
 from aft_ray.weights.broadcast.buckets import Layout, receive
-from aft_ray.weights.broadcast.gloo_group import GlooGroup, connect_store
+from aft_ray.weights.broadcast.gloo_group import GlooGroup
+from aft_ray.weights.broadcast.rendezvous import connect_store
 
 
 def main(port: int, rank: int, spec: str, fate: str) -> None:

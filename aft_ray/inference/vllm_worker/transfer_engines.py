@@ -7,18 +7,22 @@ process, registers both. Invariant: each broadcast has a process group of its ow
 
 from __future__ import annotations
 
-import socket
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from aft_ray.cluster.compat import nccl_weight_transfer
 from aft_ray.inference.vllm_worker.weight_loader import repack_tied_heads
 from aft_ray.weights.broadcast.buckets import Layout, receive
-from aft_ray.weights.broadcast.gloo_group import GlooGroup, connect_store
+from aft_ray.weights.broadcast.gloo_group import GlooGroup
+from aft_ray.weights.broadcast.nccl_group import NcclGroup
+from aft_ray.weights.broadcast.rendezvous import connect_store
 
+T = TypeVar("T")
 _NcclEngine: Any
 _NcclInitInfo: Any
 _NcclEngine, _NcclInitInfo = nccl_weight_transfer()
@@ -32,15 +36,46 @@ class BroadcastInitInfo(_NcclInitInfo):  # type: ignore[misc]
 
 
 class NcclBroadcastEngine(_NcclEngine):  # type: ignore[misc]
-    """vLLM's NCCL engine, which joins a new group for each broadcast."""
+    """vLLM's NCCL engine, which joins a new group for each broadcast, and receives within a deadline."""
 
     init_info_cls = BroadcastInitInfo
 
     def init_transfer_engine(self, init_info: BroadcastInitInfo) -> None:
         """Leaves the group of the broadcast before, if it is still there, and joins the new one."""
         self.shutdown()
-        wait_until_listening(init_info.master_address, init_info.master_port, init_info.timeout_s)
-        super().init_transfer_engine(init_info)
+        self.packed, self.packed_num_buffers = init_info.packed, init_info.packed_num_buffers
+        self.packed_buffer_size_bytes, self.timeout_s = init_info.packed_buffer_size_bytes, init_info.timeout_s
+        self.model_update_group = _join(NcclGroup, init_info, self.parallel_config.rank).communicator
+
+    def receive_weights(self, update_info: Any) -> None:
+        """Receives the tensors that vLLM's `NCCLWeightTransferUpdateInfo` lists, and loads them into the model.
+
+        Raises:
+            TimeoutError: not all tensors arrived in time. NCCL alone would wait for ever for a trainer that is gone.
+        """
+        late = threading.Event()
+
+        def leave() -> None:
+            late.set()
+            self.shutdown()  # ends the operations on the GPU that wait for the trainer
+
+        deadline = threading.Timer(self.timeout_s, leave)
+        deadline.daemon = True
+        deadline.start()
+        try:
+            super().receive_weights(update_info)
+        except BaseException as error:
+            if not late.is_set():
+                self.shutdown()  # otherwise the other ranks would wait for this one until their deadline
+                raise
+            raise TimeoutError(self._late()) from error
+        finally:
+            deadline.cancel()
+        if late.is_set():
+            raise TimeoutError(self._late())
+
+    def _late(self) -> str:
+        return f"not all weights arrived within {self.timeout_s:.0f} s"
 
 
 class GlooBroadcastEngine(_NcclEngine):  # type: ignore[misc]
@@ -51,13 +86,8 @@ class GlooBroadcastEngine(_NcclEngine):  # type: ignore[misc]
     def init_transfer_engine(self, init_info: BroadcastInitInfo) -> None:
         """Leaves the group of the broadcast before, if it is still there, and joins the new one."""
         self.shutdown()
-        assert init_info.master_address is not None
-        assert init_info.master_port is not None
-        store = connect_store(init_info.master_address, init_info.master_port, init_info.timeout_s)
-        rank = init_info.rank_offset + self.parallel_config.rank
-        self.packed_buffer_size_bytes = init_info.packed_buffer_size_bytes
-        self.timeout_s = init_info.timeout_s
-        self.model_update_group = GlooGroup(store, rank, init_info.world_size, init_info.timeout_s)
+        self.packed_buffer_size_bytes, self.timeout_s = init_info.packed_buffer_size_bytes, init_info.timeout_s
+        self.model_update_group = _join(GlooGroup, init_info, self.parallel_config.rank)
 
     def update_weights(self, update_info: dict[str, object]) -> None:
         """Receives and loads all tensors. The base class would synchronize an accelerator, of which there is none."""
@@ -85,24 +115,15 @@ class GlooBroadcastEngine(_NcclEngine):  # type: ignore[misc]
         repack_tied_heads(self.model)
 
 
-def wait_until_listening(address: str, port: int, timeout_s: float) -> None:
-    """Waits until train worker 0 has opened the store of a NCCL group.
-
-    vLLM waits for it with a deadline of its own, which may be later than the one of the phase.
+def _join(join: Callable[[Any, int, int, float], T], init_info: BroadcastInitInfo, rank: int) -> T:
+    """Joins the group of a broadcast, as the engine's process number `rank`; connecting and joining share a deadline.
 
     Raises:
-        TimeoutError: the store was not opened in time.
+        RuntimeError, TimeoutError: the trainer's store could not be reached, or a rank did not join in time.
     """
-    deadline = time.monotonic() + timeout_s
-    while True:
-        left_s = deadline - time.monotonic()
-        try:
-            socket.create_connection((address, port), timeout=max(0.1, left_s)).close()
-        except OSError as error:
-            if left_s <= 0:
-                raise TimeoutError(
-                    f"train worker 0 did not open its store at {address}:{port} within {timeout_s:.0f} s"
-                ) from error
-            time.sleep(min(0.2, left_s))
-        else:
-            return
+    assert init_info.master_address is not None
+    assert init_info.master_port is not None
+    deadline = time.monotonic() + init_info.timeout_s
+    store = connect_store(init_info.master_address, init_info.master_port, init_info.timeout_s)
+    left_s = max(0.001, deadline - time.monotonic())
+    return join(store, init_info.rank_offset + rank, init_info.world_size, left_s)

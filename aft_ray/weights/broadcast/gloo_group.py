@@ -11,25 +11,10 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not in its __all__
 from torch.distributed.distributed_c10d import BroadcastOptions, PrefixStore, ProcessGroupGloo
 
 from aft_ray.weights.broadcast.buckets import Wait
-
-
-def open_store(timeout_s: float) -> Any:
-    """Opens rank 0's store on a free port (`.port`) of this machine."""
-    # With some versions of libuv the server does not end with its object. vLLM does not use it for the same reason.
-    return TCPStore(
-        "0.0.0.0", 0, is_master=True, timeout=timedelta(seconds=timeout_s), wait_for_workers=False, use_libuv=False
-    )
-
-
-def connect_store(address: str, port: int, timeout_s: float) -> Any:
-    """Connects another rank to rank 0's store. Raises torch's DistError, a RuntimeError, after `timeout_s`."""
-    return TCPStore(
-        address, port, is_master=False, timeout=timedelta(seconds=timeout_s), wait_for_workers=False, use_libuv=False
-    )
+from aft_ray.weights.broadcast.rendezvous import arrive
 
 
 class _Operation:
@@ -51,8 +36,7 @@ class GlooGroup:
         self._store = store  # rank 0 serves it: it must live until every rank has formed the group
         self._operations: list[_Operation] = []
         self._deadline = time.monotonic() + timeout_s
-        store.set(_joined_key(rank), b"1")
-        store.wait([_joined_key(other) for other in range(world_size)], timedelta(seconds=timeout_s))
+        arrive(store, rank, world_size, timeout_s)
         prefixed = PrefixStore("gloo", store)
         self._group: Any = ProcessGroupGloo(prefixed, rank, world_size, self._time_left())
 
@@ -81,12 +65,3 @@ class GlooGroup:
         if left_s <= 0:
             raise TimeoutError("the deadline has passed")
         return timedelta(seconds=left_s)
-
-
-def missing_ranks(store: Any, world_size: int) -> list[int]:
-    """The ranks that have not joined yet."""
-    return [rank for rank in range(world_size) if not store.check([_joined_key(rank)])]
-
-
-def _joined_key(rank: int) -> str:
-    return f"joined/{rank}"

@@ -6,19 +6,18 @@ within the deadline of its phase and fails neither training nor the run; the wei
 
 from __future__ import annotations
 
-import socket
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 
-from aft_ray.cluster.compat import nccl_process_group
 from aft_ray.coordination.broadcast_group import BroadcastGroup
 from aft_ray.weights.broadcast.buckets import Layout, ProcessGroup, Wait, send
-from aft_ray.weights.broadcast.gloo_group import GlooGroup, missing_ranks, open_store
+from aft_ray.weights.broadcast.gloo_group import GlooGroup
+from aft_ray.weights.broadcast.nccl_group import NcclGroup
+from aft_ray.weights.broadcast.rendezvous import missing_ranks, open_store
 from aft_ray.weights.export import Gather, already_whole, layout_of, live_parameters
 from aft_ray.weights.publish import SharedStorage
 from aft_ray.weights.receive_plan import BroadcastOffer
@@ -166,20 +165,21 @@ def stream(
     return BroadcastStats(formed - started, time.monotonic() - formed, layout.bytes)
 
 
-class GlooSender:
-    """The sender without GPUs."""
+class _StoreSender:
+    """What the two senders share: rank 0 of the group that `join` forms, and the store where its ranks meet."""
 
-    device = torch.device("cpu")
+    join: ClassVar[type[GlooGroup] | type[NcclGroup]]
+    device: torch.device
 
     def __init__(self, timeout_s: float) -> None:
         self._store = open_store(timeout_s)
-        self._group: GlooGroup | None = None
+        self._group: GlooGroup | NcclGroup | None = None
         self.port: int = self._store.port
 
     def form(self, names: list[str], timeout_s: float) -> None:
         """Waits until the other ranks have joined. Raises TimeoutError with the owners of those that have not."""
         try:
-            self._group = GlooGroup(self._store, 0, len(names), timeout_s)
+            self._group = self.join(self._store, 0, len(names), timeout_s)
         except RuntimeError as error:
             if late := sorted({names[rank] for rank in missing_ranks(self._store, len(names)) if rank}):
                 raise TimeoutError(f"{', '.join(late)} did not join within {timeout_s:.0f} s") from error
@@ -202,75 +202,20 @@ class GlooSender:
         self._group = self._store = None
 
 
-class NcclSender:
+class GlooSender(_StoreSender):
+    """The sender without GPUs."""
+
+    join, device = GlooGroup, torch.device("cpu")
+
+
+class NcclSender(_StoreSender):
     """The sender on GPUs: vLLM's communicator, which its engines expect. Needs vLLM in the train workers."""
 
+    join = NcclGroup
+
     def __init__(self, timeout_s: float) -> None:
-        del timeout_s
+        super().__init__(timeout_s)
         self.device = torch.device("cuda", torch.cuda.current_device())
-        self._reservation = reserve_port()  # vLLM opens the store itself, when the group forms
-        self.port = self._reservation.getsockname()[1]
-        self._stream: Any = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        self._communicator: Any = None
-        self._deadline = 0.0
-
-    def form(self, names: list[str], timeout_s: float) -> None:
-        """Waits until the other ranks have joined. Raises TimeoutError when one has not."""
-        results: list[Any] = []
-
-        def join() -> None:
-            try:
-                results.append(nccl_process_group("0.0.0.0", self.port, 0, len(names), self.device.index))
-            except Exception as error:
-                results.append(error)
-
-        # NCCL waits for the other ranks without a deadline.
-        thread = threading.Thread(target=join, daemon=True)
-        thread.start()
-        thread.join(timeout_s)
-        self._reservation.close()
-        if not results:
-            raise TimeoutError(f"not all of {', '.join(sorted(set(names[1:])))} joined within {timeout_s:.0f} s")
-        if isinstance(results[0], Exception):
-            raise results[0]
-        self._communicator = results[0]
-
-    def begin(self, timeout_s: float) -> None:
-        """Starts the clock of the next phase."""
-        self._deadline = time.monotonic() + timeout_s
-
-    def broadcast(self, bucket: torch.Tensor) -> Wait:
-        """Starts to send a bucket, which the current CUDA stream has filled, on a CUDA stream of its own."""
-        self._stream.wait_stream(torch.cuda.current_stream())
-        self._communicator.broadcast(bucket, src=0, stream=self._stream)
-        sent: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        sent.record(self._stream)
-
-        def wait() -> None:
-            while not sent.query():
-                if time.monotonic() > self._deadline:
-                    raise TimeoutError("the deadline has passed")
-                time.sleep(0.0005)
-
-        return wait
-
-    def destroy(self) -> None:
-        """Ends the group and gives the port back."""
-        self._reservation.close()
-        if self._communicator is not None:
-            self._communicator.destroy()
-            self._communicator = None
-
-
-def reserve_port() -> socket.socket:
-    """A socket that is bound to a free port and does not listen.
-
-    While it is open no other program gets the port, and vLLM can open its store on the port.
-    """
-    reservation = socket.socket()
-    reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    reservation.bind(("", 0))
-    return reservation
 
 
 class _PhaseErrors:

@@ -15,7 +15,7 @@ from aft_ray.inference.engine import Engine
 from aft_ray.inference.engine_spec import EngineSpec
 from aft_ray.inference.update_phases import PhaseTimeout, UpdatePhases
 from aft_ray.inference.versioned_engine import WeightTransferFailed
-from aft_ray.weights.broadcast.sender import Broadcast, BroadcastFailed, GlooSender, reserve_port, stream
+from aft_ray.weights.broadcast.sender import Broadcast, BroadcastFailed, GlooSender, stream
 from aft_ray.weights.export import layout_of, live_parameters
 from aft_ray.weights.receive_plan import BroadcastOffer, FromBroadcast, FromDirectory
 from aft_ray.weights.version_manifest import VersionManifest
@@ -178,28 +178,6 @@ def offer_and_transfer(control, model) -> int:
     manifest = transport.add_to_manifest(VersionManifest(4, "", (), ()), [], model)
     transport.transfer(model, 4)
     return manifest.broadcast.port
-
-
-def test_vllm_opens_its_store_on_the_port_that_the_trainer_reserved():
-    """Of a broadcast over NCCL, the part that needs no GPU."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    from vllm.distributed.utils import StatelessProcessGroup
-
-    from aft_ray.inference.vllm_worker.transfer_engines import wait_until_listening
-
-    with reserve_port() as reservation, ThreadPoolExecutor() as threads:
-        port = reservation.getsockname()[1]
-        with pytest.raises(TimeoutError, match="train worker 0 did not open its store"):
-            wait_until_listening("127.0.0.1", port, 0.3)
-        waiting = threads.submit(wait_until_listening, "127.0.0.1", port, DEADLINE)
-        engine = threads.submit(StatelessProcessGroup.create, "127.0.0.1", port, 1, 2)
-        with pytest.raises(OSError, match="in use"), socket.socket() as other:
-            other.bind(("", port))
-        trainer = StatelessProcessGroup.create("0.0.0.0", port, 0, 2)
-        trainer.send_obj("weights", 1)
-        assert engine.result(DEADLINE).recv_obj(0) == "weights"
-        waiting.result(DEADLINE)
 
 
 def test_a_phase_that_does_not_end_is_named(monkeypatch):
