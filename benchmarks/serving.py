@@ -232,13 +232,14 @@ def engines() -> Any:
 async def measure(service: Service, options: Options) -> dict[str, Any]:
     from aft_ray.tasks import build_tasks, load_split
     from aft_ray.tasks.dataset import load_tokenizer
-    from aft_ray.tasks.rendering import render_prompt
+    from aft_ray.tasks.rendering import Renderer
 
     run, say = service.run, service.reporter.say
     task = next(iter(build_tasks(run).values()))
     asked = load_split(task, "test", options.questions, run.seed)
     tokenizer = load_tokenizer(run)
-    prompts = [render_prompt(task.prompt(one), tokenizer, run.model.chat_template) for one in asked]
+    renderer = Renderer(run, tokenizer)
+    prompts = [renderer.prompt(task.prompt(one)) for one in asked]
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=600)) as session:
         engine = engines().options(stream=True)
         bench = Bench(service.url, session, asked, prompts, task, options, run.sampling.max_tokens, engine)

@@ -15,9 +15,22 @@ from aft_ray.config.section import ConfigError, Natural, Positive, Seconds, Sect
 # What a run itself gives a chat template, and the parameters of transformers' `apply_chat_template`.
 _NOT_TEMPLATE_KWARGS = frozenset(
     {
-        *("messages", "conversation", "tools", "documents", "add_generation_prompt", "continue_final_message"),
-        *("strftime_now", "chat_template", "tokenize", "tokenizer_kwargs", "padding", "truncation", "max_length"),
-        *("return_tensors", "return_dict", "return_assistant_tokens_mask"),
+        "add_generation_prompt",
+        "chat_template",
+        "continue_final_message",
+        "conversation",
+        "documents",
+        "max_length",
+        "messages",
+        "padding",
+        "return_assistant_tokens_mask",
+        "return_dict",
+        "return_tensors",
+        "strftime_now",
+        "tokenize",
+        "tokenizer_kwargs",
+        "tools",
+        "truncation",
     }
 )
 

@@ -18,6 +18,7 @@ from aft_ray.observe.reporter import Reporter
 from aft_ray.storage.model_files import check_model
 from aft_ray.storage.run_dir import LOGS, RunDir
 from aft_ray.tasks.dataset import load_tokenizer, tokenize_split
+from aft_ray.tasks.response_end import response_ends
 
 
 def evaluate_models(
@@ -40,7 +41,8 @@ def evaluate_models(
             tokenizer = load_tokenizer(target_config)
             questions = tokenize_split(target_config, split, tokenizer).groups
             logs = str(log_dir.local_path(LOGS)) if log_dir is not None and log_dir.is_local else None
-            pool = SamplerPool.start(target_config, target.source, (tokenizer.eos_token_id,), logs, None)
+            ends = response_ends(target_config, tokenizer).ids
+            pool = SamplerPool.start(target_config, target.source, ends, logs, None)
             task = f"evaluating {target.label} on {len(questions)} {split} questions"
             try:
                 reporter.say(task)

@@ -35,6 +35,7 @@ from aft_ray.storage.ledger import Ledger
 from aft_ray.storage.records import Group
 from aft_ray.storage.run_dir import LOGS, RunDir
 from aft_ray.tasks.dataset import count_by_task, load_tokenizer, round_shares, tokenize_split
+from aft_ray.tasks.response_end import response_ends
 
 if TYPE_CHECKING:
     from aft_ray.storage.lease import HeldLock
@@ -99,7 +100,7 @@ def _prepare(config: RunConfig, run_dir: RunDir, reporter: Reporter) -> RunData:
         + (f" ({len(training.too_long)} are longer than the context and left out)" if training.too_long else "")
         + f", {len(validation)} for validation; run directory {run_dir.uri()}"
     )
-    return RunData(training.groups, validation, (tokenizer.eos_token_id,))
+    return RunData(training.groups, validation, response_ends(config, tokenizer).ids)
 
 
 def run_on_cluster(

@@ -23,6 +23,7 @@ from aft_ray.observe.logs import redirect_output
 from aft_ray.sampling.placement_groups import wait_for_placement_group
 from aft_ray.storage.records import Candidate
 from aft_ray.storage.run_dir import local_model
+from aft_ray.tasks.response_end import response_text
 from aft_ray.weights.version_manifest import VersionManifest
 
 
@@ -71,6 +72,7 @@ class Sampler:
         self._running_calls = 0
         self._busy_s = 0.0
         self._tokenizer = AutoTokenizer.from_pretrained(spec.model, trust_remote_code=spec.trust_remote_code)
+        self._eos_token_ids = spec.eos_token_ids
         self._engine = Engine(spec, start_timeout_s)
         self._versioned = VersionedEngine(self._name, self._engine, version, "weights.timeout_s")
 
@@ -132,7 +134,7 @@ class Sampler:
             candidates = await asyncio.wrap_future(self._engine.sample(prompt, sampling))
         except ValueError as error:
             return RefusedQuestion(str(error))
-        texts = self._tokenizer.batch_decode([c.token_ids for c in candidates], skip_special_tokens=True)
+        texts = [response_text(self._tokenizer, c.token_ids, self._eos_token_ids) for c in candidates]
         self._tokens += sum(len(c.token_ids) for c in candidates)
         return [
             Candidate(c.token_ids, c.logprob_sum, c.finish_reason, text)

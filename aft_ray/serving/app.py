@@ -20,7 +20,7 @@ from aft_ray.serving.engine.server import PolicyServer, PolicySpec
 from aft_ray.serving.model import Resolved, ServedModel, resolve
 from aft_ray.storage.run_dir import RunDir, local_model
 from aft_ray.tasks.dataset import load_tokenizer
-from aft_ray.tasks.rendering import end_of_sequence
+from aft_ray.tasks.response_end import response_ends
 
 # Requests that a replica takes besides the questions: health checks, pages, and questions that are rejected at once.
 _OTHER_REQUESTS = 64
@@ -53,10 +53,9 @@ def build(args: dict[str, Any]) -> Application:
 def application(config: ServeConfig, resolved: Resolved) -> Application:
     """Returns the Serve application of a config and of the model that it names. Raises ConfigError, one sentence."""
     served, manifest = resolved
-    tokenizer = load_tokenizer(served.run)
     policy = PolicySpec(
         manifest=manifest,
-        eos_token_ids=(end_of_sequence(tokenizer),),
+        eos_token_ids=response_ends(served.run, load_tokenizer(served.run)).ids,
         max_length=served.run.model.max_length,
         tolerance=served.run.score_tolerance,
         drain_s=config.engine.drain_s,

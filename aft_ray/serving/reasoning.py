@@ -12,7 +12,7 @@ import contextlib
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
@@ -26,9 +26,6 @@ from aft_ray.serving.strategies import Ranking, Vote, leader_probability, next_w
 from aft_ray.storage.records import Candidate
 from aft_ray.tasks import Task
 from aft_ray.verify.answers.canonical import normalise
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 # How often sampling is attempted if engines fail or change their version, and the seconds before each new attempt.
 _ATTEMPTS = 4
@@ -158,14 +155,14 @@ class ReasoningPipeline:
 
     Args:
         engines: Serve handle of the deployment of policy servers.
-        tokenizer: the policy's tokenizer.
+        text_of: the text of a response without its end token; `Renderer.text` of the policy.
     """
 
-    def __init__(self, engines: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, engines: Any, text_of: Callable[[Sequence[int]], str]) -> None:
         self._engines = engines
         # Made once, since every handle keeps a connection to Serve's controller.
         self._streaming_engines = engines.options(stream=True)
-        self._tokenizer = tokenizer
+        self._text_of = text_of
 
     async def reason(
         self,
@@ -215,7 +212,7 @@ class ReasoningPipeline:
         Nothing is retried, since text that has been sent cannot be withdrawn. Raises the same errors as `reason`.
         """
         started = time.monotonic()
-        detokenizer = _IncrementalDetokenizer(self._tokenizer)
+        detokenizer = _IncrementalDetokenizer(self._text_of)
         sample = SampleRequest(request.prompt_token_ids, request.sampling, (0,), request.seed)
         try:
             async with asyncio.timeout(deadline_s):
@@ -321,7 +318,7 @@ class ReasoningPipeline:
                 on_candidate(scored)
 
     def _scored(self, request: ReasoningRequest, index: int, candidate: Candidate) -> ScoredCandidate:
-        text = self._tokenizer.decode(candidate.token_ids, skip_special_tokens=True)
+        text = self._text_of(candidate.token_ids)
         answer = request.task.extract(text)
         return ScoredCandidate(
             index=index,
@@ -357,15 +354,15 @@ def _engine_error(error: Exception) -> Exception:
 class _IncrementalDetokenizer:
     """Decodes tokens as they arrive. Invariant: a character is returned only when all of its tokens are there."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, text_of: Callable[[Sequence[int]], str]) -> None:
+        self._text_of = text_of
         self._tokens: list[int] = []
         self._text = ""
 
     def add(self, tokens: Sequence[int]) -> str:
         """Returns the text that the tokens add; empty if it is not known before more tokens arrive."""
         self._tokens += tokens
-        text = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
+        text = self._text_of(self._tokens)
         # An incomplete character decodes to U+FFFD, and an incomplete word may change the text before it.
         if text.endswith("\ufffd") or not text.startswith(self._text):
             return ""

@@ -20,7 +20,7 @@ from aft_ray.config.tasks import rename_data_keys
 from aft_ray.storage.records import Group, Question, unique_ids
 from aft_ray.storage.run_dir import local_model
 from aft_ray.tasks import Split, Task, build_tasks, load_split
-from aft_ray.tasks.rendering import render
+from aft_ray.tasks.rendering import Renderer
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,15 +50,16 @@ def tokenize_split(config: RunConfig, split: Split, tokenizer: Any) -> Tokenized
 
     Raises:
         ConfigError: More than the share `sampling.max_failed` of a task's questions, or all of them, do not fit
-            `model.max_length`; or two questions have the same id.
+            `model.max_length`; two questions have the same id; or the model's tokenizer does not suit the config.
     """
+    renderer = Renderer(config, tokenizer)
     groups: list[Group] = []
     too_long: list[str] = []
     for name, task in build_tasks(config).items():
         questions = _load_split(config, name, task, split)
         longer: list[str] = []
         for question in questions:
-            prompt, reference = render(task, question, tokenizer, config.model.chat_template)
+            prompt, reference = renderer.question(task, question)
             if len(prompt) + max(len(reference), 1) <= config.model.max_length:
                 groups.append(Group(0, 0, question, prompt, reference, []))
             else:

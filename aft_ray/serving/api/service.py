@@ -33,8 +33,9 @@ from aft_ray.serving.reasoning import (
 )
 from aft_ray.storage.records import Question
 from aft_ray.tasks import Task, build_tasks
+from aft_ray.tasks.chat_template import Message, TemplateRefusal
 from aft_ray.tasks.dataset import load_tokenizer
-from aft_ray.tasks.rendering import render_prompt
+from aft_ray.tasks.rendering import Renderer
 
 # Seconds after which a client is told to try again when no engine answers.
 _RETRY_AFTER_S = 5.0
@@ -51,7 +52,8 @@ class Service:
         self.examples = {name: example_questions(served.run, name) for name in self.tasks}
         self.telemetry = Telemetry(config.access.log_questions)
         self._tokenizer = load_tokenizer(served.run)
-        self._pipeline = ReasoningPipeline(engines, self._tokenizer)
+        self._renderer = Renderer(served.run, self._tokenizer)
+        self._pipeline = ReasoningPipeline(engines, self._renderer.text)
         self._admission = AdmissionQueue(config.limits)
         self._last_version: int | None = None
 
@@ -90,7 +92,7 @@ class Service:
             record.add_question(prompt if isinstance(prompt, str) else f"{len(prompt)} tokens")
             if isinstance(prompt, str):
                 self._check_length(prompt, "prompt")
-                token_ids = render_prompt(prompt, self._tokenizer, "never")
+                token_ids = self._renderer.completion(prompt)
             else:
                 token_ids = prompt
                 if not token_ids or not all(0 <= token < len(self._tokenizer) for token in token_ids):
@@ -163,11 +165,14 @@ class Service:
         if len(text) > most:
             raise ApiError(400, f"{param} has {len(text)} characters; at most {most} are taken", param=param)
 
-    def _tokenize(self, task: Task, text: str, param: str, history: Sequence[Mapping[str, str]] = ()) -> list[int]:
+    def _tokenize(self, task: Task, text: str, param: str, history: Sequence[Message] = ()) -> list[int]:
         """Returns the token ids of a question in the task's prompt template, after earlier messages of a chat."""
         self._check_length(text, param)
         question = Question(id="", text=text, reference="", gold="", task=task.name)
-        return render_prompt(task.prompt(question), self._tokenizer, self.served.run.model.chat_template, history)
+        try:
+            return self._renderer.prompt(task.prompt(question), history)
+        except TemplateRefusal as error:
+            raise ApiError(400, f"{param}: {error}", param=param) from error
 
     # ── Answers ──────────────────────────────────────────────────────────────────────────────────────────────────
 
