@@ -1,7 +1,8 @@
 """Turns groups into tensors.
 
 Prompts are padded on the left and responses on the right, so the responses of all rows begin in the same column.
-Invariant: the score of a row does not depend on the other rows; padding is neither attended to nor counted.
+Invariant: the score of a row does not depend on the other rows; padding is not counted, and no token attends to it
+(`training.padding` says what padding itself attends to).
 """
 
 from __future__ import annotations

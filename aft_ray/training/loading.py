@@ -18,6 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from aft_ray.training.padding import use_padding_mask
+
 _INDEX_FILE, _SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 # The layer of a tensor: "model.layers.11." of "model.layers.11.mlp.up_proj.weight".
 _LAYER = re.compile(r"^(.*?\.\d+\.)")
@@ -53,6 +55,7 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
+    use_padding_mask()
     if config is not None and config["zero_optimization"]["stage"] == 3:
         return _load_partitioned(_local_directory(path), dtype, trust_remote_code, config).train()
     model, report = AutoModelForCausalLM.from_pretrained(
