@@ -6,10 +6,11 @@ Invariant: `limits` bounds everything that a request may ask for, and the defaul
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from aft_ray.config.loader import parse_section, read_yaml
 from aft_ray.config.run import ClusterConfig
@@ -108,6 +109,10 @@ class ReasonerConfig(Section):
     cpus: float = Field(0.5, gt=0, description="Ray CPUs of each process")
 
 
+# How a model is asked that is not from a run. The keys are those of `model` in the config of a run.
+ASKING_KEYS = ("chat_template", "chat_template_kwargs", "system_prompt", "template_date")
+
+
 class ServeConfig(Section):
     """A served reasoner."""
 
@@ -118,6 +123,18 @@ class ServeConfig(Section):
         None, min_length=1, description="name of the model in requests; none: the name of its directory"
     )
     task: DataConfig | None = Field(None, description="task of a model directory; a run directory has its own")
+    chat_template: Literal["auto", "never"] = Field(
+        "auto", description="of a model directory: whether questions go into its chat template; a run has its own"
+    )
+    chat_template_kwargs: dict[str, JsonValue] = Field(
+        {}, description="of a model directory: values for its chat template; a run has its own"
+    )
+    system_prompt: str | None = Field(
+        None, min_length=1, description="of a model directory: system message before every question; a run has its own"
+    )
+    template_date: date | None = Field(
+        None, description="of a model directory: day that strftime_now tells its chat template; none: that of the start"
+    )
     follow: bool = Field(False, description="serve each new version of a run directory when it is published")
     follow_s: Seconds = Field(10, description="seconds between two checks for a new version")
     answering: AnsweringConfig = AnsweringConfig()

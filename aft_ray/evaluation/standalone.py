@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from datetime import date
 
 from aft_ray.cluster.connect import connected
 from aft_ray.cluster.reservations import evaluation_reservations
@@ -32,7 +33,8 @@ def evaluate_models(
     from aft_ray.sampling.sampler_pool import SamplerPool
 
     split = config.evaluation.split
-    configs = [_config_for(config, target) for target in targets]
+    today = date.today()  # one day for all models, even if midnight passes between two of them
+    configs = [_config_for(config, target, today) for target in targets]
     for target_config in configs:
         check_model(target_config)
     evaluated = []
@@ -62,10 +64,11 @@ def evaluate_models(
     return evaluated
 
 
-def _config_for(config: RunConfig, target: Target) -> RunConfig:
+def _config_for(config: RunConfig, target: Target, today: date) -> RunConfig:
     """The common config with the model of the target, which a run may load and prompt in its own way.
 
-    It has no adapter, because an evaluated model directory holds the merged weights.
+    It has no adapter, because an evaluated model directory holds the merged weights. Its template date is `today` if
+    its config has none.
     """
-    model = (target.model or config.model).model_copy(update={"name": target.source})
+    model = (target.model or config.model).model_copy(update={"name": target.source}).dated(today)
     return config.model_copy(update={"model": model, "lora": None})

@@ -69,7 +69,8 @@ def run(config: RunConfig, reporter: Reporter) -> bool:
     """
     run_dir = RunDir(config.run_dir)
     with run_dir.lock(reporter.say) as lock:
-        if changed := adopt_config(config, run_dir):
+        config, changed = adopt_config(config, run_dir)
+        if changed:
             reporter.say(f"continues with {'; '.join(changed)}, which changes its steps by rounding only")
         ledger = Ledger(run_dir)
         last = config.rounds.count

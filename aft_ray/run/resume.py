@@ -5,6 +5,8 @@ Invariant: a run is resumed only with a config that leads to the same steps, up 
 
 from __future__ import annotations
 
+from datetime import date
+
 from aft_ray.config.loader import config_difference, dump_config
 from aft_ray.config.run import ConfigError, RunConfig
 from aft_ray.storage.run_dir import CONFIG, RunDir
@@ -26,21 +28,26 @@ _HARDWARE_KEYS = frozenset(
 )
 
 
-def adopt_config(config: RunConfig, run_dir: RunDir) -> list[str]:
+def adopt_config(config: RunConfig, run_dir: RunDir) -> tuple[RunConfig, list[str]]:
     """Writes the resolved config into a new run directory, or compares it with the one of a run that was begun.
 
-    The cluster, the run directory's own address and the hardware of training may differ.
+    The cluster, the run directory's own address and the hardware of training may differ. Without `model.template_date`
+    a run has the day on which it began, so that it asks its questions in the same way when it is resumed later.
 
     Returns:
-        A line `key: old -> new` for each difference in the hardware of training.
+        The config with a template date, and a line `key: old -> new` for each difference in the hardware of training.
 
     Raises:
         ConfigError: the configs differ in anything else.
     """
     if not run_dir.exists(CONFIG):
+        config = _dated(config, date.today())
         run_dir.write_bytes(CONFIG, dump_config(config).encode())
-        return []
-    difference = config_difference(read_config(run_dir), config)
+        return config, []
+    stored = read_config(run_dir)
+    config = _dated(config, stored.model.template_date or date.today())
+    began = _dated(stored, config.model.template_date or date.today())
+    difference = config_difference(began, config)
     difference = [line for line in difference if not line.startswith(("cluster.", "run_dir:"))]
     changed = [line for line in difference if line.partition(":")[0] in _HARDWARE_KEYS]
     if refused := [line for line in difference if line not in changed]:
@@ -48,7 +55,14 @@ def adopt_config(config: RunConfig, run_dir: RunDir) -> list[str]:
             f"{run_dir.uri()} was started with another config ({'; '.join(refused)}); give the run the config it "
             f"was started with, or another run_dir"
         )
-    return changed
+    if began != stored:  # an earlier release began the run, and did not write the date down
+        run_dir.write_bytes(CONFIG, dump_config(began).encode())
+    return config, changed
+
+
+def _dated(config: RunConfig, day: date) -> RunConfig:
+    """The same config with `day` as the template date, unless it has one."""
+    return config.model_copy(update={"model": config.model.dated(day)})
 
 
 def version_on_disk(config: RunConfig, run_dir: RunDir, version: int) -> VersionManifest:

@@ -70,7 +70,7 @@ def test_one_worker_continues_where_two_stopped(ray_here, tiny_model, tmp_path, 
 
 def test_what_changes_the_result_is_still_refused(tiny_model, tmp_path):
     run_dir = RunDir(tmp_path / "run")
-    assert adopt_config(config_of(tmp_path / "run", tiny_model), run_dir) == []
+    assert adopt_config(config_of(tmp_path / "run", tiny_model), run_dir)[1] == []
     changed = config_of(tmp_path / "run", tiny_model, workers=4, offload_optimizer=True, learning_rate=1.0)
     with pytest.raises(ConfigError, match=r"another config \(training.learning_rate: 0.0005 -> 1.0\)"):
         adopt_config(changed, run_dir)

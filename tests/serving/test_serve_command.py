@@ -2,10 +2,12 @@
 
 import importlib
 import socket
+from datetime import date
 from pathlib import Path
 
 import pytest
 import yaml
+from instruct import instruct_model
 from tiny import tiny_tree
 
 from aft_ray.cli import main
@@ -82,3 +84,20 @@ def test_a_model_directory_is_served_as_its_task_says_and_without_its_own_code(t
     assert (served.name, served.model, manifest) == ("mine", str(tiny_model.resolve()), None)
     assert not served.run.model.trust_remote_code
     assert list(served.run.task_configs) == ["gsm8k"]
+
+
+def test_a_model_directory_is_asked_as_the_config_of_the_service_says(tmp_path, capsys, untrained_run):
+    directory = str(instruct_model(tmp_path / "chat", "chatml"))
+    task = ["task.task=arithmetic", "engine.max_length=160"]
+    keys = ["chat_template_kwargs.enable_thinking=false", "system_prompt=Be brief.", "template_date=2020-02-29"]
+    model = resolve(load_serve_config(directory, None, [*task, *keys]))[0].run.model
+    assert (model.chat_template_kwargs, model.system_prompt) == ({"enable_thinking": False}, "Be brief.")
+    assert model.template_date == date(2020, 2, 29)
+    # Without a day, all processes of the service have that of its start.
+    assert resolve(load_serve_config(directory, None, task))[0].run.model.template_date == date.today()
+    capsys.readouterr()
+    said = refused(capsys, directory, *task, "chat_template_kwargs.style=terse")
+    assert "error: chat_template_kwargs has style" in said
+    said = refused(capsys, directory, *task, "chat_template=never", "system_prompt=Be brief.")
+    assert "error: system_prompt needs a chat template, and chat_template=never" in said
+    assert "leave system_prompt out" in refused(capsys, untrained_run, "system_prompt=Be brief.")
