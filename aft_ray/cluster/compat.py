@@ -14,9 +14,11 @@ Invariant: importing this module imports neither Ray nor vLLM; each function imp
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import traceback
 from collections.abc import Callable, Sequence
+from concurrent.futures import InvalidStateError
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -181,6 +183,35 @@ def embedding_classes() -> tuple[Any, Any]:
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
     return VocabParallelEmbedding, ParallelLMHead
+
+
+def engine_core_ended(llm: Any) -> bool:
+    """Whether the process of the engine core of a vLLM `LLMEngine` has ended; False when it is the calling process.
+
+    vLLM watches the process, but tells only the next call of the engine. See `fail_waiting_calls`.
+    """
+    resources = getattr(llm.engine_core, "resources", None)
+    return resources is not None and bool(resources.engine_dead)
+
+
+def fail_waiting_calls(llm: Any) -> None:
+    """Ends the calls of an `LLMEngine` whose engine core has ended; each raises `EngineDeadError`.
+
+    Without this a thread that waits inside such a call waits for ever: a killed core sends no output to `step`, and the
+    results of other calls are not set either. `outputs_queue` and `utility_results` are what these threads wait at.
+    """
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    client = llm.engine_core
+    client.outputs_queue.put_nowait(EngineDeadError())
+    for result in list(client.utility_results.values()):
+        with contextlib.suppress(InvalidStateError):  # it was set meanwhile
+            result.set_exception(EngineDeadError())
+
+
+def shut_down_engine(llm: Any) -> None:
+    """Ends the processes of a vLLM `LLMEngine`, which has no method for it, and frees its memory."""
+    llm.engine_core.shutdown()
 
 
 def lora_ranks() -> Any:

@@ -2,11 +2,13 @@
 
 Invariant: a request is answered wholly by one set of weights. Weights change only while no request is running;
 requests that arrive meanwhile wait. After an exception inside vLLM the state of the engine is unknown: every call
-raises `EngineDead` from then on.
+raises `EngineDead` from then on. When the process of vLLM's engine core ends, whoever waits for it is told within
+seconds.
 """
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -14,9 +16,11 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
+from aft_ray.cluster.compat import engine_core_ended, fail_waiting_calls, shut_down_engine
 from aft_ray.inference.engine_spec import EngineSpec, engine_arguments, prepare_environment
 from aft_ray.inference.request_parameters import (
     Prompt,
+    RequestFailed,
     SamplingSpec,
     adapter_request,
     candidates_of,
@@ -31,6 +35,8 @@ from aft_ray.weights.receive_plan import EngineCall, Phase
 
 # Seconds between two checks whether the processes of an idle engine are still alive.
 _HEALTH_CHECK_INTERVAL_S = 5.0
+# Seconds between two checks whether the process of a busy engine's core is still alive.
+_CORE_CHECK_INTERVAL_S = 0.5
 
 
 class EngineDead(RuntimeError):
@@ -50,6 +56,7 @@ class Engine:
         self._tasks: queue.Queue[_Task] = queue.Queue()
         # By vLLM's request id: the future of each running request, and what makes its result from vLLM's output.
         self._running: dict[str, tuple[Future[Any], Callable[[Any], Any]]] = {}
+        self._task: _Task | None = None  # taken from the queue, and not yet done
         self._failure: BaseException | None = None
         self._lock = threading.Lock()  # held while a task is added, and while `_fail_all` empties the queue
         self._next_id = 0
@@ -101,9 +108,11 @@ class Engine:
     def sleep(self) -> Future[Any]:
         """Frees the memory of weights and KV cache. The engine answers requests again after `update_weights`.
 
-        On the CPU vLLM only stops its scheduler.
+        On the CPU vLLM only stops its scheduler. The weights below an adapter are not loaded again, so an engine that
+        takes adapters keeps them in host memory.
         """
-        return self._exclusive(lambda llm: llm.sleep(level=2))
+        level = 2 if self._spec.lora is None else 1
+        return self._exclusive(lambda llm: llm.sleep(level=level))
 
     def alive(self) -> bool:
         """Whether the engine's thread runs and vLLM has not failed in it."""
@@ -149,27 +158,43 @@ class Engine:
             started.set_exception(EngineDead(f"vLLM could not start {self._spec.model}: {error}"))
             return
         started.set_result(None)
-        task: _Task | None = None
+        ended = threading.Event()
+        threading.Thread(target=_watch_core, args=(llm, ended), name="vllm-core-watch", daemon=True).start()
         try:
-            while True:
-                idle = not llm.has_unfinished_requests()
-                task = task or self._next_task(wait=idle)
-                if task is None and idle:
-                    llm.collective_rpc("check_health")  # raises when a process of the engine has ended
-                    continue
-                if task is not None and (idle or not task.exclusive):
-                    if task.function is None:
-                        break
-                    self._run_task(task, llm)
-                    task = None
-                    continue
-                for output in llm.step():
-                    if output.finished:
-                        result, convert = self._running.pop(output.request_id)
-                        result.set_result(convert(output))
-            self._fail_all(task, RuntimeError("it was closed"))
+            self._step_until_closed(llm)
+            self._fail_all(RuntimeError("it was closed"))
         except BaseException as error:
-            self._fail_all(task, error)
+            self._fail_all(error)
+        finally:
+            ended.set()
+            with contextlib.suppress(Exception):  # it may be broken already
+                shut_down_engine(llm)
+
+    def _step_until_closed(self, llm: Any) -> None:
+        """Runs the tasks and steps the engine, until the task without a function comes."""
+        while True:
+            idle = not llm.has_unfinished_requests()
+            task = self._task = self._task or self._next_task(wait=idle)
+            if task is None and idle:
+                llm.collective_rpc("check_health")  # raises when a process of the engine has ended
+                continue
+            if task is not None and (idle or not task.exclusive):
+                if task.function is None:
+                    return
+                self._run_task(task, llm)
+                self._task = None
+                continue
+            for output in llm.step():
+                if output.finished:
+                    self._finish(output)
+
+    def _finish(self, output: Any) -> None:
+        """Sets the result of a request from vLLM's last output of it."""
+        result, convert = self._running.pop(output.request_id)
+        try:
+            result.set_result(convert(output))
+        except RequestFailed as error:
+            result.set_exception(error)
 
     def _next_task(self, wait: bool) -> _Task | None:
         try:
@@ -192,10 +217,10 @@ class Engine:
             if task.exclusive:
                 task.result.set_result(result)
 
-    def _fail_all(self, task: _Task | None, failure: BaseException) -> None:
+    def _fail_all(self, failure: BaseException) -> None:
         with self._lock:
             self._failure = failure
-            waiting = [*(result for result, _ in self._running.values()), *([task.result] if task else [])]
+            waiting = [*(result for result, _ in self._running.values()), *([self._task.result] if self._task else [])]
             while not self._tasks.empty():
                 waiting.append(self._tasks.get().result)
         for result in waiting:
@@ -224,8 +249,22 @@ def _wake(llm: Any, memory: str) -> None:
         llm.wake_up([memory])
 
 
+def _watch_core(llm: Any, ended: threading.Event) -> None:
+    """Ends the waits of the engine's thread when the process of its core has ended; returns after `ended` is set."""
+    while not ended.wait(_CORE_CHECK_INTERVAL_S):
+        if engine_core_ended(llm):
+            fail_waiting_calls(llm)
+            return
+
+
 def _build_llm_engine(spec: EngineSpec) -> Any:
     prepare_environment(spec)
     from vllm import EngineArgs, LLMEngine
+    from vllm.usage.usage_lib import UsageContext
 
-    return LLMEngine.from_engine_args(EngineArgs(**engine_arguments(spec)))
+    # The context of vLLM's own class for offline batches, from which it derives how much the hardware takes at once.
+    return LLMEngine.from_engine_args(
+        EngineArgs(**engine_arguments(spec)),
+        usage_context=UsageContext.LLM_CLASS,
+        enable_multiprocessing=spec.has_core_process,
+    )

@@ -6,7 +6,8 @@ Samplers and the service start their engines with these arguments.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from aft_ray.cluster.compat import lora_ranks
@@ -26,14 +27,19 @@ class EngineSpec:
         shared_gpus: ids of the GPUs that train workers use while the engine sleeps; empty when the engine has GPUs of
             its own.
         receives_broadcasts: whether the engine can receive new weights as a stream from the trainer.
+        max_num_seqs: the most sequences that run at once; None: vLLM's own number for the hardware.
+        gpu_memory_utilization: share of the memory of each GPU, of which a fractional engine uses its part.
         lora: the adapters that the engine takes in place of new weights; None when it takes none.
+        core_process: whether vLLM's engine core runs in a process of its own; None: on GPUs alone, because it takes
+            half a minute to start. The core of executor "ray" is always in this process.
+        arguments: more of vLLM's engine arguments, by name; see `aft_ray.inference.engine_options`.
     """
 
     model: str
     eos_token_ids: tuple[int, ...]
     dtype: str
     max_length: int
-    max_num_seqs: int
+    max_num_seqs: int | None
     gpu: bool
     threads: int = 1
     kv_cache_gib: float = 1.0
@@ -45,6 +51,8 @@ class EngineSpec:
     shared_gpus: tuple[str, ...] = ()
     receives_broadcasts: bool = False
     lora: LoraConfig | None = None
+    core_process: bool | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def executor(self) -> Literal["uni", "mp", "ray"]:
@@ -52,6 +60,13 @@ class EngineSpec:
         if self.tensor_parallel_size * self.pipeline_parallel_size == 1:
             return "uni"
         return "ray" if self.gpu and self.pipeline_parallel_size > 1 else "mp"
+
+    @property
+    def has_core_process(self) -> bool:
+        """Whether vLLM's engine core runs in a process of its own."""
+        if self.executor == "ray":
+            return False  # as a process of its own it would join Ray as another job
+        return self.gpu if self.core_process is None else self.core_process
 
 
 def prepare_environment(spec: EngineSpec) -> None:
@@ -61,9 +76,7 @@ def prepare_environment(spec: EngineSpec) -> None:
     os.environ.update(engine_environment(spec))
     if spec.shared_gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(spec.shared_gpus)
-    if not spec.gpu or spec.executor == "ray":
-        # vLLM's engine core then runs in this process. As a process of its own it would join Ray as another job.
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1" if spec.has_core_process else "0"
 
 
 def engine_environment(spec: EngineSpec) -> dict[str, str]:
@@ -91,7 +104,6 @@ def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
         "model": spec.model,
         "dtype": spec.dtype,
         "max_model_len": spec.max_length,
-        "max_num_seqs": spec.max_num_seqs,
         "skip_tokenizer_init": True,
         "enable_prefix_caching": True,
         "disable_log_stats": True,
@@ -105,6 +117,8 @@ def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
         # Sampling must not take defaults from the model's own generation_config.json.
         "generation_config": "vllm",
     }
+    if spec.max_num_seqs is not None:
+        arguments["max_num_seqs"] = spec.max_num_seqs
     if spec.receives_broadcasts:
         arguments |= {"weight_transfer_config": {"backend": NCCL_BACKEND if spec.gpu else GLOO_BACKEND}}
     if spec.lora is not None:

@@ -17,6 +17,10 @@ class PromptTooLong(ValueError):
     """The prompt fills the model's context, so that no token is left for a response."""
 
 
+class RequestFailed(RuntimeError):
+    """vLLM ended a request without an answer. The engine itself is not affected."""
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingSpec:
     """How the k candidates of a question are sampled. Temperature 0 is greedy decoding."""
@@ -77,7 +81,12 @@ def adapter_request(number: int, directory: str | None = None) -> Any:
 
 
 def candidates_of(output: Any) -> list[Candidate]:
-    """The candidates of a finished vLLM request (a RequestOutput), in the order of their indices, without texts."""
+    """The candidates of a finished vLLM request (a RequestOutput), in the order of their indices, without texts.
+
+    Raises:
+        RequestFailed: vLLM has ended the request before all its candidates were finished.
+    """
+    _check_finished(output)
     return [
         Candidate(
             token_ids=list(completion.token_ids),
@@ -101,6 +110,18 @@ def score_of(output: Any, prompt_length: int) -> float:
 
     Args:
         output: the RequestOutput of a request with `scoring_parameters`, whose tokens are a prompt and its response.
+
+    Raises:
+        RequestFailed: vLLM has ended the request before it was answered.
     """
+    _check_finished(output)
     response = list(zip(output.prompt_token_ids, output.prompt_logprobs, strict=True))[prompt_length:]
     return float(sum(logprobs[token].logprob for token, logprobs in response) / len(response))
+
+
+def _check_finished(output: Any) -> None:
+    for completion in output.outputs:
+        if completion.finish_reason not in ("stop", "length"):
+            raise RequestFailed(
+                f"vLLM ended a request of {len(output.prompt_token_ids)} tokens with {completion.finish_reason!r}"
+            )
