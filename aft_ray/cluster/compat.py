@@ -1,8 +1,9 @@
 """Every private or internal name of Ray and vLLM that `aft_ray` uses, with the reason.
 
 These names may change with any release. Each function says what the name is needed for and which public way is missing.
-All of them were checked against Ray 2.60.0 and vLLM 0.32.0. After an upgrade this module has to be compared with the
-new sources, together with the two modules that derive from internal classes:
+All of them were checked against Ray 2.60.0 and against vLLM 0.32.0 (the CPU build) and 0.33.0 (the GPU build).
+`make check-gpu` compares the two builds again. After an upgrade this module has to be compared with the new sources,
+together with the two modules that derive from internal classes:
 
 - `serving.engine.server`: see `ray_vllm_engine`.
 - `inference.vllm_worker`: see `nccl_weight_transfer`. Its `WeightLoader` is a worker extension (`worker_extension_cls`,
@@ -15,11 +16,17 @@ Invariant: importing this module imports neither Ray nor vLLM; each function imp
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
+import os
+import sys
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import InvalidStateError
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -146,6 +153,69 @@ def start_serve_application(application: Any, name: str) -> None:
     serve._run(application, name=name, route_prefix="/", _blocking=False)
 
 
+# Modules that Ray imports under a name which the newest supported vLLM no longer has: old name -> present name.
+MOVED_VLLM_MODULES = {
+    # Ray 2.60's engine imports `FrontendArgs` from here. vLLM 0.33 moved the module; 0.32 has the old name.
+    "vllm.entrypoints.launchers.cli_args": "vllm.entrypoints.common.cli_args",
+}
+
+# Names the setup hook of the job in an engine's processes, where Ray's own variable names ours.
+_JOB_SETUP_HOOK = "AFT_RAY_JOB_SETUP_HOOK"
+
+
+class _MovedModules(MetaPathFinder, Loader):
+    """Finds a moved module of vLLM under its old name, where nothing else finds one."""
+
+    def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
+        return ModuleSpec(name, self) if name in MOVED_VLLM_MODULES else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        # The import system returns what stands in sys.modules after this call, so both names are one module.
+        sys.modules[module.__name__] = importlib.import_module(MOVED_VLLM_MODULES[module.__name__])
+
+
+def alias_moved_modules() -> None:
+    """Lets Ray's serve code import moved modules of vLLM by their old names, in this process, from now on.
+
+    It changes nothing where the old names exist, and imports nothing itself: vLLM must not be imported before Ray has
+    set the visible devices and the environment variables of an engine.
+    """
+    if not any(isinstance(finder, _MovedModules) for finder in sys.meta_path):
+        sys.meta_path.append(_MovedModules())
+
+
+def engine_runtime_env(variables: dict[str, str]) -> dict[str, Any]:
+    """The runtime environment of an engine, in which every process of Ray first aliases the moved modules.
+
+    Beside the replica, Ray starts tasks for an engine that import its own modules and none of ours: the download of
+    the model and, for GPUs, the engine's configuration. The hook is the only code of ours that runs there before them.
+    Ray takes the key `worker_process_setup_hook` only from a whole job, and ignores it in the options of an actor or a
+    task; the variable that brings it to the processes works in both. Both must name the same hook, because vLLM passes
+    this environment to `ray.init` in the process of its core, which refuses two. A hook of the job runs after ours.
+
+    Args:
+        variables: environment variables of the engine.
+    """
+    import ray
+    from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
+
+    hook = f"{__name__}.{set_up_engine_process.__name__}"
+    job = ray.get_runtime_context().runtime_env.get("env_vars", {}) if ray.is_initialized() else {}
+    own = job.get(WORKER_PROCESS_SETUP_HOOK_ENV_VAR)
+    variables = variables | {WORKER_PROCESS_SETUP_HOOK_ENV_VAR: hook} | ({_JOB_SETUP_HOOK: own} if own else {})
+    return {"env_vars": variables, "worker_process_setup_hook": hook}
+
+
+def set_up_engine_process() -> None:
+    """What each Ray worker process of an engine runs first; see `engine_runtime_env`."""
+    alias_moved_modules()
+    if hook := os.environ.get(_JOB_SETUP_HOOK):
+        from ray._private.runtime_env.setup_hook import load_and_execute_setup_hook
+
+        if error := load_and_execute_setup_hook(hook):
+            raise RuntimeError(error)
+
+
 def ray_vllm_engine() -> Any:
     """`VLLMEngine`, the engine class of Ray's `LLMServer`, as the base class of `serving.engine.server.PolicyEngine`.
 
@@ -166,19 +236,30 @@ def layerwise_reload() -> Any:
     and `get_layerwise_info`.
 
     A worker's `reload_weights` takes all weights in one call. Files that arrive one after the other from an object
-    store need the three steps apart, and an update that was interrupted must be found and dropped.
+    store need the three steps apart, and an update that was interrupted must be found and dropped. The record of a
+    layer (`load_numel`, `load_numel_total`, `kernel_tensors`, `can_load()`) says which weights it still lacks, for
+    which vLLM only prints a warning. The method of a mixture of experts (`quant_method.moe_kernel`) keeps packed
+    experts on the CPU, which `inference.vllm_worker.reload` drops.
     """
     from vllm.model_executor.model_loader.reload import layerwise
 
     return layerwise
 
 
+def is_attention_layer(layer: Any) -> bool:
+    """Whether the layerwise reload completes a layer only at its end, whatever weights it has got."""
+    from vllm.model_executor.layers.attention import is_deferred_attention_layer
+
+    return bool(is_deferred_attention_layer(layer))
+
+
 def embedding_classes() -> tuple[Any, Any]:
     """`VocabParallelEmbedding` and `ParallelLMHead`, the layers at the two ends of a model.
 
     On the CPU a head that shares the embedding's weight multiplies by a packed copy of it. No reload of vLLM refreshes
-    this copy, so `inference.vllm_worker.weight_loader` finds these layers and calls
-    `quant_method.process_weights_after_loading` of the head.
+    this copy, so `inference.vllm_worker.reload` finds these layers and calls
+    `quant_method.process_weights_after_loading` of the head. Their weights have padding, which no checkpoint fills:
+    `shard_indices.num_org_elements` are the rows that it does fill.
     """
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 

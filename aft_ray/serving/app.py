@@ -11,6 +11,7 @@ from ray import serve
 from ray.serve.deployment import Application
 from ray.serve.llm import LLMConfig, build_llm_deployment
 
+from aft_ray.cluster.compat import engine_runtime_env
 from aft_ray.config.serve import ServeConfig, parse_serve_config
 from aft_ray.inference.engine_spec import EngineSpec, engine_arguments, engine_environment
 from aft_ray.serving.api.routes import build_http_app
@@ -132,6 +133,6 @@ def llm_config(config: ServeConfig, served: ServedModel, eos_token_ids: tuple[in
         },
         engine_kwargs=arguments,
         deployment_config=deployment,
-        runtime_env={"env_vars": engine_environment(spec)},
+        runtime_env=engine_runtime_env(engine_environment(spec)),
         log_engine_metrics=False,
     )

@@ -36,7 +36,10 @@ def reasoner(tmp_path_factory) -> Iterator[Reasoner]:
         mark: "1",
         "RAY_AUTH_MODE": "disabled",
         "TMPDIR": str(temporary),
-        "PYTHONPATH": os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")]).rstrip(os.pathsep),
+        # The GPU build's module names are those with which a service failed to start.
+        "PYTHONPATH": os.pathsep.join(
+            [str(ROOT / "tests/support/gpu_layout"), str(ROOT), environment.get("PYTHONPATH", "")]
+        ).rstrip(os.pathsep),
     }
     (port,) = free_ports(1)
     concurrency, queue = 2, 2
