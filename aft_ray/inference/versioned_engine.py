@@ -30,6 +30,10 @@ class WeightTransferFailed(RuntimeError):
     """New weights did not arrive. The engine's weights are undefined now; it works again after the next update."""
 
 
+class WrongWeights(WeightTransferFailed):
+    """New weights arrived and are not what the trainer sent, or were not all loaded. Another update may follow."""
+
+
 @dataclass(frozen=True, slots=True)
 class UpdateReport:
     """How an engine was brought to a version: seconds of each phase, all zero when it held the version already.
@@ -123,7 +127,8 @@ class VersionedEngine:
 
         Raises:
             PhaseTimeout: a phase did not end by its deadline. The engine must not be used again.
-            WeightUpdateFailed: the weights did not arrive, or the probes' scores differ. Another update may follow.
+            WeightUpdateFailed: the weights did not arrive, a digest or the probes' scores differ. Another update may
+                follow.
             Exception: any other error of the engine, unchanged.
         """
         async with self._updating:
@@ -135,6 +140,10 @@ class VersionedEngine:
                 report = await self._update(manifest, tolerance, timeout_s)
             except PhaseTimeout as error:
                 raise PhaseTimeout(self._failure(manifest, timeout_s, error)) from None
+            except WrongWeights as error:
+                raise WeightUpdateFailed(
+                    f"{self.name} got wrong weights of version {manifest.version}: {error}; it answers nothing"
+                ) from None
             except WeightTransferFailed as error:
                 raise WeightUpdateFailed(self._failure(manifest, timeout_s, error)) from None
             finally:
@@ -183,20 +192,33 @@ def receive_weights(client: BlockingClient, calls: Iterator[EngineCall], enter_p
     one that answers `client`.
 
     Raises:
+        WrongWeights: a worker process says that the weights are not those that were sent, or not complete.
         WeightTransferFailed: a phase failed after which the engine can take another update.
         Exception: another phase failed, so that the state of the engine is unknown.
     """
     phase: Phase = "fetch"
+    problems: list[str] = []
     enter_phase(phase)
     try:
         for call in calls:
             phase = call.phase
             enter_phase(phase)
-            client.collective_rpc(call.method, args=call.args)
+            results = client.collective_rpc(call.method, args=call.args)
+            problems += [
+                _located(one, rank, len(results))
+                for rank, one in enumerate(results or [])
+                if isinstance(one, str) and one
+            ]
     except Exception as error:
         if phase not in RECOVERABLE_PHASES:
             raise
         # Only the first line: torch adds its stack frames in the lines below.
         raise WeightTransferFailed((str(error).strip() or repr(error)).splitlines()[0]) from None
+    if problems:
+        raise WrongWeights(problems[0])
     if not client.reset_prefix_cache():
         raise RuntimeError("the prefix cache could not be reset after new weights were loaded")
+
+
+def _located(problem: object, rank: int, processes: int) -> str:
+    return f"{problem}" if processes == 1 else f"{problem}, in its process {rank} of {processes}"

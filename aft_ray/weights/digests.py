@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ def tensor_digest(tensor: torch.Tensor) -> int:
 def device_digest(tensor: torch.Tensor) -> torch.Tensor:
     """The same as an int64 tensor of shape [] on the tensor's device, which no caller waits for."""
     words = _words(tensor.detach())
-    row_weights = torch.from_numpy(_row_weights()).to(words.device)
+    row_weights = _row_weights(words.device)
     whole = len(words) // _ROW
     rows = words[: whole * _ROW].view(whole, _ROW)
     # A product of int32 and int64 is int64. Overflow drops the high bits, on every device alike.
@@ -47,7 +47,7 @@ def device_digest(tensor: torch.Tensor) -> torch.Tensor:
     tail = words[whole * _ROW :]
     sums.append((tail * row_weights[: len(tail)]).sum().unsqueeze(0))
     row_sums = torch.cat(sums)
-    return (row_sums * _powers(len(row_sums)).to(words.device)).sum() + _kind(tensor)
+    return (row_sums * _powers(len(row_sums), words.device)).sum() + _kind(tensor)
 
 
 def write_digests(digests: Mapping[str, int]) -> dict[str, str]:
@@ -77,23 +77,29 @@ def _kind(tensor: torch.Tensor) -> int:
 
 
 @cache
-def _row_weights() -> np.ndarray:
+def _row_weights(device: torch.device) -> torch.Tensor:
     """The weights of the words of a row: int64 [_ROW], odd, and without any pattern (SplitMix64)."""
-    weights = (np.arange(1, _ROW + 1, dtype=np.uint64)) * np.uint64(_BASE)
+    weights = np.arange(1, _ROW + 1, dtype=np.uint64) * np.uint64(_BASE)
     weights = (weights ^ (weights >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     weights = (weights ^ (weights >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    odd: np.ndarray = ((weights ^ (weights >> np.uint64(31))) | np.uint64(1)).view(np.int64)
-    return odd
+    return _on_device((weights ^ (weights >> np.uint64(31))) | np.uint64(1), device)
 
 
-def _powers(count: int) -> torch.Tensor:
+@lru_cache(maxsize=64)  # a model has tensors of a few sizes
+def _powers(count: int, device: torch.device) -> torch.Tensor:
     """The first powers of the base, modulo 2^64: int64 [count]."""
-    powers = np.empty(count, dtype=np.uint64)
-    powers[0] = 1
+    powers = np.ones(count, dtype=np.uint64)
     have = 1
     while have < count:  # the known powers times the next one are as many new ones
-        step = np.uint64(pow(_BASE, have, 1 << 64))
         new = min(have, count - have)
-        powers[have : have + new] = powers[:new] * step
+        powers[have : have + new] = powers[:new] * np.uint64(pow(_BASE, have, 1 << 64))
         have += new
-    return torch.from_numpy(powers.view(np.int64))
+    return _on_device(powers, device)
+
+
+def _on_device(numbers: np.ndarray, device: torch.device) -> torch.Tensor:
+    """The bits of uint64 numbers as int64, for use by every stream of the device."""
+    tensor = torch.from_numpy(numbers.view(np.int64)).to(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return tensor

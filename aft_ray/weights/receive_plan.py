@@ -8,13 +8,15 @@ the number of parameters; after a failure in one of `RECOVERABLE_PHASES` the eng
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 
-from aft_ray.storage.run_dir import local_model
+from aft_ray.storage.run_dir import RunDir, local_model
 from aft_ray.weights.adapter import ADAPTER_FILES
 from aft_ray.weights.broadcast.buckets import Layout
 
@@ -25,6 +27,8 @@ Phase = Literal["rendezvous", "fetch", "load", "verify"]
 RECOVERABLE_PHASES: tuple[Phase, ...] = ("rendezvous", "fetch")
 # The names under which the two weight transfer engines of broadcasts are registered in vLLM: without GPUs, and with.
 GLOO_BACKEND, NCCL_BACKEND = "aft_ray_gloo", "aft_ray_nccl"
+# Seconds between two looks at a model directory that is being written.
+_POLL_S = 0.5
 # What vLLM's messages between processes carry unchanged. Its decoder knows no other types inside the arguments of a
 # call: a tuple arrives as a list, and so does every object that has fields.
 Plain: TypeAlias = "bool | int | float | str | Sequence[Plain] | Mapping[str, Plain] | None"
@@ -75,14 +79,20 @@ class ReceivePlan(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class FromDirectory:
-    """Reads a model directory: local, shared, or a URI. It is always there, also for engines that start later."""
+    """Reads a model directory: local, shared, or a URI. Engines that start later read it, and all others can.
+
+    Attributes:
+        durable: whether the directory was complete when the plan was made. If not, an engine waits until it is.
+    """
 
     model: str
     shards: tuple[str, ...]
+    durable: bool = True
 
     def calls(self, timeout_s: float) -> Iterator[EngineCall]:
-        """Loads one shard after the other."""
-        del timeout_s
+        """Loads one shard after the other. Raises TimeoutError when the directory is not complete in time."""
+        if not self.durable:
+            _wait_until_complete(self.model, timeout_s)
         directory = Path(local_model(self.model))
         yield from _load_files(str(directory / shard) for shard in self.shards)
 
@@ -154,14 +164,15 @@ class FromBroadcast:
             "timeout_s": timeout_s,
         }
         update_info = {
-            "names": list(layout.names),
-            "dtype_names": [layout.dtype] * len(layout.names),
-            "shapes": [list(shape) for shape in layout.shapes],
+            "names": [name for name, _, _ in layout.stream],
+            "dtype_names": [dtype for _, _, dtype in layout.stream],
+            "shapes": [list(shape) for _, shape, _ in layout.stream],
         }
         yield EngineCall("rendezvous", "init_weight_transfer_engine", (init_info,))
         yield EngineCall("rendezvous", "start_weight_update")
         yield EngineCall("fetch", "update_weights", (update_info,))
         yield EngineCall("load", "finish_weight_update")
+        yield EngineCall("load", "verify_broadcast")
         yield EngineCall("load", "shutdown_weight_transfer_engine")
 
 
@@ -203,6 +214,17 @@ class FromAdapter:
     def _load(self, directory: str) -> EngineCall:
         # Engines have room for one adapter: when this one is loaded, vLLM drops the one before.
         return EngineCall("load", "load_adapter", (self.number, directory))
+
+
+def _wait_until_complete(model: str, timeout_s: float) -> None:
+    """Waits until the train workers have written a model directory. Raises TimeoutError that names it."""
+    directory, deadline = RunDir(model), time.monotonic() + timeout_s
+    if not directory.is_complete(""):
+        print(f"waits until the train workers have written {model}", file=sys.stderr, flush=True)
+    while not directory.is_complete(""):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"the train workers have not written {model} completely in {timeout_s:.0f} s")
+        time.sleep(_POLL_S)
 
 
 def _load_files(paths: Iterator[str]) -> Iterator[EngineCall]:

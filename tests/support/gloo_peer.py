@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from aft_ray.weights.broadcast.buckets import Layout, receive
+from aft_ray.weights.broadcast.buckets import DIGESTS, Layout, receive
 from aft_ray.weights.broadcast.gloo_group import GlooGroup
 from aft_ray.weights.broadcast.rendezvous import connect_store
 
@@ -21,7 +21,9 @@ def main(port: int, rank: int, spec: str, fate: str) -> None:
     received = []
 
     def load(tensors) -> None:
-        for _, tensor in tensors:
+        for name, tensor in tensors:
+            if name == DIGESTS:
+                continue
             (value,) = tensor.unique().tolist()
             received.append(value)
             if fate == "dies" and len(received) == 3:

@@ -2,21 +2,23 @@
 
 On GPUs it is vLLM's NCCL engine. Without GPUs the same engine has a gloo group in place of the NCCL communicator, and
 receives buckets of the same format without CUDA streams. `weight_loader.py`, which vLLM imports in every worker
-process, registers both. Invariant: each broadcast has a process group of its own.
+process, registers both. Invariants: each broadcast has a process group of its own; what arrived is compared, tensor by
+tensor, with the digests at the end of the stream.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 
 from aft_ray.cluster.compat import nccl_weight_transfer
-from aft_ray.inference.vllm_worker.weight_loader import repack_tied_heads
+from aft_ray.inference.vllm_worker.reload import begin_reload, finish_reload
+from aft_ray.weights.arrivals import Arrivals
 from aft_ray.weights.broadcast.buckets import Layout, receive
 from aft_ray.weights.broadcast.gloo_group import GlooGroup
 from aft_ray.weights.broadcast.nccl_group import NcclGroup
@@ -35,7 +37,40 @@ class BroadcastInitInfo(_NcclInitInfo):  # type: ignore[misc]
     timeout_s: float
 
 
-class NcclBroadcastEngine(_NcclEngine):  # type: ignore[misc]
+class _VerifiedReload:
+    """What both transfer engines do beyond vLLM's: they prove what they received, and complete the reload.
+
+    Attributes:
+        problem: what is wrong with the weights of the last broadcast, as a sentence; empty when nothing is.
+    """
+
+    model: Any
+    model_config: Any
+    problem = "no broadcast has ended"
+
+    def start_weight_update(self) -> None:
+        """Prepares the layers. The state of an earlier update that did not end is cleared."""
+        self.problem = "the broadcast has not ended"
+        self.arrivals = Arrivals()
+        begin_reload(self.model, self.model_config)
+
+    def finish_weight_update(self) -> None:
+        """Completes the layers and compares the weights with what the trainer sent."""
+        incomplete = finish_reload(self.model, self.model_config)
+        self.problem = self.arrivals.problem() or incomplete
+
+
+class _WatchedModel:
+    """Stands in for the model while tensors are received: notes them, and loads them into the model."""
+
+    def __init__(self, model: Any, arrivals: Arrivals) -> None:
+        self._model, self._arrivals = model, arrivals
+
+    def load_weights(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        self._model.load_weights(self._arrivals.watch(tensors))
+
+
+class NcclBroadcastEngine(_VerifiedReload, _NcclEngine):  # type: ignore[misc]
     """vLLM's NCCL engine, which joins a new group for each broadcast, and receives within a deadline."""
 
     init_info_cls = BroadcastInitInfo
@@ -62,6 +97,9 @@ class NcclBroadcastEngine(_NcclEngine):  # type: ignore[misc]
         deadline = threading.Timer(self.timeout_s, leave)
         deadline.daemon = True
         deadline.start()
+        model = self.model
+        self.arrivals.announce_order(update_info.names)
+        self.model = _WatchedModel(model, self.arrivals)  # of which vLLM's consumer calls `load_weights`
         try:
             super().receive_weights(update_info)
         except BaseException as error:
@@ -70,6 +108,7 @@ class NcclBroadcastEngine(_NcclEngine):  # type: ignore[misc]
                 raise
             raise TimeoutError(self._late()) from error
         finally:
+            self.model = model
             deadline.cancel()
         if late.is_set():
             raise TimeoutError(self._late())
@@ -78,7 +117,7 @@ class NcclBroadcastEngine(_NcclEngine):  # type: ignore[misc]
         return f"not all weights arrived within {self.timeout_s:.0f} s"
 
 
-class GlooBroadcastEngine(_NcclEngine):  # type: ignore[misc]
+class GlooBroadcastEngine(_VerifiedReload, _NcclEngine):  # type: ignore[misc]
     """The same over gloo, for engines without GPUs."""
 
     init_info_cls = BroadcastInitInfo
@@ -97,22 +136,14 @@ class GlooBroadcastEngine(_NcclEngine):  # type: ignore[misc]
         """Receives the tensors that vLLM's `NCCLWeightTransferUpdateInfo` lists, and loads them into the model."""
         group: GlooGroup = self.model_update_group
         group.restart_clock(self.timeout_s)
-        layout = Layout(
-            names=tuple(update_info.names),
-            shapes=tuple(tuple(shape) for shape in update_info.shapes),
-            dtype=update_info.dtype_names[0],
-            threshold=self.packed_buffer_size_bytes,
-        )
+        self.arrivals.announce_order(update_info.names)
+        tensors = zip(update_info.names, map(tuple, update_info.shapes), update_info.dtype_names, strict=True)
+        layout = Layout.of_stream(list(tensors), self.packed_buffer_size_bytes)
         try:
-            receive(layout, group, self.model.load_weights, torch.device("cpu"))
+            receive(layout, group, _WatchedModel(self.model, self.arrivals).load_weights, torch.device("cpu"))
         except BaseException:
             self.shutdown()  # otherwise the other ranks would wait for this one until their deadline
             raise
-
-    def finish_weight_update(self) -> None:
-        """Completes the layers."""
-        super().finish_weight_update()
-        repack_tied_heads(self.model)
 
 
 def _join(join: Callable[[Any, int, int, float], T], init_info: BroadcastInitInfo, rank: int) -> T:

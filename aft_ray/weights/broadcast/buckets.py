@@ -1,10 +1,13 @@
 """The format of a weight broadcast: which tensors it consists of, and how both ends send and receive them in buckets.
 
 The format is that of vLLM's packed broadcast (vllm/distributed/weight_transfer/packed_tensor.py): a bucket is the bytes
-of consecutive tensors, and ends with the tensor that brings it above a threshold. Invariants: both ends compute the
-same buckets from the same layout; each end holds two buckets and, apart from them, no copy of the weights; what is
-received equals what was sent, name by name, in the layout's dtype. The driver reads layouts, so that torch is imported
-only where buckets are allocated.
+of consecutive tensors, and ends with the tensor that brings it above a threshold. After the weights the stream has one
+more tensor, `DIGESTS`: the 64-bit digests of all weights as they were sent, in their order. It is declared as bytes
+(uint8, 8 for each weight), because it may begin at any byte of its bucket.
+
+Invariants: both ends compute the same buckets from the same layout; each end holds two buckets and, apart from them, no
+copy of the weights; what is received equals what was sent, name by name, in the layout's dtype. The driver reads
+layouts, so that torch is imported only where buckets are allocated.
 """
 
 from __future__ import annotations
@@ -12,13 +15,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     import torch
 
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# The name of the last tensor of a stream.
+DIGESTS = "aft_ray.digests"
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "uint8": 1}
+
+# A tensor of the stream: its name, shape and dtype.
+Entry = tuple[str, tuple[int, ...], str]
 
 # Waits until an operation on a bucket has ended. Raises what the process group raises.
 Wait = Callable[[], None]
@@ -26,12 +33,12 @@ Wait = Callable[[], None]
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The tensors of a checkpoint in the order in which they are sent.
+    """The tensors of a checkpoint in the order in which they are sent; the digests that follow them are not listed.
 
     Attributes:
         names: names of the parameters in the Hugging Face checkpoint.
         shapes: the whole shape of each tensor.
-        dtype: the dtype of all tensors, for example "bfloat16".
+        dtype: the dtype of all these tensors, for example "bfloat16".
         threshold: bytes; a bucket ends with the tensor that brings it above them.
     """
 
@@ -50,18 +57,35 @@ class Layout:
         layout = cls(tuple(names), tuple(tuple(shape) for shape in shapes), dtype, 0)
         return replace(layout, threshold=max(0, bucket_bytes - max(layout.sizes, default=0)))
 
+    @classmethod
+    def of_stream(cls, entries: Sequence[Entry], threshold: int) -> Layout:
+        """The layout of a stream whose tensors, with the digests at the end, are given."""
+        weights = entries[:-1]
+        return cls(
+            tuple(name for name, _, _ in weights),
+            tuple(tuple(shape) for _, shape, _ in weights),
+            weights[0][2] if weights else "float32",
+            threshold,
+        )
+
+    @property
+    def stream(self) -> list[Entry]:
+        """Everything that is sent: the weights, and their digests; nothing when there are no weights."""
+        weights = [(name, shape, self.dtype) for name, shape in zip(self.names, self.shapes, strict=True)]
+        return [*weights, (DIGESTS, (8 * len(weights),), "uint8")] if weights else []
+
     @property
     def sizes(self) -> list[int]:
-        """Bytes of each tensor."""
-        return [math.prod(shape) * _BYTES[self.dtype] for shape in self.shapes]
+        """Bytes of each tensor of the stream."""
+        return [math.prod(shape) * _BYTES[dtype] for _, shape, dtype in self.stream]
 
     @property
     def bytes(self) -> int:
-        """Bytes of all tensors together."""
-        return sum(self.sizes)
+        """Bytes of all weights together, without their digests."""
+        return sum(self.sizes[:-1])
 
     def buckets(self) -> list[list[int]]:
-        """The indices of the tensors in each bucket."""
+        """The indices of the stream's tensors in each bucket."""
         buckets: list[list[int]] = []
         room = -1
         for index, size in enumerate(self.sizes):
@@ -87,25 +111,33 @@ class ProcessGroup(Protocol):
 def send(
     tensors: Iterator[tuple[str, torch.Tensor]], layout: Layout, group: ProcessGroup, device: torch.device
 ) -> None:
-    """Sends the weights from rank 0: fills one bucket while the other one is being sent.
+    """Sends the weights and their digests from rank 0: fills one bucket while the other one is being sent.
 
     Takes exactly the layout's tensors from the iterator, in any dtype.
 
     Raises:
         ValueError: the tensors are not those of the layout.
     """
+    import torch
+
+    from aft_ray.weights.digests import device_digest
+
     pair = _BucketPair(layout, device)
-    for number, indices in enumerate(pair.buckets):
+    digests: list[torch.Tensor] = []
+    for number in range(len(pair.buckets)):
         bucket = pair.wait_free(number)
-        next_tensors = islice(tensors, len(indices))
         for index, view in pair.views(number):
-            name, tensor = next(next_tensors, ("nothing", bucket))
+            if index == len(layout.names):
+                view.copy_(torch.stack(digests).view(torch.uint8))
+                continue
+            name, tensor = next(tensors, ("nothing", bucket))
             if (name, tuple(tensor.shape)) != (layout.names[index], layout.shapes[index]):
                 raise ValueError(
                     f"the weights changed their layout: {layout.names[index]} {layout.shapes[index]} was announced, "
                     f"and {name} {tuple(tensor.shape)} was sent"
                 )
             view.copy_(tensor)
+            digests.append(device_digest(view))
         pair.waits[number % 2] = group.broadcast(bucket)
     pair.wait_all()
 
@@ -119,7 +151,7 @@ def receive(
     """Receives the weights on a rank other than 0: loads one bucket while the next one is being received.
 
     Args:
-        load: called once for each bucket, with its tensors by name, which are copies.
+        load: called once for each bucket, with its tensors by name, which are copies. The last one is `DIGESTS`.
     """
     pair = _BucketPair(layout, device)
     if pair.buckets:
@@ -129,7 +161,7 @@ def receive(
             pair.waits[(number + 1) % 2] = group.broadcast(pair.wait_free(number + 1))
         pair.wait_free(number)
         # vLLM keeps tensors until a fused layer is complete, by which time the bucket holds others.
-        load((layout.names[index], view.clone()) for index, view in pair.views(number))
+        load((pair.stream[index][0], view.clone()) for index, view in pair.views(number))
 
 
 class _BucketPair:
@@ -138,10 +170,10 @@ class _BucketPair:
     def __init__(self, layout: Layout, device: torch.device) -> None:
         import torch
 
-        self.layout, self.sizes, self.buckets = layout, layout.sizes, layout.buckets()
+        self.stream, self.sizes, self.buckets = layout.stream, layout.sizes, layout.buckets()
         self.bytes = [sum(self.sizes[index] for index in indices) for indices in self.buckets]
         self.waits: list[Wait | None] = [None, None]
-        self._dtype: torch.dtype = getattr(torch, layout.dtype)
+        self._dtypes: list[torch.dtype] = [getattr(torch, dtype) for _, _, dtype in self.stream]
         largest = max(self.bytes, default=0)
         self._memory = [
             torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(min(2, len(self.buckets)))
@@ -155,11 +187,11 @@ class _BucketPair:
         return self._memory[number % 2][: self.bytes[number]]
 
     def views(self, number: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """The tensors of bucket `number` as views of its memory, with their indices."""
+        """The tensors of bucket `number` as views of its memory, with their indices in the stream."""
         offset = 0
         for index in self.buckets[number]:
             piece = self._memory[number % 2][offset : offset + self.sizes[index]]
-            yield index, piece.view(self._dtype).view(self.layout.shapes[index])
+            yield index, piece.view(self._dtypes[index]).view(self.stream[index][1])
             offset += self.sizes[index]
 
     def wait_all(self) -> None:

@@ -16,8 +16,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aft_ray.coordination.broadcast_group import BroadcastGroup, Receiver
-from aft_ray.weights.broadcast.buckets import Layout, receive, send
+from aft_ray.weights.broadcast.buckets import DIGESTS, Layout, receive, send
 from aft_ray.weights.broadcast.sender import BroadcastFailed, GlooSender, stream
+from aft_ray.weights.digests import tensor_digest
 
 CPU = torch.device("cpu")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -66,11 +67,15 @@ def test_what_is_sent_is_received_in_order_and_in_the_layouts_dtype(shapes, sour
     pipe, out = Pipe(), []
     send(iter(tensors), layout, pipe.sender(), CPU)
     receive(layout, pipe.receiver(), out.extend, CPU)
+    if tensors:
+        name, digests = out.pop()
+        assert name == DIGESTS
+        assert digests.view(torch.int64).tolist() == [tensor_digest(tensor) for _, tensor in out]
     assert [name for name, _ in out] == [name for name, _ in tensors]
     for (_, before), (_, after) in zip(tensors, out, strict=True):
         assert after.dtype == getattr(torch, dtype)
         assert torch.equal(after, before.to(after.dtype))
-    assert sum(pipe.sizes) == layout.bytes
+    assert sum(pipe.sizes) == layout.bytes + 8 * len(tensors)
     assert max(pipe.sizes, default=0) <= max(bucket, max(layout.sizes, default=0))
 
 
@@ -80,9 +85,10 @@ def test_buckets_end_where_vllm_ends_them(shapes, bucket):
     """vLLM's packed consumer goes on until the size is above the threshold; the last bucket is what is left."""
     layout = Layout.of([f"w{i}" for i in range(len(shapes))], shapes, "float32", bucket)
     expected, present, size = [], [], 0
-    for index, shape in enumerate(shapes):
+    sizes = [math.prod(shape) * 4 for shape in shapes] + ([8 * len(shapes)] if shapes else [])
+    for index, length in enumerate(sizes):
         present.append(index)
-        size += math.prod(shape) * 4
+        size += length
         if size > layout.threshold:
             expected.append(present)
             present, size = [], 0
@@ -126,11 +132,15 @@ def test_each_end_holds_two_buckets_and_the_receiver_one_layer(bucket):
 
     def load(tensors):
         """Keeps tensors until their layer is complete, as vLLM does."""
-        for _, tensor in tensors:
+        for name, tensor in tensors:
+            if name == DIGESTS:
+                continue
             kept.append(tensor)
             if len(kept) == 8:
                 kept.clear()
 
+    with Memory() as digesting:
+        tensor_digest(weights[0][1])
     with Memory() as sending:
         # The copies in the pipe stand for the network's memory.
         sender = pipe.sender()
@@ -138,8 +148,9 @@ def test_each_end_holds_two_buckets_and_the_receiver_one_layer(bucket):
     with Memory() as receiving:
         receive(layout, pipe.receiver(), load, CPU)
     largest = max(bucket, 1024)  # a tensor larger than a bucket travels alone
-    assert 0 < sending.peak <= 2 * largest
-    assert 0 < receiving.peak <= 2 * largest + layer
+    digests = 64 * 8
+    assert 0 < sending.peak <= 2 * largest + digesting.peak + 2 * digests
+    assert 0 < receiving.peak <= 2 * largest + layer + digests
     with Memory() as naive:  # an end that holds all weights, to test the measurement itself
         held = [tensor.clone() for _, tensor in weights]
     assert naive.peak == layout.bytes == sum(tensor.nbytes for tensor in held)
