@@ -56,6 +56,7 @@ def application(config: ServeConfig, resolved: Resolved) -> Application:
     served, manifest = resolved
     policy = PolicySpec(
         manifest=manifest,
+        model=served.run.model,
         eos_token_ids=response_ends(served.run, load_tokenizer(served.run)).ids,
         max_length=served.run.model.max_length,
         tolerance=served.run.score_tolerance,

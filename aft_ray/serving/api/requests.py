@@ -71,6 +71,7 @@ class ReasonRequest(_Request):
 # Fields of OpenAI's API that change what is generated, each with the values that leave it off.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "stop": (None, [], ""),
+    "stop_token_ids": (None, []),
     "tools": (None, []),
     "functions": (None, []),
     "tool_choice": (None, "none", "auto"),
@@ -85,6 +86,16 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (None,),
     "modalities": (None, ["text"]),
     "prediction": (None,),
+}
+
+
+# Fields by which clients of vLLM change how a chat becomes a prompt, each with the values that leave it off.
+_FIXED_BY_TRAINING: dict[str, tuple[Any, ...]] = {
+    "chat_template": (None,),
+    "chat_template_kwargs": (None, {}),
+    "documents": (None, []),
+    "add_generation_prompt": (None, True),
+    "continue_final_message": (None, False),
 }
 
 
@@ -113,6 +124,10 @@ class _OpenAiRequest(_Request):
             if value not in allowed:
                 sentence = f"{name} is not supported: answers are ranked whole, by the scores of whole responses"
                 raise _field_error(name, sentence)
+        for name, allowed in _FIXED_BY_TRAINING.items():
+            if (self.model_extra or {}).get(name) not in allowed:
+                sentence = f"{name} is not supported: the model is asked in the way in which it was trained"
+                raise _field_error(name, sentence)
         if self.best_of is not None and self.n is not None and self.best_of < self.n:
             raise _field_error("best_of", f"best_of ({self.best_of}) is less than n ({self.n})")
         return self
@@ -132,7 +147,7 @@ class _OpenAiRequest(_Request):
 
     @property
     def ignored(self) -> list[str]:
-        return sorted(set(self.model_extra or {}) - set(_UNSUPPORTED))
+        return sorted(set(self.model_extra or {}) - set(_UNSUPPORTED) - set(_FIXED_BY_TRAINING))
 
 
 class TextPart(BaseModel):

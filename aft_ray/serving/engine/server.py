@@ -20,6 +20,7 @@ from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
 
 from aft_ray.cluster.compat import ray_vllm_engine
+from aft_ray.config.run import ModelConfig
 from aft_ray.inference.request_parameters import (
     Prompt,
     SamplingSpec,
@@ -30,6 +31,7 @@ from aft_ray.inference.request_parameters import (
 from aft_ray.inference.update_phases import PhaseTimeout
 from aft_ray.inference.versioned_engine import VersionedEngine, WrongVersion
 from aft_ray.serving.engine.client import EngineClient, bad_request_errors
+from aft_ray.serving.engine.openai_requests import with_ends, with_template_values
 from aft_ray.serving.engine.read_write_lock import ReadWriteLock
 from aft_ray.storage.records import Candidate
 from aft_ray.storage.run_dir import local_model
@@ -79,6 +81,8 @@ class PolicySpec:
 
     Attributes:
         manifest: the version that the engine starts with; None when the model does not come from a run.
+        model: how the model is asked in a chat.
+        eos_token_ids: the tokens that end a response.
         tolerance: largest allowed difference of a probe's score, nats per token.
         drain_s: how long an update waits for candidates that are being sampled, seconds.
         update_timeout_s: deadline of each phase of an update, seconds.
@@ -86,6 +90,7 @@ class PolicySpec:
     """
 
     manifest: VersionManifest | None
+    model: ModelConfig
     eos_token_ids: tuple[int, ...]
     max_length: int
     tolerance: float
@@ -172,6 +177,15 @@ class PolicyServer(LLMServer):  # type: ignore[misc]
                 yield new
                 last = output
             yield SampleChunk(version, ((index, candidates_of(last)[0]),))
+
+    async def chat(self, request: Any, raw_request_info: Any = None) -> Any:
+        """LLMServer's `chat`, in which the model is asked as in training."""
+        request = with_template_values(with_ends(request, self._spec.eos_token_ids), self._spec.model)
+        return await super().chat(request, raw_request_info)
+
+    async def completions(self, request: Any, raw_request_info: Any = None) -> Any:
+        """LLMServer's `completions`, in which responses end as in training."""
+        return await super().completions(with_ends(request, self._spec.eos_token_ids), raw_request_info)
 
     async def engine_status(self) -> EngineStatus:
         """The version that answers, which is the previous one during an update, and for how long."""
