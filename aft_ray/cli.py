@@ -65,8 +65,12 @@ def train(
     if dry_run:
         from aft_ray.cluster.connect import placement_table
         from aft_ray.cluster.reservations import training_reservations
+        from aft_ray.training.deepspeed_config import check_options, config_lines
 
+        check_options(parsed.training, parsed.model.dtype)
         print_dry_run(parsed, placement_table(parsed.cluster, training_reservations(parsed)))
+        lines = config_lines(parsed.training, parsed.model.dtype)
+        print("\n".join(["", "# DeepSpeed's configuration", *(f"# {line}" for line in lines)]))
         return
     train_run(parsed)
 

@@ -73,6 +73,16 @@ def test_a_dry_run_prints_the_resolved_config_and_the_placement(file, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_dry_run_shows_deepspeeds_configuration_and_refuses_unknown_keys_of_it(file):
+    said = command("train", file, "training.zero_stage=2", "training.deepspeed.prescale_gradients=true", "--dry-run")
+    resolved, shown = said.split("# DeepSpeed's configuration\n")
+    assert yaml.safe_load(resolved)["training"]["deepspeed"] == {"prescale_gradients": True}
+    config = yaml.safe_load("\n".join(line.removeprefix("# ") for line in shown.splitlines()))
+    assert (config["zero_optimization"]["stage"], config["prescale_gradients"]) == (2, True)
+    mistaken = command("train", file, "training.deepspeed.prescale_gradient=true", "--dry-run", status=2)
+    assert "does not know training.deepspeed.prescale_gradient; did you mean prescale_gradients?" in mistaken
+
+
 def test_a_mistake_in_the_config_is_one_sentence(file, tmp_path):
     assert "did you mean training.learning_rate?" in command("train", file, "training.learning_rat=1", status=2)
     assert "sampling.k=0" in command("train", file, "sampling.k=0", status=2)

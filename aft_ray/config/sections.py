@@ -10,6 +10,8 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, JsonValue, model_validator
 
+from aft_ray.config.deepspeed_keys import check_deepspeed_keys
+from aft_ray.config.engine_arguments import CPU_ARGUMENTS, SAMPLER_ARGUMENTS, refuse_owned
 from aft_ray.config.section import ConfigError, Natural, Positive, Seconds, Section
 
 # What a run itself gives a chat template, and the parameters of transformers' `apply_chat_template`.
@@ -155,9 +157,20 @@ class SamplingConfig(Section):
     colocate: bool = Field(
         False, description="engines and train workers share the workers' GPUs in turn; needs max_staleness=0"
     )
-    max_num_seqs: Positive = Field(128, description="sequences an engine runs at once")
+    max_num_seqs: Positive | None = Field(
+        None, description="most sequences that an engine runs at once; none: vLLM's own number for the hardware"
+    )
     kv_cache_gib: float = Field(1.0, gt=0, description="KV cache of a CPU engine, GiB")
-    gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="share of a GPU's memory for the engine")
+    gpu_memory_utilization: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="share of the engine's GPU memory that it uses; none: 0.9, or 0.8 with colocate, where the train "
+        "workers keep a CUDA context on the GPU",
+    )
+    engine_args: dict[str, JsonValue] = Field(
+        {}, description="further engine arguments of the installed vLLM, by name, such as kv_cache_dtype"
+    )
     batch_size: int = Field(16, ge=1, le=512, description="questions in one call of a sampler")
     in_flight: Positive = Field(8, description="calls in flight per sampler")
     groups_per_file: Positive = Field(64, description="groups in one Parquet file")
@@ -165,6 +178,18 @@ class SamplingConfig(Section):
     max_failed: float = Field(0.05, ge=0, le=1, description="largest share of a round's questions that may fail")
     timeout_s: Seconds = Field(600, description="deadline of one call of a sampler, seconds")
     start_timeout_s: Seconds = Field(900, description="deadline of an engine's start, seconds")
+
+    @model_validator(mode="after")
+    def _check_engine_args(self) -> Self:
+        owned = SAMPLER_ARGUMENTS if self.gpus_per_sampler else SAMPLER_ARGUMENTS | CPU_ARGUMENTS
+        refuse_owned(self.engine_args, "sampling.engine_args", owned)
+        return self
+
+    @property
+    def gpu_memory_share(self) -> float:
+        """The share of the whole memory of each of its GPUs that an engine uses."""
+        share = self.gpu_memory_utilization or (0.8 if self.colocate else 0.9)
+        return share * min(1.0, self.gpus_per_sampler)
 
     @property
     def processes_per_sampler(self) -> int:
@@ -197,6 +222,20 @@ class TrainingConfig(Section):
     max_failures: Natural = Field(2, description="times the worker group is restarted from its last checkpoint")
     keep_checkpoints: Positive = Field(2, description="training states kept; models of all rounds are kept")
     timeout_s: Seconds = Field(3600, description="deadline of a wait for another worker, seconds")
+    deepspeed: dict[str, JsonValue] = Field(
+        {}, description="further keys of DeepSpeed's configuration, merged into the run's; see docs/scale.md"
+    )
+
+    @model_validator(mode="after")
+    def _check_deepspeed(self) -> Self:
+        check_deepspeed_keys(
+            self.deepspeed,
+            stage=self.zero_stage,
+            workers=self.workers,
+            offload_optimizer=self.offload_optimizer,
+            offload_parameters=self.offload_parameters,
+        )
+        return self
 
 
 class LoraConfig(Section):

@@ -1,15 +1,19 @@
-"""Checks of a run before any actor starts: its model, and the layers that LoRA adapters are added to."""
+"""Checks of a run before any actor starts: DeepSpeed's keys, the model, and the layers that get LoRA adapters."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from aft_ray.config.run import ConfigError, LoraConfig, RunConfig
+from aft_ray.inference.installed_arguments import check_engine_arguments
 from aft_ray.storage.model_files import check_model
+from aft_ray.training.deepspeed_config import check_options
 
 
 def check_run(config: RunConfig) -> None:
-    """Raises ConfigError when the model cannot be trained as the config says."""
+    """Raises ConfigError when the model cannot be trained, or vLLM cannot be started, as the config says."""
+    check_options(config.training, config.model.dtype)
+    check_engine_arguments(config.sampling.engine_args, "sampling.engine_args")
     model_config = check_model(config)
     if config.lora is not None:
         _check_adapters(config, config.lora, model_config)

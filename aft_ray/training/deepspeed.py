@@ -1,7 +1,7 @@
-"""The DeepSpeed engine: its configuration, its optimizer, and its checkpoints.
+"""The DeepSpeed engine: its optimizer and its checkpoints. `training.deepspeed_config` has its configuration.
 
-The default process group must exist before an engine is built. Invariants: `training.zero_stage` changes what is
-sharded and not what is computed; DeepSpeed writes nothing to stdout.
+The default process group must exist before an engine is built. Invariants: no process group that DeepSpeed makes has
+less than `training.timeout_s`; DeepSpeed writes nothing to stdout.
 """
 
 from __future__ import annotations
@@ -18,49 +18,12 @@ from typing import Any
 import torch
 
 from aft_ray.config.run import LoraConfig, ModelConfig, TrainingConfig
+from aft_ray.training.deepspeed_config import ds_config as ds_config
 from aft_ray.training.loading import LoadingError, load_model
 from aft_ray.training.lora import add_adapters, load_adapter
+from aft_ray.training.process_groups import set_default_timeout
 
 _TAG = "state"  # the subdirectory of a checkpoint that DeepSpeed writes
-_BUCKET = 50_000_000  # elements; DeepSpeed's default of 5e8 takes gigabytes of buffers on every rank
-
-
-def ds_config(training: TrainingConfig, dtype: str) -> dict[str, Any]:
-    """DeepSpeed's configuration.
-
-    It has one gradient accumulation step, because the number of micro-batches differs between optimiser steps:
-    `step.train_step` marks the last micro-batch of each step itself.
-
-    Args:
-        dtype: "float32" or "bfloat16".
-    """
-    bfloat16 = dtype == "bfloat16"
-    # Without ZeRO, DeepSpeed accumulates bfloat16 gradients in bfloat16. Stage 1 takes the same step in float32.
-    stage = max(training.zero_stage, 1) if bfloat16 else training.zero_stage
-    zero: dict[str, Any] = {
-        "stage": stage,
-        "reduce_bucket_size": _BUCKET,
-        "allgather_bucket_size": _BUCKET,
-        "stage3_prefetch_bucket_size": _BUCKET,
-    }
-    gpu = torch.cuda.is_available()
-    if not gpu:
-        zero["overlap_comm"] = False
-    in_cpu_memory = {"device": "cpu", "pin_memory": gpu}
-    if training.offload_optimizer:
-        zero["offload_optimizer"] = in_cpu_memory
-    if training.offload_parameters:
-        zero["offload_param"] = in_cpu_memory
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": training.max_grad_norm,
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": zero,
-        "bf16": {"enabled": bfloat16},
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "steps_per_print": None,
-    }
 
 
 def build_engine(
@@ -85,6 +48,7 @@ def build_engine(
         ConfigError: `lora` names a layer that the model does not have.
     """
     deepspeed = import_deepspeed()
+    set_default_timeout(training.timeout_s)
     config = ds_config(training, model.dtype) | {"checkpoint": {"load_universal": universal}}
     module = load_model(path, model.dtype, trust_remote_code=model.trust_remote_code, config=config)
     if lora is not None:
@@ -100,9 +64,15 @@ def build_engine(
 
 
 def _optimizer(parameters: list[torch.nn.Parameter], training: TrainingConfig) -> Any:
-    """AdamW: torch's, or with states in CPU memory DeepSpeed's, which is compiled from C++ on its first use."""
+    """AdamW: torch's, or with states in CPU memory DeepSpeed's, which is compiled from C++ on its first use.
+
+    On a GPU torch's is the fused one: a kernel that reads and writes each state once, where the default makes copies.
+    """
     if not training.offload_optimizer:
-        return torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
+        fused = training.gpus_per_worker > 0
+        return torch.optim.AdamW(
+            parameters, lr=training.learning_rate, weight_decay=training.weight_decay, fused=fused or None
+        )
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
     return DeepSpeedCPUAdam(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
@@ -142,10 +112,14 @@ def load_checkpoint(engine: Any, directory: str | Path) -> dict[str, Any]:
     # The checkpoint may come from the other of the two AdamWs, which has other settings and another type of step count.
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group |= own
-    for state in optimizer.state.values():
+    of_torch = isinstance(optimizer, torch.optim.AdamW)
+    fused = of_torch and bool(optimizer.defaults["fused"])
+    for parameter, state in optimizer.state.items():
         if "step" in state:
             steps = float(state["step"])
-            state["step"] = torch.tensor(steps) if isinstance(optimizer, torch.optim.AdamW) else int(steps)
+            # The fused kernel reads the count on the parameter's device; the other AdamW keeps it on the CPU.
+            device = parameter.device if fused else torch.device("cpu")
+            state["step"] = torch.tensor(steps, device=device) if of_torch else int(steps)
     return dict(client_state)
 
 
