@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, Self, get_args
 
 from pydantic import Field, JsonValue, model_validator
 
+from aft_ray.config.engine_arguments import CPU_ARGUMENTS, SERVICE_ARGUMENTS, refuse_owned
 from aft_ray.config.loader import parse_section, read_yaml
 from aft_ray.config.run import ClusterConfig
 from aft_ray.config.section import ConfigError, Natural, Positive, Seconds, Section
@@ -89,9 +90,14 @@ class EngineConfig(Section):
     accelerator_type: str | None = Field(None, description="Ray's name of the GPU type to reserve, such as H100")
     dtype: Literal["float32", "bfloat16"] | None = Field(None, description="none: the run's, or bfloat16")
     max_length: Positive | None = Field(None, description="prompt + response, tokens; none: the run's, or 2048")
-    max_num_seqs: Positive = Field(128, description="sequences an engine runs at once")
+    max_num_seqs: Positive | None = Field(
+        None, description="most sequences that an engine runs at once; none: vLLM's own number for the hardware"
+    )
     kv_cache_gib: float = Field(1.0, gt=0, description="KV cache of a CPU engine, GiB")
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="share of a GPU's memory for the engine")
+    args: dict[str, JsonValue] = Field(
+        {}, description="further engine arguments of the installed vLLM, by name, such as kv_cache_dtype"
+    )
     start_timeout_s: Seconds = Field(900, description="deadline of an engine's start, seconds")
     drain_s: Seconds = Field(120, description="seconds that new weights wait for questions that are being answered")
 
@@ -99,6 +105,7 @@ class EngineConfig(Section):
     def _check(self) -> Self:
         if self.max_replicas is not None and self.max_replicas < self.replicas:
             raise ConfigError(f"engine.max_replicas ({self.max_replicas}) is less than engine.replicas")
+        refuse_owned(self.args, "engine.args", SERVICE_ARGUMENTS if self.gpus else SERVICE_ARGUMENTS | CPU_ARGUMENTS)
         return self
 
 

@@ -28,11 +28,11 @@ class EngineSpec:
             its own.
         receives_broadcasts: whether the engine can receive new weights as a stream from the trainer.
         max_num_seqs: the most sequences that run at once; None: vLLM's own number for the hardware.
-        gpu_memory_utilization: share of the memory of each GPU, of which a fractional engine uses its part.
+        gpu_memory_utilization: the share of the whole memory of each of its GPUs that the engine uses.
         lora: the adapters that the engine takes in place of new weights; None when it takes none.
         core_process: whether vLLM's engine core runs in a process of its own; None: on GPUs alone, because it takes
             half a minute to start. The core of executor "ray" is always in this process.
-        arguments: more of vLLM's engine arguments, by name; see `aft_ray.inference.engine_options`.
+        arguments: more of vLLM's engine arguments, by name; they take precedence over those of this specification.
     """
 
     model: str
@@ -141,7 +141,7 @@ def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(4096, spec.max_length),
         }
-    return arguments
+    return arguments | dict(spec.arguments)
 
 
 def _max_lora_rank(rank: int) -> int:

@@ -10,15 +10,17 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorUnavailableError, RayActorError
 
 from aft_ray.cluster.colocated_placement import EnginePlacement
 from aft_ray.config.run import RunConfig
+from aft_ray.coordination.colocation import GpuGate
 from aft_ray.inference.engine_spec import EngineSpec
 from aft_ray.inference.versioned_engine import UpdateReport
 from aft_ray.sampling.placement_groups import (
@@ -38,6 +40,8 @@ from aft_ray.weights.version_manifest import VersionManifest
 MAX_RESTARTS = 100
 # Seconds within which a sampler must return its status to be among `statuses`.
 _STATUS_TIMEOUT_S = 5.0
+# Seconds between two looks at which samplers still use GPUs.
+_SLEEP_POLL_S = 0.2
 
 
 def sampler_engine_spec(
@@ -56,12 +60,13 @@ def sampler_engine_spec(
         pipeline_parallel_size=sampling.pipeline_parallel_size,
         threads=max(1, int(sampling.cpus_per_sampler / sampling.processes_per_sampler)),
         kv_cache_gib=sampling.kv_cache_gib,
-        gpu_memory_utilization=sampling.gpu_memory_utilization,
+        gpu_memory_utilization=sampling.gpu_memory_share,
         trust_remote_code=config.model.trust_remote_code,
         seed=config.seed,
         shared_gpus=placement.gpus if placement else (),
         receives_broadcasts=config.weights.transport == "nccl",
         lora=config.lora if config.weights.transport == "lora" else None,
+        arguments=sampling.engine_args,
     )
 
 
@@ -93,6 +98,7 @@ class SamplerPool:
         version: int | None,
         on_change: Callable[[HealthChange], None] | None = None,
         placements: tuple[EnginePlacement, ...] | None = None,
+        coordinator: Any = None,
     ) -> SamplerPool:
         """Begins to start `sampling.samplers` actors, and returns at once.
 
@@ -100,6 +106,7 @@ class SamplerPool:
             version: the policy version that `model` is; None: it is none, so that a version must be loaded first.
             placements: where the samplers use the GPUs of train workers; None: each sampler has resources of its own,
                 in a placement group.
+            coordinator: the coordinator's actor, which tells colocated samplers when they may use the GPUs.
         """
         sampling = config.sampling
         logs = [os.path.join(log_dir, f"sampler-{i}.log") if log_dir else None for i in range(sampling.samplers)]
@@ -121,6 +128,7 @@ class SamplerPool:
                 log,
                 sampling.start_timeout_s,
                 version,
+                GpuGate(coordinator, index, config.rounds.timeout_s) if placements else None,
             )
             for index, (of_actor, log) in enumerate(zip(options, logs, strict=True))
         ]
@@ -157,23 +165,44 @@ class SamplerPool:
         loading = load_version(self._handles, self._health, manifest)
         return asyncio.run_coroutine_threadsafe(loading, self._loop).result()
 
-    def sleep(self) -> None:
+    def sleep(self, using: Callable[[], Mapping[int, str]]) -> None:
         """Has every engine free its GPU memory. Each sampler must load a version before it answers again.
+
+        An engine that is starting is waited for. Of a process that has ended nothing is left to free.
+
+        Args:
+            using: the samplers whose processes have begun to use GPUs, and the nodes of these processes.
 
         Raises:
             SamplersFailed: an engine did not free its memory in time.
         """
-        calls = {self.actors[index].sleep.remote(): index for index in sorted(self._health.ready)}
-        timeout_s = self._handles.load_timeout_s
-        _, late = ray.wait(list(calls), num_returns=len(calls), timeout=timeout_s) if calls else ([], [])
-        if late:
-            names = ", ".join(f"sampler {calls[call]}" for call in late)
-            raise SamplersFailed(f"{names} did not free its GPUs within {timeout_s:.0f} s (weights.timeout_s)")
-        for call, index in calls.items():
-            try:
-                ray.get(call)
-            except RayActorError as error:  # its process has ended, so that it uses no memory
-                self._loop.call_soon_threadsafe(self._health.mark_lost, index, reason_of(error))
+        handles = self._handles
+        timeout_s = handles.start_timeout_s + handles.load_timeout_s
+        deadline = time.monotonic() + timeout_s
+        calls: dict[int, Any] = {}
+        free: set[int] = set()
+        while True:
+            nodes = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+            left = {index for index, node in using().items() if node in nodes} - free
+            if not left:
+                return
+            if time.monotonic() > deadline:
+                names = ", ".join(f"sampler {index}" for index in sorted(left))
+                raise SamplersFailed(
+                    f"{names} did not free its GPUs within {timeout_s:.0f} s "
+                    f"(sampling.start_timeout_s and weights.timeout_s){handles.logs_of(left)}"
+                )
+            for index in left - calls.keys():
+                calls[index] = self.actors[index].sleep.remote()
+            done, _ = ray.wait(list(calls.values()), num_returns=len(calls), timeout=_SLEEP_POLL_S)
+            for index in [index for index, call in calls.items() if call in done]:
+                try:
+                    ray.get(calls.pop(index))
+                except ActorUnavailableError:
+                    continue  # it may be alive: it is asked again
+                except RayActorError as error:  # its process has ended, so that it uses no memory
+                    self._loop.call_soon_threadsafe(self._health.mark_lost, index, reason_of(error))
+                free.add(index)
 
     def statuses(self) -> list[SamplerStatus]:
         """The status of each sampler that returns it within a few seconds."""

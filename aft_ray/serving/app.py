@@ -12,8 +12,10 @@ from ray.serve.deployment import Application
 from ray.serve.llm import LLMConfig, build_llm_deployment
 
 from aft_ray.cluster.compat import engine_runtime_env
+from aft_ray.config.section import ConfigError
 from aft_ray.config.serve import ServeConfig, parse_serve_config
 from aft_ray.inference.engine_spec import EngineSpec, engine_arguments, engine_environment
+from aft_ray.inference.installed_arguments import check_engine_arguments
 from aft_ray.serving.api.routes import build_http_app
 from aft_ray.serving.api.service import Service
 from aft_ray.serving.engine.rollout import Rollout
@@ -22,6 +24,7 @@ from aft_ray.serving.model import Resolved, ServedModel, resolve
 from aft_ray.storage.run_dir import RunDir, local_model
 from aft_ray.tasks.dataset import load_tokenizer
 from aft_ray.tasks.response_end import response_ends
+from aft_ray.weights.version_manifest import VersionManifest
 
 # Requests that a replica takes besides the questions: health checks, pages, and questions that are rejected at once.
 _OTHER_REQUESTS = 64
@@ -54,6 +57,7 @@ def build(args: dict[str, Any]) -> Application:
 def application(config: ServeConfig, resolved: Resolved) -> Application:
     """Returns the Serve application of a config and of the model that it names. Raises ConfigError, one sentence."""
     served, manifest = resolved
+    _check_engine_arguments(config, manifest)
     policy = PolicySpec(
         manifest=manifest,
         model=served.run.model,
@@ -87,6 +91,17 @@ def application(config: ServeConfig, resolved: Resolved) -> Application:
     return reasoner.bind(config, served, engines)
 
 
+def _check_engine_arguments(config: ServeConfig, manifest: VersionManifest | None) -> None:
+    """Raises ConfigError for engine arguments that vLLM does not have, or that do not go with the version of a run."""
+    check_engine_arguments(config.engine.args, "engine.args")
+    for name in ("quantization", "quantization_config"):
+        if manifest is not None and name in config.engine.args:
+            raise ConfigError(
+                f"engine.args.{name} rounds the weights, which then score otherwise than the run recorded, so that its "
+                f"version cannot be verified; serve the directory of the model itself, {manifest.model}"
+            )
+
+
 def llm_config(config: ServeConfig, served: ServedModel, eos_token_ids: tuple[int, ...]) -> LLMConfig:
     """Returns the config of the engines for ray.serve.llm."""
     engine = config.engine
@@ -101,6 +116,8 @@ def llm_config(config: ServeConfig, served: ServedModel, eos_token_ids: tuple[in
         threads=max(1, int(engine.cpus)),
         kv_cache_gib=engine.kv_cache_gib,
         gpu_memory_utilization=engine.gpu_memory_utilization,
+        trust_remote_code=served.run.model.trust_remote_code,
+        arguments=engine.args,
     )
     # Ray sets the model and the executor itself, and LLMServer's OpenAI methods need the tokenizer.
     excluded = ("model", "distributed_executor_backend", "skip_tokenizer_init")

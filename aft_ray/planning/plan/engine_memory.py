@@ -1,7 +1,8 @@
 """Memory of a sampler's engine: its weights, what is left for the KV cache, and how many sequences the cache holds.
 
 Sources: vLLM takes `gpu_memory_utilization` of a GPU and subtracts the weights and what a profiling pass needs; the
-rest is the KV cache. With PagedAttention (arXiv 2309.06180) a sequence wastes no more than a part of its last block.
+rest is the KV cache. How many sequences it runs at once by default is what its `EngineArgs.get_batch_defaults` says.
+With PagedAttention (arXiv 2309.06180) a sequence wastes no more than a part of its last block.
 
 Invariant: a token in the cache costs a key and a value for every layer and KV head. A tensor-parallel process holds its
 share of the KV heads, and at least one.
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from aft_ray.config.run import RunConfig
 from aft_ray.planning.plan.architecture import Architecture
 from aft_ray.planning.plan.assumptions import PlanAssumptions
-from aft_ray.planning.plan.hardware import NodeType, device
+from aft_ray.planning.plan.hardware import NodeType
 from aft_ray.planning.plan.quantities import GB, Quantity, giga
 from aft_ray.planning.plan.workload import Workload
 
@@ -52,6 +53,13 @@ def can_be_sharded(model: Architecture, processes: int) -> bool:
     return model.heads % processes == 0 and (kv_heads % processes == 0 or processes % kv_heads == 0)
 
 
+def default_max_num_seqs(node: NodeType, gpu: bool, processes: int) -> int:
+    """How many sequences an engine runs at most when `sampling.max_num_seqs` leaves it to vLLM."""
+    if not gpu:
+        return 256 * processes
+    return 1024 if node.gpu_memory * GB >= 70 * 2**30 and "a100" not in node.name.lower() else 256
+
+
 def engine_memory(
     config: RunConfig,
     model: Architecture,
@@ -70,16 +78,14 @@ def engine_memory(
     lines = [Quantity("weights", weights, "bytes", how)]
     kv_heads = max(1, model.kv_heads // tensor_parallel)
     layers = -(-model.layers // stages)
-    kv_token = 2 * layers * kv_heads * model.head_size * width
+    kv_width = 1 if str(sampling.engine_args.get("kv_cache_dtype", "")).startswith("fp8") else width
+    kv_token = 2 * layers * kv_heads * model.head_size * kv_width
     if gpu:
-        share = min(1.0, sampling.gpus_per_sampler)
-        total = device(node, sampling.gpus_per_sampler, 0).memory or 0.0
-        usable = sampling.gpu_memory_utilization * total
+        usable = sampling.gpu_memory_share * node.gpu_memory * GB
         reserve = assumptions.engine_reserve * GB
         cache = usable - weights - reserve
         lines.append(Quantity("CUDA graphs, one step's activations", reserve, "bytes", "assumed (engine_reserve)"))
-        part = f" x {share:g} of a GPU" if share < 1 else ""
-        how = f"{sampling.gpu_memory_utilization:g} x {node.gpu_memory:.1f} GB{part} less the above"
+        how = f"{sampling.gpu_memory_share:g} x {node.gpu_memory:.1f} GB less the above"
     else:
         cache = max(1, round(sampling.kv_cache_gib)) * 2.0**30
         how = f"kv_cache_gib={sampling.kv_cache_gib:g}, at least 1 GiB"
@@ -92,7 +98,7 @@ def engine_memory(
     mean = work.prompt + work.response
     requested = sampling.in_flight * sampling.batch_size * sampling.k
     limits = {
-        "max_num_seqs": sampling.max_num_seqs,
+        "max_num_seqs": sampling.max_num_seqs or default_max_num_seqs(node, gpu, processes),
         "KV cache": sequences(mean),
         "in_flight x batch_size x k": requested,
     }
@@ -100,7 +106,7 @@ def engine_memory(
     longest = sequences(config.model.max_length)
     lines += [
         Quantity("KV cache of a token", kv_token, "bytes", f"2 x {layers} layers x {kv_heads} heads x {model.head_size}"
-               f" x {width} bytes, in each process"),
+               f" x {kv_width} bytes, in each process"),
         Quantity("sequences of max_length", longest, "", f"{tokens:,.0f} tokens / {config.model.max_length}"),
         Quantity("sequences at once", limits[binding], "", ", ".join(f"{n}={v:,}" for n, v in limits.items())
                + f": {binding} binds"),

@@ -50,7 +50,7 @@ def engine_problem(planner: Planner, tensor_parallel: int) -> str | None:
     return (
         f"an engine's process needs {gigabytes(memory.weights)} for weights and "
         f"{gigabytes(memory.device - memory.weights)} beside them, and sampling.gpu_memory_utilization="
-        f"{config.sampling.gpu_memory_utilization:g} of {node.name} is {gigabytes(usable)}, which leaves no KV "
+        f"{config.sampling.gpu_memory_share:g} of {node.name} is {gigabytes(usable)}, which leaves no KV "
         f"cache for {longest} tokens; {way_out}"
     )
 

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from aft_ray.config.run import RunConfig
 from aft_ray.config.section import Natural, Positive, Section
 
 
@@ -27,6 +28,9 @@ class SimulationAssumptions(Section):
 
     step_ms: float = Field(14, gt=0, description="fixed time of an engine's decoding step: weights and overhead")
     step_us_per_sequence: float = Field(60, ge=0, description="further time of the step for every running sequence")
+    max_num_seqs: Positive = Field(
+        1024, description="sequences that an engine runs at once, when the config leaves it to vLLM"
+    )
     prefill_tokens_per_s: float = Field(
         25_000, gt=0, description="prompt tokens that an engine reads; decoding waits meanwhile"
     )
@@ -59,6 +63,11 @@ class SimulationAssumptions(Section):
     trainer_start_s: float = Field(300, ge=0, description="restart of the train workers from a checkpoint")
     node_back_s: float = Field(900, ge=0, description="time until a lost node is replaced")
     notice_s: float = Field(30, ge=0, description="time until calls to a lost node fail; they hang before")
+
+
+def most_sequences(config: RunConfig, assumed: SimulationAssumptions) -> int:
+    """How many sequences an engine runs at most."""
+    return config.sampling.max_num_seqs or assumed.max_num_seqs
 
 
 @dataclass(frozen=True, slots=True)

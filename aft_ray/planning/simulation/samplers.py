@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from aft_ray.config.run import RunConfig
 from aft_ray.inference.request_parameters import SamplingSpec
-from aft_ray.planning.simulation.assumptions import SimulationAssumptions, Work, draw_work
+from aft_ray.planning.simulation.assumptions import SimulationAssumptions, Work, draw_work, most_sequences
 from aft_ray.planning.simulation.questions import (
     EVALUATION_STAGE,
     count_validation_questions,
@@ -92,9 +92,8 @@ class SimulatedSamplers:
         self._loop = asyncio.get_running_loop()
         sampling = config.sampling
         self.work: dict[int, Work] = {}
-        self.samplers = [
-            SimulatedSampler(index, assumed, sampling.max_num_seqs, self.work) for index in range(sampling.samplers)
-        ]
+        most = most_sequences(config, assumed)
+        self.samplers = [SimulatedSampler(index, assumed, most, self.work) for index in range(sampling.samplers)]
         self._handles = SamplerHandles(
             actors=tuple(self.samplers),
             placement_groups=(),

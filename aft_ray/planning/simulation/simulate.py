@@ -23,7 +23,7 @@ from aft_ray.config.run import ConfigError, RunConfig
 from aft_ray.coordination.client import CoordinatorClient
 from aft_ray.coordination.coordinator import Coordinator, PeerFailed
 from aft_ray.evaluation.during_run import EvaluationDuringRun, evaluation_name
-from aft_ray.planning.simulation.assumptions import SimulationAssumptions
+from aft_ray.planning.simulation.assumptions import SimulationAssumptions, most_sequences
 from aft_ray.planning.simulation.failures import fail_repeatedly, failure_sources, gpus_of
 from aft_ray.planning.simulation.questions import training_questions
 from aft_ray.planning.simulation.result import RoundSamplingTimes, Simulated
@@ -144,7 +144,7 @@ class _SimulatedRun:
 
     async def _record_curve(self) -> None:
         """Records at intervals which share of the engines' sequence slots is in use."""
-        slots, interval = len(self._samplers.samplers) * self._config.sampling.max_num_seqs, 1.0
+        slots, interval = len(self._samplers.samplers) * most_sequences(self._config, self._assumed), 1.0
         while True:
             running = sum(sampler.engine.running for sampler in self._samplers.samplers)
             self._curve.append((self._loop.time(), running / slots))
@@ -187,6 +187,6 @@ class _SimulatedRun:
 
 
 def peak_tokens_per_s(config: RunConfig, assumed: SimulationAssumptions) -> float:
-    """Tokens that one engine generates in a second when it runs `sampling.max_num_seqs` sequences."""
-    running = config.sampling.max_num_seqs
+    """Tokens that one engine generates in a second when it runs as many sequences as it can."""
+    running = most_sequences(config, assumed)
     return running / (assumed.step_ms / 1e3 + running * assumed.step_us_per_sequence / 1e6)
