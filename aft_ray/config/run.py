@@ -224,7 +224,7 @@ class RunConfig(Section):
 
     @property
     def score_tolerance(self) -> float:
-        """The largest allowed difference between the scores of a probe on trainer and sampler, nats per token."""
+        """How far a token's log-probabilities on trainer and engine may be apart by rounding, nats."""
         if self.weights.tolerance is not None:
             return self.weights.tolerance
         return 1e-4 if self.model.dtype == "float32" else 0.05

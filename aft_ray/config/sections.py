@@ -259,9 +259,12 @@ class WeightsConfig(Section):
         description="object_store: through Ray's object store; checkpoint: engines read the round's model directory "
         "from shared storage; nccl: broadcast from train worker 0 (gloo without GPUs); lora: the adapter alone",
     )
-    probes: int = Field(4, ge=1, le=64, description="sequences scored on both sides after each publication")
+    probes: int = Field(16, ge=1, le=64, description="sequences scored on both sides after each publication")
     tolerance: float | None = Field(
-        None, gt=0, description="largest score difference, nats per token; none: 1e-4 in float32, 0.05 in bfloat16"
+        None,
+        gt=0,
+        description="rounding error of a token's log-probability between trainer and engine, nats; n tokens together "
+        "may differ by 5 / sqrt(n) times as much per token; none: 1e-4 in float32, 0.05 in bfloat16",
     )
     shard_mib: Positive = Field(
         1024, description="size of a safetensors shard, MiB; rank 0 holds at most one at a time"

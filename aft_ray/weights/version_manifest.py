@@ -7,12 +7,13 @@ an engine whose scores differ has wrong weights, and its update fails.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from aft_ray.config.run import RunConfig
-from aft_ray.storage.run_dir import RunDir, local_model
+from aft_ray.storage.run_dir import MANIFEST, RunDir, RunDirError, local_model
 from aft_ray.weights.adapter import ADAPTER_FILES
 from aft_ray.weights.receive_plan import BroadcastOffer, EngineCall, FromAdapter, FromDirectory, ReceivePlan
 
@@ -44,6 +45,8 @@ class VersionManifest:
         broadcast: the trainer's offer to send the weights to engines that run; None: it offers no broadcast.
         bytes: size of the weights; 0 when the manifest was read from disk.
         adapter: vLLM's number of the adapter that the receive plan loads; 0: it loads whole weights.
+        durable: whether the model directory was complete when the version was offered. If not, the weights are in the
+            trainer's memory, and whoever reads the directory waits until it is complete.
     """
 
     version: int
@@ -54,26 +57,52 @@ class VersionManifest:
     broadcast: BroadcastOffer | None = None
     bytes: int = 0
     adapter: int = 0
+    durable: bool = True
 
     def calls(self, timeout_s: float) -> Iterator[EngineCall]:
         """The calls that bring the weights into an engine."""
-        return (self.receive_plan or FromDirectory(self.model, self.shards)).calls(timeout_s)
+        return (self.receive_plan or FromDirectory(self.model, self.shards, self.durable)).calls(timeout_s)
+
+    def once_durable(self) -> VersionManifest:
+        """The manifest that takes the place of this one when the directory is complete and the trainer may be gone."""
+        plan = self.receive_plan if self.adapter else None
+        return replace(self, receive_plan=plan, broadcast=None, durable=True)
 
     def verify_probes(self, scores: Sequence[float], tolerance: float, engine: str) -> float:
         """The largest difference between an engine's scores of the probes and the trainer's, nats per token.
 
+        Rounding errors of single tokens average out, so that a score of n tokens may differ by less the larger n is;
+        and those of all probes together are known better than that of one. A difference d of a probe is measured as
+        d sqrt(n), in nats, which is about as large for every length. Of one probe it may be 5 tolerances; the root mean
+        square over P probes may be 1 + 4 / sqrt(P) tolerances.
+
+        Args:
+            scores: the engine's scores of the probes, nats per token.
+            tolerance: how far the log-probabilities of a token may be apart by rounding, nats (root mean square).
+
         Raises:
-            WeightUpdateFailed: the difference is above the tolerance, or not a number.
+            WeightUpdateFailed: the scores are further apart, or not numbers.
         """
         differences = [abs(score - probe.score) for score, probe in zip(scores, self.probes, strict=True)]
-        largest = max(differences, key=lambda difference: (difference != difference, difference), default=0.0)
-        # This form of the condition holds for NaN too.
-        if not largest <= tolerance:
+        if not differences:
+            return 0.0
+        per_token = [
+            difference * math.sqrt(len(probe.response_token_ids))
+            for difference, probe in zip(differences, self.probes, strict=True)
+        ]
+        mean = math.sqrt(sum(one * one for one in per_token) / len(per_token))
+        # This form of the conditions holds for NaN too.
+        if not (
+            all(one <= 5 * tolerance for one in per_token) and mean <= (1 + 4 / math.sqrt(len(per_token))) * tolerance
+        ):
+            worst = max(range(len(per_token)), key=lambda i: (math.isnan(per_token[i]), per_token[i]))
             raise WeightUpdateFailed(
-                f"{engine} scores the probes of version {self.version} up to {largest:.2g} nats per token away from "
-                f"the trainer (tolerance {tolerance:g}): its weights are wrong, and it answers nothing"
+                f"{engine} scores the probes of version {self.version} up to {differences[worst]:.2g} nats per token "
+                f"away from the trainer over {len(self.probes[worst].response_token_ids)} tokens, which is "
+                f"{per_token[worst]:.2g} for a single token (weights.tolerance {tolerance:g}; {mean:.2g} over all "
+                f"probes): its weights are wrong, and it answers nothing"
             )
-        return largest
+        return max(differences)
 
 
 def write_probes(directory: str | Path, probes: Sequence[Probe]) -> None:
@@ -117,7 +146,15 @@ def given_manifest(config: RunConfig) -> VersionManifest:
 
 
 def stored_manifest(config: RunConfig, run_dir: RunDir, version: int) -> VersionManifest:
-    """The manifest of a version in the run directory, with the receive plan of the run's transport."""
+    """The manifest of a version in the run directory, with the receive plan of the run's transport.
+
+    Raises:
+        RunDirError: the model directory of the version is not complete.
+    """
+    if not run_dir.is_complete(run_dir.model(version)):
+        raise RunDirError(
+            f"{run_dir.uri(run_dir.model(version))} has no {MANIFEST}: version {version} was never published completely"
+        )
     manifest = read_version_manifest(version, run_dir.uri(run_dir.model(version)))
     if config.weights.transport != "lora":
         return manifest
