@@ -204,7 +204,7 @@ class Laboratory:
         from aft_ray.objectives import build_objective
         from aft_ray.training import batching, deepspeed, schedule, step
         from aft_ray.training.collate import collate
-        from aft_ray.weights.export import write_model
+        from aft_ray.weights.export import LayerPass, write_model
 
         settings, objective = self.settings, build_objective(name, **options)
         references_only = not any(group.candidates for group in groups)
@@ -230,7 +230,7 @@ class Laboratory:
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=output.parent) as scratch:
             written = Path(scratch) / "model"
-            write_model(engine.module, written, 1 << 30, lambda _: None, 0, torch.float32)
+            write_model(LayerPass(engine.module, torch.float32, 1 << 30), written)
             _tokenizer().save_pretrained(written)
             os.replace(written, output)
         tail = history[-max(1, len(history) // 10) :]

@@ -39,6 +39,10 @@ class CoordinatorClient(Generic[Manifest]):
         manifest, waited_s = self._call("wait_version", version, timeout_s)
         return manifest, waited_s
 
+    def wait_durable(self, version: int, timeout_s: float) -> None:
+        """Waits until the model directory of a version is complete. Raises PeerFailed."""
+        self._call("wait_durable", version, timeout_s)
+
     def set_ready(self, round_number: int) -> None:
         """Tells the train workers that every group of the round is in the ledger."""
         self._call("set_ready", round_number)

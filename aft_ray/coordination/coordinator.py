@@ -1,9 +1,9 @@
 """The coordinator: an actor through which the driver and the train workers of a run tell each other what is done.
 
 The driver tells it that a round is ready and which engines receive a broadcast; the train workers tell it that a
-version is published, that their GPUs are free, and what they measured. Invariants: it keeps nothing durable, since a
-run that starts again learns everything from the ledger; every wait has a deadline; a failure of one side ends all waits
-of the other at once.
+version is offered and that it is durable, that their GPUs are free, and what they measured. Invariants: it keeps
+nothing durable, since a run that starts again learns everything from the ledger; every wait has a deadline; a failure
+of one side ends all waits of the other at once.
 """
 
 from __future__ import annotations
@@ -29,6 +29,15 @@ class OfferedVersion(Protocol):
     @property
     def broadcast(self) -> object | None:
         """The broadcast that train worker 0 offers; None: it offers none."""
+        ...
+
+    @property
+    def durable(self) -> bool:
+        """Whether the model directory of the version was complete when it was offered."""
+        ...
+
+    def once_durable(self) -> OfferedVersion:
+        """The manifest for the time when the directory is complete and the train workers may be gone."""
         ...
 
 
@@ -73,6 +82,11 @@ class Coordinator:
         self._changed = asyncio.Condition()
         self._ready: set[int] = set()
         self._newest: OfferedVersion | None = None
+        self._newest_durable: OfferedVersion | None = None
+        self._durable: set[int] = set()  # versions that train workers have written completely
+        self._awaited: set[int] = set()  # versions whose directory the driver waits for
+        self._was_requested: dict[int, bool] = {}  # what `is_requested` answered
+        self._objects: dict[int, dict[int, dict[str, Any]]] = {}  # version -> rank -> references by name
         self._requested = -1  # the oldest version that the driver may still load into the samplers
         self._offered: int | None = None  # the version whose broadcast train worker 0 offers now
         self._meetings: dict[int, _Meeting] = {}
@@ -103,21 +117,70 @@ class Coordinator:
                 self._offered = manifest.version
                 if self._meeting(manifest.version).settled:  # the version is offered again
                     self._meetings[manifest.version] = _Meeting()
+            if manifest.durable:
+                self._durable.add(manifest.version)
             if self._newest is None or manifest.version >= self._newest.version:
                 self._newest = manifest
+                if manifest.durable:
+                    self._newest_durable = manifest
 
         await self._change(change)
 
-    async def end_offers(self) -> None:
-        """Ends what the train workers have offered. Those that start again call it: nobody can send it any more."""
+    async def begin_training(self) -> None:
+        """Ends what train workers have offered from their memory. Those that start, or start again, call it.
+
+        Nobody can send it any more. A version whose directory is not complete does not exist then, until it is offered
+        again: its round is trained again.
+        """
 
         def change() -> None:
+            self._newest = self._newest_durable
+            self._objects.clear()
+            self._was_requested.clear()
             self._end_offer()
             for meeting in self._meetings.values():
                 meeting.settle(None)
             self._meetings.clear()
 
         await self._change(change)
+
+    async def set_durable(self, version: int) -> None:
+        """Records that the model directory of a version is complete."""
+
+        def change() -> None:
+            self._durable.add(version)
+            if self._newest is not None and self._newest.version == version:
+                self._newest_durable = self._newest.once_durable()
+
+        await self._change(change)
+
+    async def wait_durable(self, version: int, timeout_s: float) -> float:
+        """Waits until the model directory of a version is complete; returns the seconds waited.
+
+        Who calls it reads the directory, so that the train workers do not wait for a broadcast of the version.
+        """
+        await self._change(lambda: self._awaited.add(version))
+        return await self._wait(
+            lambda: version in self._durable,
+            timeout_s,
+            f"the model directory of policy version {version} to be written",
+        )
+
+    async def give_objects(self, version: int, rank: int, objects: dict[str, Any]) -> None:
+        """Keeps a train worker's references to objects of a version until `take_objects` is called."""
+        await self._change(lambda: self._objects.setdefault(version, {}).update({rank: objects}))
+
+    async def take_objects(self, version: int, workers: int, timeout_s: float) -> dict[str, Any]:
+        """The references of all `workers` train workers, by name."""
+        of_version = self._objects.setdefault(version, {})
+        await self._wait(
+            lambda: len(of_version) == workers,
+            timeout_s,
+            f"the train workers to put version {version} into the object store",
+            "training.timeout_s",
+        )
+        self._objects.pop(version, None)
+        return {name: reference for objects in of_version.values() for name, reference in objects.items()}
 
     async def wait_version(self, version: int, timeout_s: float) -> tuple[OfferedVersion, float]:
         """Waits until a version is published that is at least `version`; returns the newest and the seconds waited."""
@@ -130,6 +193,13 @@ class Coordinator:
         )
         assert self._newest is not None
         return self._newest, waited_s
+
+    async def is_requested(self, version: int) -> bool:
+        """Whether the driver asks for a version, or has asked for a later one: if not, its engines still sample.
+
+        Every train worker gets the answer that the first one got.
+        """
+        return self._was_requested.setdefault(version, self._requested >= version)
 
     async def announce_broadcast(self, group: BroadcastGroup, timeout_s: float) -> str | None:
         """Tells the train workers which engines receive the broadcast of a version, once all of them wait for that.
@@ -195,7 +265,7 @@ class Coordinator:
             meeting.ranks.add(rank)
 
         await self._change(arrive)
-        await self._reached(lambda: meeting.settled or self._requested > version, timeout_s)
+        await self._reached(lambda: meeting.settled or self._passed_over(version), timeout_s)
 
         def leave() -> None:
             if not meeting.settled:
@@ -211,8 +281,11 @@ class Coordinator:
         await self._change(lambda: self._released.setdefault(round_number, {}).update({placement.rank: placement}))
 
     async def wait_gpus_released(self, round_number: int, timeout_s: float) -> list[WorkerPlacement]:
-        """Waits until every train worker has released its GPUs before a round; returns where the workers run."""
-        placements = self._released.setdefault(round_number, {})
+        """Waits until every train worker has released its GPUs before a round. It is the samplers' turn then.
+
+        Returns:
+            Where the train workers run.
+        """
         await self._wait(
             lambda: any(len(placements) == placement.workers for placement in placements.values()),
             timeout_s,
@@ -278,6 +351,10 @@ class Coordinator:
     def _meeting(self, version: int) -> _Meeting:
         """The meeting of a version. A train worker may come before the version is published."""
         return self._meetings.setdefault(version, _Meeting())
+
+    def _passed_over(self, version: int) -> bool:
+        """Whether the driver takes a later version, or reads the directory of this one."""
+        return self._requested > version or version in self._awaited
 
     def _end_offer(self) -> None:
         """Ends the offer that stands, if any. The train workers that wait for an announcement wait no longer."""

@@ -5,9 +5,9 @@ it if that is due, samples the round, and marks the round ready. The train worke
 
     wait until the round is ready
     take the round's optimiser steps
-    write the new version as a model directory and offer it to the samplers
-    start to save the training state; the ledger records the round as trained when it is durable
-    send the weights to the running engines, if the weight transport does that
+    publish the new version: its weights get to the running engines
+    begin to write its model directory and to save the training state, while the next round trains;
+    the ledger records the round as trained when both are durable
 
 Both halves run at the same time; with `rounds.max_staleness: 1` the driver samples round r + 1 while the workers train
 round r. `aft-ray simulate` runs this module with simulated samplers and train workers.
@@ -94,7 +94,9 @@ class Orchestrator:
         It is the newest one, unless the round was begun with another before the run was interrupted.
         """
         begun_with = self.ledger.policy_version(step.round)
-        manifest, waited_s = self.coordinator.wait_version(step.version, self.config.rounds.timeout_s)
+        # Training may have been interrupted before that version was durable: then it trains it again.
+        oldest = step.version if begun_with is None else begun_with
+        manifest, waited_s = self.coordinator.wait_version(oldest, self.config.rounds.timeout_s)
         if begun_with is not None and begun_with != manifest.version:
             manifest = self.version_on_disk(begun_with)
         self.ledger.record_policy_version(step.round, manifest.version)

@@ -46,11 +46,11 @@ class RunSamplers:
     ) -> None:
         self._config, self._run_dir, self._reporter = config, run_dir, reporter
         self._coordinator, self._eos_token_ids = coordinator, eos_token_ids
+        self._client: CoordinatorClient[VersionManifest] = CoordinatorClient.of_actor(coordinator)
         self._pool: SamplerPool | None = None
         self._colocation: Colocation[SamplerPool] | None = None
         if config.sampling.colocate:
-            client: CoordinatorClient[VersionManifest] = CoordinatorClient.of_actor(coordinator)
-            self._colocation = Colocation(config, client, self._start)
+            self._colocation = Colocation(config, self._client, self._start)
         else:
             self._pool = self._start(None)
 
@@ -85,6 +85,7 @@ class RunSamplers:
             for sentence in broadcast.missed:
                 self._reporter.say(f"version {manifest.version} did not reach every engine by broadcast: {sentence}")
             reports += broadcast.loaded
+            self._wait_for_directory(manifest)
         # Samplers that the broadcast reached report that they hold the version already.
         reports += self.pool.load(manifest)
         slowest = max(reports, key=lambda report: report.seconds)
@@ -100,6 +101,16 @@ class RunSamplers:
                 prove_s=slowest.verify_s,
                 probe_difference=max(report.probe_difference for report in reports),
             )
+
+    def _wait_for_directory(self, manifest: VersionManifest) -> None:
+        """Waits until the model directory of a version is complete, if a sampler that answers must read it."""
+        holders = [status.version == manifest.version for status in self.pool.statuses()]
+        if manifest.durable or all(holders) or self._run_dir.is_complete(self._run_dir.model(manifest.version)):
+            return
+        self._reporter.say(
+            f"version {manifest.version}: {len(holders) - sum(holders)} samplers wait until its model directory is written"
+        )
+        self._client.wait_durable(manifest.version, self._config.rounds.timeout_s)
 
     def release(self) -> None:
         """Releases the train workers' GPUs, if the samplers use them."""

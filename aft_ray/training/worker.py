@@ -4,16 +4,17 @@ This is the train workers' half of a round; the driver's half is `run/orchestrat
 
     1. waits until the coordinator says that all groups of the round are in the ledger
     2. plans the round's optimiser steps, the same plan on every rank, and takes them
-    3. writes the new version's model directory with the other workers; rank 0 offers it to the samplers
-    4. starts to save the training state; the ledger records the round as trained when it is durable
-    5. sends the weights to the running engines, if the weight transport does that
+    3. publishes the new version: the weights get to the running engines, and this worker keeps its share in CPU memory
+    4. begins to write its share of the version's model directory
+    5. begins to save the training state; the ledger records the round as trained when both are durable
+    6. with a broadcast, sends the weights only now if the engines were still sampling in step 3
 
-Step 4 ends in the background while the next round trains. With `sampling.colocate` a worker moves its states to CPU
-memory and releases its GPU before step 1, and moves them back after it.
+Steps 4 and 5 end in the background while the next round trains. With `weights.transport: checkpoint` the engines read
+the directory, so that step 3 waits for step 4. With `sampling.colocate` a worker moves its states to CPU memory and
+releases its GPU before step 1, and moves them back after it.
 
-Invariants: a version is offered only when its model directory is complete, and that directory is never written again;
-every rank takes the same steps; workers that start again continue after the last round that the ledger records as
-trained.
+Invariants: a model directory that is complete is never written again; every rank takes the same steps; workers that
+start again continue after the last round that the ledger records as trained.
 """
 
 from __future__ import annotations
@@ -40,12 +41,21 @@ from aft_ray.training import batching, deepspeed, step
 from aft_ray.training.checkpoint import CheckpointFailed, CheckpointWriter, universal_checkpoint
 from aft_ray.training.collate import collate
 from aft_ray.training.loading import LoadingError
+from aft_ray.training.model_writer import ModelWriteFailed, Writing
 from aft_ray.training.offload import offload_states, reload_states, worker_placement
 from aft_ray.training.schedule import RoundSchedule, round_schedule
 from aft_ray.training.weight_publisher import WeightPublisher, build_transport
 
 # Errors that starting the workers again cannot repair. The message of each is one sentence for the user.
-_NOT_RETRIED = (step.NonFiniteLoss, batching.BatchingError, RunDirError, ConfigError, LoadingError, CheckpointFailed)
+_NOT_RETRIED = (
+    step.NonFiniteLoss,
+    batching.BatchingError,
+    RunDirError,
+    ConfigError,
+    LoadingError,
+    ModelWriteFailed,
+    CheckpointFailed,
+)
 
 
 def run_worker(config: RunConfig, run_dir: RunDir, coordinator: Any, questions: Mapping[str, int]) -> None:
@@ -84,8 +94,10 @@ class TrainWorker:
         self.checkpoint_ledger = Ledger(run_dir)
         tokenizer = load_tokenizer(config)
         self.pad_token_id = tokenizer.pad_token_id or 0
+        if rank == 0:
+            call(coordinator.begin_training)
         transport = build_transport(config, coordinator, rank)
-        self.publisher = WeightPublisher(config, run_dir, tokenizer, rank, transport)
+        self.publisher = WeightPublisher(config, run_dir, tokenizer, rank, transport, coordinator)
         self.checkpoints = CheckpointWriter(run_dir, rank, config.training.timeout_s, coordinator)
         if config.training.gpus_per_worker == 0:
             torch.set_num_threads(max(1, int(config.training.cpus_per_worker)))
@@ -94,7 +106,7 @@ class TrainWorker:
         """Trains every round that the ledger does not record as trained."""
         resumed = self.ledger.last_checkpoint()
         if resumed and self.rank == 0:
-            # A worker may have died after it recorded the round and before it offered the version.
+            # The driver may wait for this version, which workers that have ended offered from their memory.
             call(self.coordinator.publish, self.publisher.read(resumed.round))
         engine = None
         last_round = self.config.rounds.count
@@ -109,10 +121,11 @@ class TrainWorker:
             self._train_round(engine, round_number, waited_s)
         if self.config.sampling.colocate:
             self._release_gpus(engine, last_round + 1)  # for the evaluation of the last version
+        self.publisher.wait_durable()
         self.checkpoints.wait()
 
     def _train_round(self, engine: Any, round_number: int, waited_s: float) -> None:
-        """The five steps of a round that the module's docstring lists.
+        """The six steps of a round that the module's docstring lists.
 
         Args:
             waited_s: seconds that this worker has waited for the round already.
@@ -121,11 +134,11 @@ class TrainWorker:
         self.ledger.refresh()
         groups = self.ledger.read_groups(round_number)
         metrics = self._take_steps(engine, round_number, groups) | {"waited_s": waited_s}
-        stored = self.publisher.is_stored(round_number)
-        metrics |= self._publish(engine, round_number, groups, stored)
-        self._save_checkpoint(engine, round_number, metrics)
-        if not stored:
-            self.publisher.transfer(engine, round_number)
+        started = time.monotonic()
+        published = self.publisher.publish(engine, round_number, groups)
+        metrics |= {"publish_s": time.monotonic() - started, "published_bytes": published.bytes}
+        self._save_checkpoint(engine, round_number, published.writing, metrics)
+        self.publisher.finish()
 
     def _take_steps(self, engine: Any, round_number: int, groups: list[Group]) -> dict[str, Any]:
         """Takes the optimiser steps of a round; returns what the round's `trained` event says of them."""
@@ -181,32 +194,23 @@ class TrainWorker:
         )
         return [planned for epoch in epochs for planned in epoch]
 
-    def _publish(self, engine: Any, round_number: int, groups: list[Group], stored: bool) -> dict[str, Any]:
-        """Writes the model directory of the new version and offers the version to the samplers.
+    def _save_checkpoint(
+        self, engine: Any, round_number: int, writing: Writing | None, metrics: dict[str, Any]
+    ) -> None:
+        """Begins to save the training state.
+
+        When it and the model directory are durable, rank 0 records the round in the ledger as trained.
 
         Args:
-            stored: the directory is complete already, from before a restart, and is kept as it is.
-
-        Returns:
-            On rank 0 what the `trained` event says of it; empty on other ranks.
+            writing: the model directory that is being written; None when it is complete already.
+            metrics: what the `trained` event says of the round.
         """
-        started = time.monotonic()
-        if stored:
-            manifest = self.publisher.read(round_number) if self.rank == 0 else None
-        else:
-            manifest = self.publisher.write(engine, round_number, groups)
-        if manifest is None:
-            return {}
-        measured = {"publish_s": time.monotonic() - started, "published_bytes": manifest.bytes}
-        call(self.coordinator.publish, manifest)
-        return measured
-
-    def _save_checkpoint(self, engine: Any, round_number: int, metrics: dict[str, Any]) -> None:
-        """Starts to save the training state. When it is durable, rank 0 records the round in the ledger as trained."""
         started = time.monotonic()
 
         def record_as_trained() -> None:
             measured = metrics | {"checkpoint_s": time.monotonic() - started}
+            if writing is not None:
+                measured["directory_s"] = writing.wait()
             path = self.run_dir.checkpoint(round_number)
             self.checkpoint_ledger.record_checkpoint(
                 CheckpointRecord(round_number, metrics["steps"], path, True, measured)
@@ -244,6 +248,7 @@ class TrainWorker:
             if config.lora is not None:
                 adapter = self.run_dir.fetch_directory(self.run_dir.adapter(0))
             else:
+                self.publisher.wait_durable()
                 name = str(self.run_dir.fetch_directory(self.run_dir.model(0)))
         build = partial(deepspeed.build_engine, name, config.model, config.training, lora=config.lora, adapter=adapter)
         if resumed is None:

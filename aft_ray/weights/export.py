@@ -1,42 +1,38 @@
-"""The trainer's weights as Hugging Face files: sharded parameters are gathered layer by layer and written.
+"""The trainer's weights as Hugging Face files: layers are gathered one by one, and each rank writes those that it owns.
 
-Invariants: no rank holds more than one gathered layer, and rank 0 one shard of the output in addition; a gathered layer
-is released only after its tensors have been used. All ranks must call these functions together, since gathering a
-layer that is sharded over the ranks is a collective operation.
+Invariants: one pass over the layers serves everything, so that each is gathered once; no rank holds more gathered
+weights than one layer, and besides it the layers that it owns, in CPU memory; a gathered layer is released only after
+its tensors have been used. All ranks must call these functions together, since gathering a layer that is sharded over
+the ranks is a collective operation.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from aft_ray.storage.directories import DirectoryStore
+from aft_ray.storage.stored_files import StoredFile
 from aft_ray.weights.adapter import ADAPTER_FILE, is_adapter, merged, published_name, stored_name
 from aft_ray.weights.broadcast.buckets import Layout
+from aft_ray.weights.shard_file import ShardFile
+from aft_ray.weights.shard_plan import Shape, ShardPlan, plan_shards
 
-# Gives a shard file that was just written to a transport; returns the transport's handle of it, None for none.
-PutShard = Callable[[Path], Any]
+INDEX_FILE = "model.safetensors.index.json"
 
 # Opens a context in which parameters are whole on every rank; a collective operation when they are sharded.
 Gather = Callable[[Sequence[torch.nn.Parameter]], AbstractContextManager[Any]]
 
 # "model.layers.11.mlp.up_proj.weight" belongs to the layer "model.layers.11."
 _LAYER = re.compile(r"^(.*?\.\d+\.)")
-
-
-@dataclass(slots=True)
-class WrittenModel:
-    """The shard files of a model directory in loading order, the transport's handles of them, and the bytes of all."""
-
-    shards: list[str] = field(default_factory=list)
-    handles: list[Any] = field(default_factory=list)
-    bytes: int = 0
+# Bytes that are hashed and handed to storage at once.
+_WRITE_BYTES = 8 << 20
 
 
 def layer_groups(model: torch.nn.Module) -> list[list[tuple[str, torch.nn.Parameter]]]:
@@ -70,93 +66,128 @@ def already_whole(parameters: Sequence[torch.nn.Parameter]) -> AbstractContextMa
 
 
 def live_parameters(
-    model: torch.nn.Module, keep: bool, gather: Gather = already_whole
+    model: torch.nn.Module, wanted: Container[int] | None = None, gather: Gather = already_whole
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Every weight once, whole, on its device and in its dtype; one with an adapter is merged with it, in float32.
 
     A tensor must be used before the next one is asked for: its layer may be released then.
 
     Args:
-        keep: whether this rank gets the tensors (rank 0); the other ranks only take part in gathering.
+        wanted: the numbers of the layers whose tensors this rank gets; None: all. In the other layers it only takes
+            part in gathering.
     """
-    for group in layer_groups(model):
+    for number, group in enumerate(layer_groups(model)):
         with gather([parameter for _, parameter in group]):
-            if keep:
+            if wanted is None or number in wanted:
                 yield from merged(model, group)
 
 
-def named_tensors(
-    model: torch.nn.Module, dtype: torch.dtype, keep: bool, gather: Gather = already_whole
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """The same weights as copies on the CPU, in `dtype`."""
-    for name, tensor in live_parameters(model, keep, gather):
-        yield name, tensor.to("cpu", dtype, copy=True)
+def layer_shapes(model: torch.nn.Module) -> list[dict[str, Shape]]:
+    """The names and whole shapes of the weights of each layer, as `live_parameters` yields them. It gathers nothing."""
+    # A ZeRO-3 parameter has its whole shape in `ds_shape`.
+    return [
+        {
+            published_name(name): tuple(parameter.ds_shape if hasattr(parameter, "ds_shape") else parameter.shape)
+            for name, parameter in group
+            if not is_adapter(name)
+        }
+        for group in layer_groups(model)
+    ]
 
 
 def layout_of(model: torch.nn.Module, dtype: torch.dtype, bucket_bytes: int) -> Layout:
     """The layout of a broadcast of `live_parameters`. It gathers nothing."""
-    parameters = [pair for group in layer_groups(model) for pair in group if not is_adapter(pair[0])]
-    # A ZeRO-3 parameter has its whole shape in `ds_shape`.
-    shapes: list[Any] = [p.ds_shape if hasattr(p, "ds_shape") else p.shape for _, p in parameters]
-    return Layout.of(
-        [published_name(name) for name, _ in parameters], shapes, str(dtype).removeprefix("torch."), bucket_bytes
-    )
+    shapes = {name: shape for layer in layer_shapes(model) for name, shape in layer.items()}
+    return Layout.of(list(shapes), list(shapes.values()), _dtype_name(dtype), bucket_bytes)
 
 
-def write_model(
-    model: torch.nn.Module,
-    directory: Path,
-    shard_bytes: int,
-    put_shard: PutShard,
-    rank: int,
-    dtype: torch.dtype,
-    gather: Gather = already_whole,
-) -> WrittenModel:
-    """Writes config.json and the safetensors shards of a model on rank 0; the other ranks take part in gathering.
+class LayerPass:
+    """The pass over the layers of one version, on one rank: it copies the layers that the rank owns to CPU memory.
+
+    Attributes:
+        plan: which rank owns which layers, and the files of the model directory.
+        files: the files that this rank writes. They are whole after the pass.
+        copied: whether the pass has been made. Another one gathers the layers again and copies nothing.
+    """
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        dtype: torch.dtype,
+        shard_bytes: int,
+        rank: int = 0,
+        ranks: int = 1,
+        gather: Gather = already_whole,
+    ) -> None:
+        """
+        Args:
+            module: the module that DeepSpeed trains, with Hugging Face parameter names.
+            dtype: the dtype in which the weights are published.
+            shard_bytes: most bytes of a file that has more than one tensor.
+        """
+        self.module, self.rank, self.copied = module, rank, False
+        self.plan = plan_shards(layer_shapes(module), _dtype_name(dtype), ranks, shard_bytes)
+        self.files = [ShardFile(planned, self.plan.dtype) for planned in self.plan.of_rank(rank)]
+        self._gather = gather
+        self._file_of = {
+            name: file
+            for file, planned in zip(self.files, self.plan.of_rank(rank), strict=True)
+            for name in planned.tensors
+        }
+
+    def run(self) -> None:
+        """Makes the pass, on every rank."""
+        own = {number for number, owner in enumerate(self.plan.owners) if owner == self.rank}
+        for _ in self._copying(live_parameters(self.module, own, self._gather)):
+            pass
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Makes the pass and yields every weight, on the rank that sends them all. It must be used up."""
+        return self._copying(live_parameters(self.module, None, self._gather))
+
+    def _copying(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in tensors:
+            if (file := self._file_of.get(name)) is not None:
+                file.fill(name, tensor)
+            yield name, tensor
+        self.copied = True
+        self._file_of = {}
+
+
+def store_file(store: DirectoryStore, path: str, name: str, content: Any) -> StoredFile:
+    """Writes a file of a model directory in pieces, which are hashed as they are written.
 
     Args:
-        model: the module that DeepSpeed trains, with Hugging Face parameter names.
-        shard_bytes: most bytes of a shard that has more than one tensor.
-        put_shard: called with the path of each shard once it is written.
+        content: its bytes, as a NumPy array uint8 [bytes].
     """
-    written = WrittenModel()
-    if rank != 0:
-        for _ in named_tensors(model, dtype, False, gather):
-            pass
-        return written
-    directory.mkdir(parents=True, exist_ok=True)
-    index: dict[str, str] = {}
-    shard: dict[str, torch.Tensor] = {}
-    size = 0
+    with store.create_file(path, name) as target:
+        for begin in range(0, len(content), _WRITE_BYTES):
+            target.write(content[begin : begin + _WRITE_BYTES].data)
+    return target.entry
 
-    def flush() -> None:
-        from safetensors.torch import save_file
 
-        name = f"model-{len(written.shards) + 1:05d}.safetensors"
-        save_file(shard, directory / name, metadata={"format": "pt"})
-        index.update(dict.fromkeys(shard, name))
-        written.shards.append(name)
-        if (handle := put_shard(directory / name)) is not None:
-            written.handles.append(handle)
-        shard.clear()
-
-    for name, tensor in named_tensors(model, dtype, True, gather):
-        if shard and size + tensor.nbytes > shard_bytes:
-            flush()
-            size = 0
-        shard[name] = tensor.contiguous()
-        size += tensor.nbytes
-        written.bytes += tensor.nbytes
-    flush()
-    index_file = {"metadata": {"total_size": written.bytes}, "weight_map": index}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index_file, indent=1))
+def describe_model(model: Any, directory: Path, plan: ShardPlan) -> None:
+    """Writes the files of a model directory beside its weights: the index, the config, the generation config."""
+    index = {"metadata": {"total_size": plan.bytes}, "weight_map": plan.weight_map()}
+    (directory / INDEX_FILE).write_text(json.dumps(index, indent=1))
     config: Any = model.config
-    config = type(config).from_dict({**config.to_dict(), "dtype": str(dtype).removeprefix("torch.")})
+    config = type(config).from_dict({**config.to_dict(), "dtype": plan.dtype})
     config.save_pretrained(directory)
     if getattr(model, "generation_config", None) is not None:
         generation: Any = model.generation_config
         generation.save_pretrained(directory)
-    return written
+
+
+def write_model(layers: LayerPass, directory: Path) -> None:
+    """Makes the pass and writes a model directory, each rank its files, and rank 0 those that describe the model."""
+    layers.run()
+    directory.mkdir(parents=True, exist_ok=True)
+    store = DirectoryStore(directory)
+    for file in layers.files:
+        file.finish()
+        store_file(store, "", file.name, file.content)
+    if layers.rank == 0:
+        describe_model(layers.module, directory, layers.plan)
 
 
 def write_adapter(model: Any, directory: Path, rank: int, gather: Gather = already_whole) -> None:
@@ -178,3 +209,7 @@ def write_adapter(model: Any, directory: Path, rank: int, gather: Gather = alrea
         directory.mkdir(parents=True, exist_ok=True)
         save_file(tensors, directory / ADAPTER_FILE, metadata={"format": "pt"})
         model.peft_config["default"].save_pretrained(str(directory))
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -18,6 +18,10 @@ class Offered:
 
     version: int
     broadcast: object | None = "an address"
+    durable: bool = False
+
+    def once_durable(self):
+        return Offered(self.version, None, True)
 
 
 def group(version, *names) -> BroadcastGroup:
@@ -146,7 +150,7 @@ async def test_train_workers_that_start_again_end_the_offers_of_their_predecesso
     lost = come(coordinator, 1, 1, 2)
     waiting = announce(coordinator, 1)
     await soon()
-    await coordinator.end_offers()
+    await coordinator.begin_training()
     assert "do not offer" in await waiting
     assert await lost is None
     # They train the version again, and offer it again: the answers to their predecessors are not theirs.

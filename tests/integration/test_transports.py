@@ -1,6 +1,7 @@
 """Every weight transport and placement leads to the same run; a broadcast that fails harms no other engine."""
 
 import os
+import queue
 import signal
 import threading
 import time
@@ -11,6 +12,7 @@ import pytest
 import ray
 import torch
 from processes import descendants
+from publications import deliver
 from ray.exceptions import RayActorError
 from rich.console import Console
 from tiny import tiny_config
@@ -176,11 +178,18 @@ def test_a_broadcast_that_loses_an_engine_harms_neither_the_trainer_nor_the_othe
         pool.wait_ready(2)
         model = AutoModelForCausalLM.from_pretrained(tiny_model)
         control = RecordingControl(coordinator, 300, 0, 1)
-        trainer = Broadcast(control, 0, torch.float32, 1 << 20, 8, gpu=False)
-        manifest = trainer.add_to_manifest(read_version_manifest(1, tiny_model), [], model)
-        ray.get(coordinator.publish.remote(manifest))
-        transferring = threading.Thread(target=trainer.transfer, args=(model, 1))
+        trainer, probes = Broadcast(control, 1 << 20, 8, gpu=False), read_version_manifest(1, tiny_model).probes
+        offered: queue.Queue = queue.Queue()
+
+        def offer(manifest) -> None:
+            ray.get(coordinator.publish.remote(manifest))
+            offered.put(manifest)
+
+        transferring = threading.Thread(
+            target=deliver, args=(trainer, model, tmp_path / "model", 1, probes), kwargs={"offered": offer}
+        )
         transferring.start()
+        manifest = offered.get(timeout=60)
         began = time.monotonic()
         result = broadcast_version(KillsBeforeAnnouncing(coordinator, pool.actors[1]), pool, manifest, 1)
         assert time.monotonic() - began < 60

@@ -5,19 +5,24 @@ Two ranks run everything. Another number of ranks continues from the checkpoints
 
 import os
 import sys
+from datetime import timedelta
 from pathlib import Path
 
+import pyarrow.fs as pafs
 import torch
 import torch.distributed as dist
 from training_helpers import PAD, plan, poisoned_group, random_groups
 
 from aft_ray.config.run import LoraConfig, ModelConfig, TrainingConfig
 from aft_ray.objectives import build_objective
+from aft_ray.storage.run_dir import RunDir
 from aft_ray.training import deepspeed, step
+from aft_ray.training.batching import StepTotals
+from aft_ray.training.checkpoint import CheckpointWriter, fetched_state
 from aft_ray.training.collate import collate
+from aft_ray.training.loading import load_model
 from aft_ray.weights.adapter import is_adapter
-from aft_ray.weights.export import write_adapter, write_model
-from aft_ray.weights.publish import SharedStorage
+from aft_ray.weights.export import LayerPass, write_adapter, write_model
 
 OBJECTIVE, GROUPS, PER_STEP, RATE, WEIGHT = build_objective("aft_boundary"), 22, 8, 1e-3, 0.7
 LORA = LoraConfig(rank=4, alpha=6, targets=["q_proj", "v_proj", "up_proj", "lm_head"])
@@ -60,11 +65,11 @@ def weights(engine):
 
 
 def export(engine, directory, rank):
-    """Writes the merged model and the adapter, as a round does."""
-    write_model(
-        engine.module, directory / "model", 40_000, SharedStorage().put_shard, rank, torch.float32, deepspeed.gathered
-    )
-    write_adapter(engine.module, directory / "adapter", rank, deepspeed.gathered)
+    """Writes the model, merged with its adapter if it has one, and the adapter, as a round does."""
+    layers = LayerPass(engine.module, torch.float32, 40_000, rank, dist.get_world_size(), deepspeed.gathered)
+    write_model(layers, directory / "model")
+    if hasattr(engine.module, "peft_config"):
+        write_adapter(engine.module, directory / "adapter", rank, deepspeed.gathered)
 
 
 def train_adapters(work, stage, groups, rank, ranks):
@@ -73,7 +78,7 @@ def train_adapters(work, stage, groups, rank, ranks):
     engine = build(work / "model", stage, **options)
     before = {name: tensor for name, tensor in weights(engine).items() if not is_adapter(name)}
     stats = take(engine, groups, range(3), rank, ranks)
-    deepspeed.save_checkpoint(engine, work / f"adapters{stage}", {"round": 7})
+    written = save(engine, work, stage, f"adapters{stage}", rank, ranks)
     stats += take(engine, groups, range(3, 6), rank, ranks)
     export(engine, work / f"exported{stage}", rank)
     after = weights(engine)
@@ -81,11 +86,70 @@ def train_adapters(work, stage, groups, rank, ranks):
     trained = {name: tensor for name, tensor in after.items() if is_adapter(name)}
     engine.destroy()
 
-    resumed = build(work / "model", stage, **options)
-    deepspeed.load_checkpoint(resumed, work / f"adapters{stage}")
+    resumed, _, _ = resume(work, stage, f"adapters{stage}", work / "model", **options)
     again = take(resumed, groups, range(3, 6), rank, ranks)
     resumed.destroy()
-    return {"stats": stats, "weights": trained, "again": again, "kept": kept}
+    return {"stats": stats, "weights": trained, "again": again, "kept": kept, "written": written}
+
+
+def storage(work, stage):
+    """The run directory: mounted for odd stages, for even ones what is no local filesystem to pyarrow."""
+    if stage % 2:
+        return RunDir(work / "run")
+    (work / "bucket").mkdir(exist_ok=True)
+    return RunDir("run", pafs.SubTreeFileSystem(str(work / "bucket"), pafs.LocalFileSystem()))
+
+
+def save(engine, work, stage, name, rank, ranks):
+    """Saves a training state in the run directory as a round does: every rank its own files, rank 0 the manifest.
+
+    Returns the bytes of each rank's files.
+    """
+    scratch, run_dir, written = work / f"scratch{rank}" / name, storage(work, stage), [None] * ranks
+    deepspeed.save_checkpoint(engine, scratch, {"round": 7})
+    dist.all_gather_object(written, run_dir.add_files(scratch, name))
+    if rank == 0:
+        run_dir.write_manifest(name, [file for files in written for file in files])
+    dist.barrier()
+    return [sum(file.size for file in files if file.name.endswith(".pt")) for files in written]
+
+
+def resume(work, stage, name, model, **options):
+    """An engine with the training state of a name, the client state, and the files that this node had for it."""
+    with fetched_state(storage(work, stage), name, 300) as saved:
+        fetched = sorted(file.name for file in saved.directory.rglob("*.pt"))
+        engine = build(model, stage, universal=saved.universal, **options)
+        return engine, deepspeed.load_checkpoint(engine, saved.directory), fetched
+
+
+def reduced_gradients(work, stage, rank, ranks):
+    """Whether the reduced gradients of bfloat16 training are the float32 means of the ranks' own, or bfloat16 means."""
+    from deepspeed.utils import safe_get_full_grad
+
+    group = random_groups(ranks, seed=8)[rank]
+    batch, totals = collate([group], OBJECTIVE, PAD), StepTotals(ranks, 20, 40)
+    alone = load_model(work / "model", "bfloat16")
+    loss, _ = step.micro_loss(alone, batch, OBJECTIVE, WEIGHT, totals, scale=ranks)
+    loss.backward()
+    engine = build(work / "model", stage, dtype="bfloat16")
+    loss, _ = step.micro_loss(engine, batch, OBJECTIVE, WEIGHT, totals, scale=ranks)
+    engine.backward(loss)
+    exact, coarse = [], []
+    for (name, parameter), own in zip(engine.module.named_parameters(), alone.parameters(), strict=True):
+        ours = [torch.empty_like(own.grad) for _ in range(ranks)]
+        dist.all_gather(ours, own.grad)
+        reduced = safe_get_full_grad(parameter)
+        assert reduced.dtype is torch.float32, name
+        exact.append(torch.equal(reduced, sum(one.float() for one in ours) / ranks))
+        coarse.append(torch.equal(reduced, (sum(ours) / ranks).float()))
+    engine.destroy()
+    return {"float32": all(exact), "bfloat16": all(coarse)}
+
+
+def group_timeouts():
+    """The timeout of every process group of this process, in seconds."""
+    groups = dist.distributed_c10d._world.pg_map
+    return [one._get_backend(torch.device("cpu")).options._timeout.total_seconds() for one in groups]
 
 
 def fault(engine, rank, ranks):
@@ -105,12 +169,11 @@ def continue_from_two(rank, ranks, work):
     """Takes the last three steps from the checkpoints that two ranks saved after the first three."""
     groups, results = random_groups(GROUPS), {}
     for name, stage, options in (
-        ("stage2", 2, {}),
-        ("stage3", 3, {"activation_checkpointing": True}),
+        ("checkpoint2", 2, {}),
+        ("checkpoint3", 3, {"activation_checkpointing": True}),
         ("adapters3", 3, {"lora": LORA}),
     ):
-        engine = build(work / "model", stage, universal=True, **options)
-        state = deepspeed.load_checkpoint(engine, work / f"universal-{name}")
+        engine, state, _ = resume(work, stage, name, work / "model", **options)
         stats = take(engine, groups, range(3, 6), rank, ranks)
         results[name] = {"stats": stats, "weights": weights(engine), "state": state}
         engine.destroy()
@@ -120,19 +183,20 @@ def continue_from_two(rank, ranks, work):
 def do_everything(rank, ranks, work):
     groups = random_groups(GROUPS)
     results = {}
+    CheckpointWriter(storage(work, 0), rank, TrainingConfig().timeout_s, None)
     for stage in range(4):
         engine = build(work / "model", stage)
         stats = take(engine, groups, range(3), rank, ranks)
-        deepspeed.save_checkpoint(engine, work / f"checkpoint{stage}", {"round": 7})
+        written = save(engine, work, stage, f"checkpoint{stage}", rank, ranks)
         stats += take(engine, groups, range(3, 6), rank, ranks)
-        results[f"stage{stage}"] = {"stats": stats, "weights": weights(engine)}
+        results[f"stage{stage}"] = {"stats": stats, "weights": weights(engine), "written": written}
         engine.destroy()
 
-        resumed = build(work / "model", stage)
-        state = deepspeed.load_checkpoint(resumed, work / f"checkpoint{stage}")
+        resumed, state, fetched = resume(work, stage, f"checkpoint{stage}", work / "model")
         stats = take(resumed, groups, range(3, 6), rank, ranks)
-        results[f"resumed{stage}"] = {"stats": stats, "weights": weights(resumed), "state": state}
+        results[f"resumed{stage}"] = {"stats": stats, "weights": weights(resumed), "state": state, "fetched": fetched}
         resumed.destroy()
+        results[f"reduced{stage}"] = reduced_gradients(work, stage, rank, ranks)
 
         bf16 = build(work / "model", stage, dtype="bfloat16", activation_checkpointing=True)
         results[f"bfloat16_{stage}"] = {"stats": take(bf16, groups, range(6), rank, ranks), "weights": weights(bf16)}
@@ -152,8 +216,7 @@ def do_everything(rank, ranks, work):
         offloaded.destroy()
 
         # Continue from a checkpoint that was saved without offloading.
-        offloaded = build(work / "model", stage, **options)
-        deepspeed.load_checkpoint(offloaded, work / f"checkpoint{stage}")
+        offloaded, _, _ = resume(work, stage, f"checkpoint{stage}", work / "model", **options)
         stats = take(offloaded, groups, range(3, 6), rank, ranks)
         results[f"moved{stage}"] = {"stats": stats, "weights": weights(offloaded)}
         offloaded.destroy()
@@ -162,6 +225,13 @@ def do_everything(rank, ranks, work):
         stats = take(offloaded, groups, range(6), rank, ranks)
         results[f"bfloat16_offloaded{stage}"] = {"stats": stats, "weights": weights(offloaded)}
         offloaded.destroy()
+    # ZeRO++: weights are gathered from a second copy that the ranks of a node share.
+    secondary = {"zero_optimization": {"zero_hpz_partition_size": ranks}}
+    engine = build(work / "model", 3, workers=ranks, deepspeed=secondary)
+    results["hpz"] = {"stats": take(engine, groups, range(6), rank, ranks), "weights": weights(engine)}
+    export(engine, work / "exported_hpz", rank)
+    engine.destroy()
+    results["timeouts"] = group_timeouts()
     everyone = [None] * ranks
     dist.all_gather_object(everyone, {name: r["stats"] for name, r in results.items() if "stats" in r})
     results["all_ranks"] = everyone
@@ -172,7 +242,9 @@ def main(rank, ranks, port, work):
     torch.set_num_threads(1)
     deepspeed.ds_config = keep_nothing_gathered
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_RANK": str(rank)}
-    dist.init_process_group("gloo", rank=rank, world_size=ranks)
+    os.environ["LOCAL_WORLD_SIZE"] = str(ranks)
+    timeout = timedelta(seconds=TrainingConfig().timeout_s)
+    dist.init_process_group("gloo", rank=rank, world_size=ranks, timeout=timeout)
     results = (do_everything if ranks == 2 else continue_from_two)(rank, ranks, work)
     if rank == 0:
         torch.save(results, work / f"results-{ranks}.pt")

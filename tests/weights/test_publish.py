@@ -1,37 +1,49 @@
 """Shards reach an engine over the object store, and from disk when the object store has lost them."""
 
+import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import publications
 import pytest
 import ray
 from transformers import AutoModelForCausalLM
 
-from aft_ray.weights.export import write_model
+from aft_ray.storage.run_dir import MANIFEST
 from aft_ray.weights.publish import ObjectStore, SharedStorage
 from aft_ray.weights.version_manifest import VersionManifest
 
-TRANSPORTS = {"checkpoint": SharedStorage, "object_store": ObjectStore}
-
 pytestmark = pytest.mark.usefixtures("ray_here")
+ray.cloudpickle.register_pickle_by_value(publications)  # actors cannot import modules of the tests
+
+
+class OneRank:
+    """The control of a trainer of one rank."""
+
+    def gather_objects(self, version, objects):
+        return dict(objects)
 
 
 @ray.remote(num_cpus=0)
 class Trainer:
-    """Owns the objects that it publishes, as rank 0 of training does."""
+    """Owns the objects that it publishes, as a train worker does."""
 
-    def publish(self, source: str, directory: str, transport: str, shard_bytes: int) -> VersionManifest:
-        import torch
-
+    def publish(self, source: str, directory: str, transport: str, shard_bytes: int) -> list[VersionManifest]:
+        used = SharedStorage() if transport == "checkpoint" else ObjectStore(OneRank())
         model = AutoModelForCausalLM.from_pretrained(source)
-        used = TRANSPORTS[transport]()
-        written = write_model(model, Path(directory), shard_bytes, used.put_shard, 0, torch.float32)
-        return used.add_to_manifest(VersionManifest(1, directory, tuple(written.shards), ()), written.handles, model)
+        return publications.deliver(used, model, directory, shard_bytes=shard_bytes, offered=self.note_directory)
+
+    def note_directory(self, manifest: VersionManifest) -> None:
+        self.complete_when_offered = (Path(manifest.model) / MANIFEST).exists()
+
+    def was_complete_when_offered(self) -> bool:
+        return self.complete_when_offered
 
 
 def publish(model, directory, transport, shard_bytes=40_000):
     trainer = Trainer.remote()
-    manifest = ray.get(trainer.publish.remote(str(model), str(directory), transport, shard_bytes), timeout=120)
+    (manifest,) = ray.get(trainer.publish.remote(str(model), str(directory), transport, shard_bytes), timeout=120)
     return trainer, manifest
 
 
@@ -52,7 +64,8 @@ def on_disk(manifest) -> list[bytes]:
 
 
 def test_shards_come_over_the_object_store_one_at_a_time_and_leave_nothing(tiny_model, tmp_path):
-    _trainer, manifest = publish(tiny_model, tmp_path / "model", "object_store")
+    trainer, manifest = publish(tiny_model, tmp_path / "model", "object_store")
+    assert not ray.get(trainer.was_complete_when_offered.remote())
     paths, data = contents(manifest)
     assert data == on_disk(manifest)
     assert len(paths) > 3
@@ -62,8 +75,9 @@ def test_shards_come_over_the_object_store_one_at_a_time_and_leave_nothing(tiny_
 
 
 def test_shards_come_from_shared_storage(tiny_model, tmp_path):
-    _trainer, manifest = publish(tiny_model, tmp_path / "model", "checkpoint")
+    trainer, manifest = publish(tiny_model, tmp_path / "model", "checkpoint")
     assert manifest.receive_plan is None
+    assert ray.get(trainer.was_complete_when_offered.remote())
     paths, data = contents(manifest)
     assert data == on_disk(manifest)
     assert paths == [str(tmp_path / "model" / name) for name in manifest.shards]
@@ -81,3 +95,15 @@ def test_shards_whose_owner_died_come_from_disk(tiny_model, tmp_path):
             break
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+def test_an_engine_that_reads_a_directory_waits_until_it_is_complete(tiny_model, tmp_path):
+    _trainer, manifest = publish(tiny_model, tmp_path / "model", "checkpoint")
+    (tmp_path / "model" / MANIFEST).rename(tmp_path / "later")
+    early = replace(manifest, durable=False)
+    with pytest.raises(TimeoutError, match=f"have not written {tmp_path}/model completely in 1 s"):
+        next(early.calls(1))
+    completing = threading.Timer(0.5, (tmp_path / "later").rename, [tmp_path / "model" / MANIFEST])
+    completing.start()
+    assert contents(early)[1] == on_disk(manifest)
+    completing.join()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 import torch
 
@@ -18,10 +18,9 @@ from aft_ray.weights.broadcast.buckets import Layout, ProcessGroup, Wait, send
 from aft_ray.weights.broadcast.gloo_group import GlooGroup
 from aft_ray.weights.broadcast.nccl_group import NcclGroup
 from aft_ray.weights.broadcast.rendezvous import missing_ranks, open_store
-from aft_ray.weights.export import Gather, already_whole, layout_of, live_parameters
-from aft_ray.weights.publish import SharedStorage
+from aft_ray.weights.export import LayerPass, layout_of
+from aft_ray.weights.publish import Publication, Transport
 from aft_ray.weights.receive_plan import BroadcastOffer
-from aft_ray.weights.version_manifest import VersionManifest
 
 
 class BroadcastFailed(RuntimeError):
@@ -43,6 +42,10 @@ class BroadcastControl(Protocol):
     @property
     def address(self) -> str:
         """The address of this node, at which the engines reach rank 0's store."""
+        ...
+
+    def is_requested(self, version: int) -> bool:
+        """Whether the driver asks for a version now; every rank gets the same answer."""
         ...
 
     def wait_group(self, version: int) -> BroadcastGroup | None:
@@ -76,7 +79,7 @@ class Sender(ProcessGroup, Protocol):
         ...
 
 
-class Broadcast(SharedStorage):
+class Broadcast(Transport):
     """The transport `nccl`: rank 0 sends its live weights to all engines at once, over NCCL or, without GPUs, gloo.
 
     Rank 0 opens the store of the process group when it publishes a version. An engine that takes no part in the
@@ -86,54 +89,64 @@ class Broadcast(SharedStorage):
     def __init__(
         self,
         control: BroadcastControl,
-        rank: int,
-        dtype: torch.dtype,
         bucket_bytes: int,
         timeout_s: float,
         gpu: bool,
-        gather: Gather = already_whole,
     ) -> None:
-        self._control, self._rank, self._dtype = control, rank, dtype
-        self._bucket_bytes, self._timeout_s, self._gather = bucket_bytes, timeout_s, gather
+        """
+        Args:
+            timeout_s: deadline of each phase of a broadcast.
+        """
+        self._control, self._bucket_bytes, self._timeout_s = control, bucket_bytes, timeout_s
         self._open_sender: type[GlooSender] | type[NcclSender] = NcclSender if gpu else GlooSender
-        self._offered: tuple[Sender, Layout] | None = None  # of the version that was published last
         self._finished: Sender | None = None  # of the version that was sent last; its group has not ended yet
+        self._waiting: Publication | None = None  # the version whose weights `finish` sends
 
-    def add_to_manifest(
-        self, manifest: VersionManifest, handles: list[Any], module: torch.nn.Module
-    ) -> VersionManifest:
-        """Opens the store of the version's process group and adds the offer to the manifest."""
-        del handles
-        if self._offered is not None:
-            self._offered[0].destroy()
-        sender, layout = self._open_sender(self._timeout_s), layout_of(module, self._dtype, self._bucket_bytes)
-        self._offered = sender, layout
-        return replace(manifest, broadcast=BroadcastOffer(self._control.address, sender.port, layout))
+    def deliver(self, publication: Publication) -> None:
+        """Sends the weights in the only pass, if the engines wait for them; else `finish` sends them."""
+        if self._control.is_requested(publication.manifest.version):
+            self._broadcast(publication)
+            publication.store()
+        else:
+            publication.layers.run()
+            publication.store()
+            self._waiting = publication
 
-    def transfer(self, module: torch.nn.Module, version: int) -> None:
-        """Sends the weights to the engines that the driver announces. A failed broadcast is reported, not raised."""
-        group = self._control.wait_group(version)
+    def finish(self) -> None:
+        """Sends the weights to engines that were busy. The layers are gathered again, while training would only wait.
+
+        So the version is durable in spite of engines that sample for long.
+        """
+        publication, self._waiting = self._waiting, None
+        if publication is not None:
+            self._broadcast(publication)
+
+    def _broadcast(self, publication: Publication) -> None:
+        """Offers the broadcast, waits for the driver, and sends. A broadcast that fails is reported, not raised."""
+        manifest, layers = publication.manifest, publication.layers
+        offered: tuple[Sender, Layout] | None = None
+        if layers.rank == 0:
+            layout = layout_of(layers.module, getattr(torch, layers.plan.dtype), self._bucket_bytes)
+            offered = self._open_sender(self._timeout_s), layout
+            offer = BroadcastOffer(self._control.address, offered[0].port, layout)
+            publication.offer(replace(manifest, broadcast=offer))
+        group = self._control.wait_group(manifest.version)
         # The last buckets of the version before may have been on their way when `send` returned. The driver has
         # waited for the engines since, so that its group can end now.
         if self._finished is not None:
             self._finished.destroy()
-        offered, self._offered, self._finished = self._offered, None, None
-        if group is None or not group.receivers:
-            if offered is not None:
-                offered[0].destroy()
+            self._finished = None
+        receivers = group.receivers if group is not None else ()
+        if offered is not None and group is not None and receivers:
+            self._send(*offered, layers, group)
             return
-        tensors = live_parameters(module, self._rank == 0, self._gather)
-        try:
-            if offered is not None:
-                self._send(*offered, tensors, group)
-        finally:
-            # Gathering is a collective operation: every rank must gather every layer, also when sending has failed.
-            for _ in tensors:
-                pass
+        if offered is not None:
+            offered[0].destroy()
+        if receivers or not layers.copied:
+            layers.run()
 
-    def _send(
-        self, sender: Sender, layout: Layout, tensors: Iterator[tuple[str, torch.Tensor]], group: BroadcastGroup
-    ) -> None:
+    def _send(self, sender: Sender, layout: Layout, layers: LayerPass, group: BroadcastGroup) -> None:
+        tensors = layers.tensors()
         try:
             stats = stream(tensors, layout, sender, group, self._timeout_s)
         except BroadcastFailed as error:
@@ -142,6 +155,10 @@ class Broadcast(SharedStorage):
         else:
             self._finished = sender
             self._control.report(group.version, stats)
+        finally:
+            # Gathering is a collective operation: every rank must gather every layer, also when sending has failed.
+            for _ in tensors:
+                pass
 
 
 def stream(

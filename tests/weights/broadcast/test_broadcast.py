@@ -1,5 +1,6 @@
 """The real engine in a weight broadcast: it receives the trainer's live weights, and outlives a broken broadcast."""
 
+import shutil
 import socket
 import threading
 import time
@@ -7,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from publications import deliver
 from tiny import LENGTH
 from transformers import AutoModelForCausalLM
 
@@ -15,10 +17,10 @@ from aft_ray.inference.engine import Engine
 from aft_ray.inference.engine_spec import EngineSpec
 from aft_ray.inference.update_phases import PhaseTimeout, UpdatePhases
 from aft_ray.inference.versioned_engine import WeightTransferFailed
+from aft_ray.storage.directories import DirectoryStore
 from aft_ray.weights.broadcast.sender import Broadcast, BroadcastFailed, GlooSender, stream
 from aft_ray.weights.export import layout_of, live_parameters
 from aft_ray.weights.receive_plan import BroadcastOffer, FromBroadcast, FromDirectory
-from aft_ray.weights.version_manifest import VersionManifest
 from jobs.tiny_model import build_tiny_model
 
 DEADLINE = 120
@@ -65,7 +67,7 @@ def broadcast(engine, model, tensors=None, bucket_bytes=30_000, timeout_s=60.0):
 
     def trainer() -> None:
         try:
-            results.append(stream(tensors or live_parameters(model, True), layout, sender, group, timeout_s))
+            results.append(stream(tensors or live_parameters(model), layout, sender, group, timeout_s))
         except BroadcastFailed as error:
             results.append(error)
         except ConnectionAbortedError:  # raised by the source of the weights
@@ -97,7 +99,7 @@ def test_an_engine_whose_broadcast_broke_off_takes_the_next_update(engine, direc
 
     def breaking():
         nonlocal sent
-        for pair in live_parameters(model, True):
+        for pair in live_parameters(model):
             sent += 1
             if sent > 6:  # in the middle of a layer
                 raise ConnectionAbortedError
@@ -137,7 +139,7 @@ def test_the_number_of_remote_calls_does_not_grow_with_the_model(tmp_path):
         assert len(layout.names) > 9 * layers
         made.append([call.method for call in FromBroadcast(BroadcastOffer("a", 1, layout), 1, 2).calls(1)])
     assert made[0] == made[1]
-    assert len(made[0]) == 5
+    assert len(made[0]) == 6
 
 
 class Control:
@@ -148,6 +150,9 @@ class Control:
     def __init__(self, group) -> None:
         self.group, self.results = group, []
 
+    def is_requested(self, version):
+        return True
+
     def wait_group(self, version):
         return self.group
 
@@ -155,28 +160,30 @@ class Control:
         self.results.append(result)
 
 
-def test_a_trainer_whose_engines_do_not_join_continues_and_reports_why(tiny_model):
+def test_a_trainer_whose_engines_do_not_join_continues_and_reports_why(tiny_model, tmp_path):
     model = changed(tiny_model, 1.0)
     control = Control(BroadcastGroup(4, RECEIVERS))
     began = time.monotonic()
-    offer_and_transfer(control, model)
+    deliver_version_4(control, model, tmp_path)
     assert time.monotonic() - began < 10
     assert str(control.results[0]) == (
         "the stream of version 4 failed in phase 'rendezvous': sampler 0 did not join within 1 s"
     )
     for no_receivers in (None, replace(control.group, receivers=())):
         control = Control(no_receivers)
-        port = offer_and_transfer(control, model)
+        port = deliver_version_4(control, model, tmp_path)
         assert control.results == []
         with pytest.raises(ConnectionRefusedError):  # nobody waits at a store that is not used
             socket.create_connection(("127.0.0.1", port), timeout=5)
 
 
-def offer_and_transfer(control, model) -> int:
-    """Offers version 4 and transfers it; returns the port that was offered."""
-    transport = Broadcast(control, 0, torch.float32, 1 << 20, 1.0, gpu=False)
-    manifest = transport.add_to_manifest(VersionManifest(4, "", (), ()), [], model)
-    transport.transfer(model, 4)
+def deliver_version_4(control, model, directory) -> int:
+    """Delivers version 4, whose directory is written whether engines join or not; returns the port that was offered."""
+    (manifest,) = deliver(Broadcast(control, 1 << 20, 1.0, gpu=False), model, directory / "model", 4)
+    assert not manifest.durable
+    assert sorted(path.name for path in (directory / "model").glob("*.safetensors")) == list(manifest.shards)
+    assert DirectoryStore(directory / "model").verify_manifest("") == []
+    shutil.rmtree(directory / "model")
     return manifest.broadcast.port
 
 

@@ -1,5 +1,9 @@
-"""One of two ranks that write and broadcast a model in ZeRO-3 shards: `zero3_main.py RANK PORT MODEL OUTPUT`."""
+"""One of two ranks that write and broadcast a model of DeepSpeed: `publishing_main.py RANK PORT MODEL OUTPUT STAGE`.
 
+Each rank writes the names and sizes of its files to OUTPUT/files-RANK.json.
+"""
+
+import json
 import os
 import sys
 import threading
@@ -7,18 +11,18 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from publications import deliver
 from safetensors.torch import load_file
 
 from aft_ray.config.run import ModelConfig, TrainingConfig
 from aft_ray.coordination.broadcast_group import BroadcastGroup, Receiver
 from aft_ray.training import deepspeed
-from aft_ray.weights.broadcast.buckets import receive
-from aft_ray.weights.broadcast.gloo_group import GlooGroup, connect_store
+from aft_ray.weights.broadcast.buckets import DIGESTS, receive
+from aft_ray.weights.broadcast.gloo_group import GlooGroup
+from aft_ray.weights.broadcast.rendezvous import connect_store
 from aft_ray.weights.broadcast.sender import Broadcast, BroadcastFailed
-from aft_ray.weights.export import write_model
-from aft_ray.weights.publish import SharedStorage
+from aft_ray.weights.export import LayerPass
 from aft_ray.weights.receive_plan import BroadcastOffer
-from aft_ray.weights.version_manifest import VersionManifest
 
 
 def keep_nothing_gathered(training, dtype, ds_config=deepspeed.ds_config):
@@ -37,6 +41,9 @@ class Control:
         self.manifests, self.received, self.results = {}, {}, {}
         self.threads: list[threading.Thread] = []
 
+    def is_requested(self, version: int) -> bool:
+        return version == 1  # version 2 comes while the engines are busy: its broadcast is a second pass
+
     def wait_group(self, version: int) -> BroadcastGroup:
         if version == 1 and version in self.manifests:  # rank 0
             self.threads.append(threading.Thread(target=self.engine, args=(self.manifests[version].broadcast,)))
@@ -52,40 +59,52 @@ class Control:
 
 
 def stream(module: torch.nn.Module, rank: int, output: Path) -> None:
+    """Each of two broadcasts writes the model directory in the same pass, whether engines join or not."""
     control = Control()
     for version, timeout_s in ((1, 60), (2, 2)):
-        transport = Broadcast(control, rank, torch.float32, 40_000, timeout_s, False, deepspeed.gathered)
-        if rank == 0:
-            manifest = VersionManifest(version, str(output), (), ())
-            control.manifests[version] = transport.add_to_manifest(manifest, [], module)
-        transport.transfer(module, version)
+        deliver(
+            Broadcast(control, 40_000, timeout_s, False),
+            module,
+            output / str(version),
+            version,
+            offered=lambda manifest: control.manifests.update({manifest.version: manifest}),
+            rank=rank,
+            ranks=2,
+            gather=deepspeed.gathered,
+        )
+        dist.barrier()
     if rank == 0:
         control.threads[0].join()
-        written = {}
-        for file in output.glob("*.safetensors"):
+        written, second = {}, {}
+        for file in (output / "1").glob("*.safetensors"):
             written |= load_file(file)
+            second |= load_file(output / "2" / file.name)
+        assert written.keys() == second.keys()
+        assert all(torch.equal(written[name], second[name]) for name in written)
+        control.received.pop(DIGESTS)
         assert written.keys() == control.received.keys()
         assert all(torch.equal(written[name], control.received[name]) for name in written)
         assert control.results[1].bytes == sum(tensor.nbytes for tensor in written.values())
         assert isinstance(control.results[2], BroadcastFailed)
 
 
-def main(rank: int, port: str, model: str, output: Path) -> None:
+def main(rank: int, port: str, model: str, output: Path, stage: int) -> None:
     torch.set_num_threads(1)
     deepspeed.ds_config = keep_nothing_gathered
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_RANK": str(rank)}
     dist.init_process_group("gloo", rank=rank, world_size=2)
-    engine = deepspeed.build_engine(model, ModelConfig(name=model, dtype="float32"), TrainingConfig(zero_stage=3))
-    assert all(parameter.numel() == 0 for parameter in engine.module.parameters())
-    written = write_model(
-        engine.module, output, 40_000, SharedStorage().put_shard, rank, torch.float32, deepspeed.gathered
-    )
-    assert (written.shards == []) is (rank == 1)
+    engine = deepspeed.build_engine(model, ModelConfig(name=model, dtype="float32"), TrainingConfig(zero_stage=stage))
+    assert all((parameter.numel() == 0) is (stage == 3) for parameter in engine.module.parameters())
     stream(engine.module, rank, output)
-    assert all(parameter.numel() == 0 for parameter in engine.module.parameters())
+    assert all((parameter.numel() == 0) is (stage == 3) for parameter in engine.module.parameters())
+    layers = LayerPass(engine.module, torch.float32, 40_000, rank, 2, deepspeed.gathered)
+    layers.run()
+    for file in layers.files:
+        file.finish()
+    (output / f"files-{rank}.json").write_text(json.dumps({file.name: len(file.content) for file in layers.files}))
     dist.barrier()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], sys.argv[3], Path(sys.argv[4]))
+    main(int(sys.argv[1]), sys.argv[2], sys.argv[3], Path(sys.argv[4]), int(sys.argv[5]))
