@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from served import ENDLESS, ROOT, Reasoner
+from served import ENDLESS, ROOT, TURN_END, Reasoner
 
 # The first test includes the training of the model and the start of the service.
 pytestmark = pytest.mark.timeout(900)
@@ -644,6 +644,14 @@ def test_a_full_queue_rejects_questions_and_mixes_no_answers(http, reasoner):
         alone = ask(http, problems[seed], seed=seed, **how)
         assert in_common(answers[seed].json(), alone) == {0, 1, 2}
         assert answers[seed].json()["answer"] == alone["answer"]
+
+
+def test_a_response_ends_at_either_end_token_which_is_not_part_of_its_text(http, reasoner):
+    """The model ends about half of its responses with each. If one did not end them, they would go on to the limit."""
+    answers = [ask(http, problem, n=8, temperature=0.7, stop_confidence=1, seed=1) for problem in reasoner.problems[:5]]
+    candidates = [one for answer in answers for one in answer["candidates"]]
+    assert {one["finish_reason"] for one in candidates} == {"stop"}
+    assert not [one for one in candidates if TURN_END in one["response"]]
 
 
 # ── API keys ──────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -1,7 +1,8 @@
 """The model that the tests of a running service share, and what the tests need to know of the service.
 
 The model answers most problems but is often wrong, so that votes differ. Its answer to one question never ends, so that
-tests can keep the service busy.
+tests can keep the service busy. It ends about half of the other answers with a second end token, which its generation
+config names, and which its tokenizer would not leave out of a text by itself.
 """
 
 import json
@@ -16,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 SMALL = {"min_steps": 1, "max_steps": 2, "max_operand": 9, "max_value": 20, "operations": "+-", "distractors": 0}
 # The question that the model is trained to answer without an end.
 ENDLESS = "then then"
+TURN_END = "<end_of_turn>"
 LENGTH = 512
 
 
@@ -35,9 +37,14 @@ def train(directory: Path) -> Path:
     build_tiny_model(directory, 0, hidden_size=96, layers=2, heads=3, max_length=LENGTH)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = AutoModelForCausalLM.from_pretrained(directory)
+    tokenizer.add_tokens([TURN_END])
+    tokenizer.save_pretrained(directory)
+    ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(TURN_END)]
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.generation_config.eos_token_id = ends
     examples = [
-        (tokenizer(question.text)["input_ids"], [*tokenizer(question.reference)["input_ids"], tokenizer.eos_token_id])
-        for question in generate(ArithmeticConfig(**SMALL, phrasings=1), "train", 1500)
+        (tokenizer(question.text)["input_ids"], [*tokenizer(question.reference)["input_ids"], ends[number % 2]])
+        for number, question in enumerate(generate(ArithmeticConfig(**SMALL, phrasings=1), "train", 1500))
     ]
     examples += [(tokenizer(ENDLESS)["input_ids"], tokenizer("then " * 40)["input_ids"])] * 40
     drawn = random.Random(0)

@@ -28,6 +28,8 @@ Text = Annotated[str, Field(min_length=1), AfterValidator(_valid_unicode)]
 Temperature = Annotated[float, Field(ge=0, le=2)]
 TopP = Annotated[float, Field(gt=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**62)]
+# Strict, since `true` is no token.
+TokenId = Annotated[int, Field(strict=True)]
 Count = Annotated[int, Field(ge=1)]
 Confidence = Annotated[float, Field(ge=0.5, le=1)]
 
@@ -187,7 +189,7 @@ class CompletionRequest(_OpenAiRequest):
     """OpenAI's completion. The prompt is passed to the model unchanged, without the task's prompt template."""
 
     question_field: ClassVar[str] = "prompt"
-    prompt: Text | list[Text] | list[int] | list[list[int]]
+    prompt: Text | list[Text] | list[TokenId] | list[list[TokenId]]
 
     @property
     def prompts(self) -> list[str | list[int]]:
