@@ -2,10 +2,10 @@
 
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import publications
 import pytest
 import ray
 from transformers import AutoModelForCausalLM
@@ -15,7 +15,6 @@ from aft_ray.weights.publish import ObjectStore, SharedStorage
 from aft_ray.weights.version_manifest import VersionManifest
 
 pytestmark = pytest.mark.usefixtures("ray_here")
-ray.cloudpickle.register_pickle_by_value(publications)  # actors cannot import modules of the tests
 
 
 class OneRank:
@@ -29,10 +28,17 @@ class OneRank:
 class Trainer:
     """Owns the objects that it publishes, as a train worker does."""
 
-    def publish(self, source: str, directory: str, transport: str, shard_bytes: int) -> list[VersionManifest]:
+    def publish(
+        self,
+        deliver: Callable[..., list[VersionManifest]],
+        source: str,
+        directory: str,
+        transport: str,
+        shard_bytes: int,
+    ) -> list[VersionManifest]:
         used = SharedStorage() if transport == "checkpoint" else ObjectStore(OneRank())
         model = AutoModelForCausalLM.from_pretrained(source)
-        return publications.deliver(used, model, directory, shard_bytes=shard_bytes, offered=self.note_directory)
+        return deliver(used, model, directory, shard_bytes=shard_bytes, offered=self.note_directory)
 
     def note_directory(self, manifest: VersionManifest) -> None:
         self.complete_when_offered = (Path(manifest.model) / MANIFEST).exists()
@@ -42,8 +48,12 @@ class Trainer:
 
 
 def publish(model, directory, transport, shard_bytes=40_000):
+    import publications
+
+    ray.cloudpickle.register_pickle_by_value(publications)  # actors cannot import modules of the tests
     trainer = Trainer.remote()
-    (manifest,) = ray.get(trainer.publish.remote(str(model), str(directory), transport, shard_bytes), timeout=120)
+    published = trainer.publish.remote(publications.deliver, str(model), str(directory), transport, shard_bytes)
+    (manifest,) = ray.get(published, timeout=120)
     return trainer, manifest
 
 

@@ -30,7 +30,7 @@ class RoundTime:
 
     Attributes:
         sampling: All that samplers do for the round: load the new version, sample, evaluate.
-        training: All that train workers do for it: optimiser steps and the model directory.
+        training: All that train workers do for it: optimiser steps and their part of the publication.
         round: What both take together.
     """
 

@@ -1,13 +1,14 @@
-"""How long a new version takes from the train workers to the engines, by transport, and a training state to storage.
+"""How long a new version takes from the train workers to the engines, by transport, and to storage.
 
-Invariant: what the train workers do alone (gather the weights, write the model directory) counts as training; what the
-engines wait for (the transport, loading) counts as sampling. The training state is saved while the next round trains,
-and counts as neither. Every time is bytes divided by a bandwidth, and no two of them overlap.
+Invariant: what the train workers do alone (the pass that copies the layers to host memory, and with `checkpoint` the
+model directory) counts as training; what the engines wait for (the transport, loading) counts as sampling. Otherwise
+the model directory, and always the training state, are written while the next round trains, and count as neither.
+Every time is bytes divided by a bandwidth, and no two of them overlap, though a broadcast overlaps with the copies.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import get_args
 
 from aft_ray.config.run import RunConfig, WeightsConfig
@@ -26,14 +27,14 @@ class PublishTime:
     Attributes:
         trainer: From the end of training until the version is announced to the engines.
         engines: From then until the last engine has loaded it.
-        saving: Saving of the training state, which happens beside the next round.
+        beside: What is written beside the next round: the model directory and the training state.
         trainer_lines: The parts of `trainer`.
         engine_lines: The parts of `engines`.
     """
 
     trainer: float
     engines: float
-    saving: Quantity
+    beside: tuple[Quantity, ...]
     trainer_lines: tuple[Quantity, ...]
     engine_lines: tuple[Quantity, ...]
 
@@ -88,19 +89,27 @@ def publish_time(
     size = sizes(config, model)
     efficiency, gpu = assumptions.link_efficiency, config.training.gpus_per_worker > 0
     worker_nodes = -(-workers // node.gpus) if gpu else 1
-    lines = []
+    # One layer is copied after the other, each by its owner.
     if gpu:
-        gathering = size.weights / (node.pcie * GB * efficiency)
-        how = f"{gigabytes(size.weights)} / (PCIe {node.pcie:g} GB/s x {efficiency:g})"
-        lines.append(Quantity("gathering on rank 0", gathering, "s", how))
-    writing = size.weights / (node.storage * GB)
-    how = f"{gigabytes(size.weights)} / storage {node.storage:g} GB/s of one node"
-    lines.append(Quantity("writing the model directory", writing, "s", how))
+        rate, copied = node.pcie * GB * efficiency, f"(PCIe {node.pcie:g} GB/s x {efficiency:g})"
+    else:
+        rate, copied = node.host_bandwidth * GB, f"{node.host_bandwidth:g} GB/s"
+    copying = f"{gigabytes(size.weights)} / {copied}, layer by layer"
+    lines = [Quantity("copying to host memory", size.weights / rate, "s", copying)]
     storage = min(worker_nodes * node.storage, assumptions.shared_storage)
-    how = f"{gigabytes(size.checkpoint)} / storage {storage:g} GB/s of {counted(worker_nodes, 'node')}"
-    saving = Quantity(
-        "saving the training state", size.checkpoint / (storage * GB), "s", f"{how}, beside the next round"
+    of_nodes = f"storage {storage:g} GB/s of {counted(worker_nodes, 'node')}"
+    directory = Quantity(
+        "writing the model directory", size.weights / (storage * GB), "s", f"{gigabytes(size.weights)} / {of_nodes}"
     )
+    state = Quantity(
+        "saving the training state", size.checkpoint / (storage * GB), "s", f"{gigabytes(size.checkpoint)} / {of_nodes}"
+    )
+    beside = [state]
+    if transport == "checkpoint" and config.needs_samplers:
+        lines.append(directory)
+    else:
+        beside.insert(0, directory)
+    beside = [replace(one, how=f"{one.how}, beside the next round") for one in beside]
     moved, bandwidth, how = _transport(size, assumptions, node, transport, max(1, sampler_nodes))
     arriving = [Quantity(f"to the engines by {transport}", moved / bandwidth, "s", how)]
     if gpu and transport in {"object_store", "checkpoint"}:
@@ -108,7 +117,7 @@ def publish_time(
         how = f"{gigabytes(share)} a process / (PCIe {node.pcie:g} GB/s x {efficiency:g})"
         arriving.append(Quantity("loading", share / (node.pcie * GB * efficiency), "s", how))
     trainer, engines = (sum(line.value for line in part) for part in (lines, arriving))
-    return PublishTime(trainer, engines, saving, tuple(lines), tuple(arriving))
+    return PublishTime(trainer, engines, tuple(beside), tuple(lines), tuple(arriving))
 
 
 def _transport(

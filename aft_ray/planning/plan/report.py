@@ -74,7 +74,7 @@ def _trainer_table(plan: RunPlan) -> QuantityTable:
 def _publish_table(plan: RunPlan) -> QuantityTable:
     config = plan.planner.config
     chosen = plan.publish_times[config.weights.transport]
-    quantities = [*chosen.trainer_lines, chosen.saving, *chosen.engine_lines]
+    quantities = [*chosen.trainer_lines, *chosen.engine_lines, *chosen.beside]
     quantities += [
         Quantity(f"by {name} instead", time.engines, "s", "; ".join(line.how for line in time.engine_lines))
         for name, time in plan.publish_times.items()
@@ -96,7 +96,7 @@ def _round_table(plan: RunPlan) -> QuantityTable:
         steps += f" + {duration(offload)} to offload and reload the states"
     quantities = [
         Quantity("G, sampling side", time.sampling, "s", sampling or "nothing is sampled"),
-        Quantity("T, training side", time.training, "s", f"{steps} + {duration(published)} model directory"),
+        Quantity("T, training side", time.training, "s", f"{steps} + {duration(published)} publication"),
         Quantity("a round", time.round, "s", f"{formula}, rounds.max_staleness={staleness}; {longer}", total=True),
     ]
     if config.vft.epochs:

@@ -132,6 +132,10 @@ def training_memory(
         lines.append(Quantity("CUDA, NCCL, fragmentation", reserve, "bytes", "assumed (training_reserve)"))
     if config.sampling.colocate:
         host_lines.append(Quantity("states while engines have the GPU", state_bytes, "bytes", "sampling.colocate"))
+    # The layers that the worker owns, until they are written into the model directory.
+    width = 2 if half else 4
+    how = f"{width} bytes x {giga(model.parameters)} / {workers} workers"
+    host_lines.append(Quantity("layers to be written", width * model.parameters / workers, "bytes", how))
     process = assumptions.process_memory * GB
     host_lines.append(Quantity("the process", process, "bytes", "assumed (process_memory)"))
     device, host = sum(line.value for line in lines), sum(line.value for line in host_lines)

@@ -422,3 +422,24 @@ def test_adapters_need_less_memory_and_less_time_to_publish():
     assert adapted.trainer.states < 0.2 * whole.trainer.states
     assert adapted.publish_times["lora"].engines < 0.02 * adapted.publish_times["object_store"].engines
     assert "lora" not in whole.publish_times
+
+
+def test_a_directory_is_written_beside_the_next_round_unless_engines_read_it():
+    def of(transport):
+        run_plan = plan(config_of(weights={"transport": transport}), ClusterShape(H100, 4))
+        return run_plan, run_plan.publish_times[transport]
+
+    run_plan, sent = of("nccl")
+    _, read = of("checkpoint")
+    labels = [[line.label for line in lines] for lines in (sent.trainer_lines, sent.beside, read.trainer_lines)]
+    assert labels == [
+        ["copying to host memory"],
+        ["writing the model directory", "saving the training state"],
+        ["copying to host memory", "writing the model directory"],
+    ]
+    # All nodes of the train workers write it.
+    size, nodes = 2 * run_plan.planner.model.parameters, -(-run_plan.split.workers // H100.gpus)
+    seconds = size / (nodes * H100.storage * 1e9)
+    assert sent.beside[0].value == read.trainer_lines[1].value == pytest.approx(seconds)
+    (kept,) = [line for line in run_plan.trainer.host_lines if line.label == "layers to be written"]
+    assert kept.value == pytest.approx(size / run_plan.split.workers)
