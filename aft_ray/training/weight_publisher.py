@@ -27,6 +27,7 @@ from aft_ray.coordination.broadcast_group import BroadcastGroup
 from aft_ray.coordination.coordinator import call
 from aft_ray.storage.records import Group
 from aft_ray.storage.run_dir import RunDir
+from aft_ray.tasks.response_end import response_ends
 from aft_ray.training.deepspeed import gathered
 from aft_ray.training.model_writer import ModelWriter, Writing
 from aft_ray.training.probes import choose_probes, score_probes
@@ -126,6 +127,7 @@ class WeightPublisher:
     ) -> None:
         self._config, self._run_dir, self._tokenizer, self._rank = config, run_dir, tokenizer, rank
         self._transport, self._coordinator = transport, coordinator
+        self._end_ids = response_ends(config, tokenizer).ids
         self._writer = ModelWriter(run_dir, rank, config.training.timeout_s, coordinator)
 
     def publish(self, engine: Any, round_number: int, groups: Sequence[Group]) -> Published:
@@ -172,7 +174,7 @@ class WeightPublisher:
             manifest = with_adapter(manifest, adapter, share_objects=self._config.needs_samplers)
 
         def describe(directory: Path) -> None:
-            describe_model(layers.module, directory, layers.plan)
+            describe_model(layers.module, directory, layers.plan, self._end_ids)
             self._tokenizer.save_pretrained(directory)
             write_probes(directory, probes)
 

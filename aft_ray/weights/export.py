@@ -8,6 +8,7 @@ the ranks is a collective operation.
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Callable, Container, Iterator, Sequence
@@ -166,15 +167,21 @@ def store_file(store: DirectoryStore, path: str, name: str, content: Any) -> Sto
     return target.entry
 
 
-def describe_model(model: Any, directory: Path, plan: ShardPlan) -> None:
-    """Writes the files of a model directory beside its weights: the index, the config, the generation config."""
+def describe_model(model: Any, directory: Path, plan: ShardPlan, end_ids: Sequence[int] = ()) -> None:
+    """Writes the files of a model directory beside its weights: the index, the config, the generation config.
+
+    Args:
+        end_ids: the tokens that end a response, which the generation config then names; none: it stays as it is.
+    """
     index = {"metadata": {"total_size": plan.bytes}, "weight_map": plan.weight_map()}
     (directory / INDEX_FILE).write_text(json.dumps(index, indent=1))
     config: Any = model.config
     config = type(config).from_dict({**config.to_dict(), "dtype": plan.dtype})
     config.save_pretrained(directory)
     if getattr(model, "generation_config", None) is not None:
-        generation: Any = model.generation_config
+        generation: Any = copy.deepcopy(model.generation_config)
+        if end_ids:
+            generation.eos_token_id = list(end_ids)
         generation.save_pretrained(directory)
 
 

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from aft_ray.weights.digests import read_digests, tensor_digest
-from aft_ray.weights.export import LayerPass, layer_groups, live_parameters, write_model
+from aft_ray.weights.export import LayerPass, describe_model, layer_groups, live_parameters, write_model
 from aft_ray.weights.shard_plan import ShardPlan, plan_shards
 from aft_ray.weights.version_manifest import Probe, read_version_manifest, write_probes
 
@@ -156,6 +156,13 @@ def test_the_config_says_in_which_precision_the_weights_are(model, tmp_path):
     write(model, tmp_path, 1 << 30, torch.bfloat16)
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
     assert AutoModelForCausalLM.from_pretrained(tmp_path).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("end_ids", "written"), [((1, 7), [1, 7]), ((), 1)])
+def test_the_generation_config_names_the_tokens_that_end_a_response(model, tmp_path, end_ids, written):
+    describe_model(model, tmp_path, LayerPass(model, torch.float32, SMALL).plan, end_ids)
+    assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"] == written
+    assert model.generation_config.eos_token_id == 1
 
 
 def test_a_version_manifest_is_read_from_a_model_directory(model, tmp_path):
