@@ -1,0 +1,217 @@
+"""Acceptance checks of the training step: bfloat16 on the GPU against float32 on the CPU.
+
+They use `training.step`, `training.deepspeed` and `training.collate` as a run does, with one rank. Neither Ray nor vLLM
+is imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from aft_ray.config.run import RunConfig, parse_config
+from aft_ray.operations.acceptance.models import PAD, GroupShape, random_groups, write_random_model
+from aft_ray.operations.acceptance.outcome import Figure
+from aft_ray.planning.plan.architecture import Architecture
+
+_SHAPE = {"family": "llama", "head_size": 64, "tied": False}
+SMALL_MODEL = Architecture("random", layers=2, hidden=64, intermediate=128, heads=1, kv_heads=1, vocabulary=64,
+                           context=64, **_SHAPE)  # fmt: skip
+MODEL = Architecture("random", layers=4, hidden=1024, intermediate=2816, heads=16, kv_heads=4, vocabulary=8192,
+                     context=192, **_SHAPE)  # fmt: skip
+SMALL_GROUPS = GroupShape(8, 4, (2, 12), (2, 10))
+GROUPS = GroupShape(8, 4, (32, 96), (16, 64))
+# Large enough that a step shows in a bfloat16 weight, and that rounding in float32 does not show in a step.
+_LEARNING_RATE = 1e-3
+_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@dataclass(frozen=True)
+class Work:
+    """A random model with the micro-batches of one optimiser step.
+
+    Attributes:
+        batches: at least two, as a step of a run has.
+    """
+
+    directory: Path
+    config: RunConfig
+    objective: Any
+    batches: list[Any]
+    totals: Any
+
+
+def plain_step(small: bool) -> list[Figure]:
+    """Gradients of the loss in bfloat16 on the GPU, without DeepSpeed, and torch's AdamW on them."""
+    import torch
+
+    from aft_ray.operations.acceptance.reference import Steps, compare, float32_steps
+    from aft_ray.training.loading import load_model
+    from aft_ray.training.step import micro_loss
+
+    with _work(small, zero_stage=0) as work:
+        training = work.config.training
+        model = load_model(work.directory, "bfloat16").to(_device())
+        parameters = dict(model.named_parameters())
+        optimizer = torch.optim.AdamW(parameters.values(), lr=training.learning_rate)
+        losses, norms, gradients = [], [], {}
+        for _ in range(2):
+            optimizer.zero_grad()
+            losses.append(0.0)
+            for batch in work.batches:
+                loss, _ = micro_loss(model, batch.to(_device()), work.objective, 1.0, work.totals)
+                loss.backward()
+                losses[-1] += loss.item()
+            norms.append(float(torch.nn.utils.clip_grad_norm_(parameters.values(), training.max_grad_norm)))
+            if not gradients:
+                gradients = {name: one.grad.float().cpu() for name, one in parameters.items() if one.grad is not None}
+            optimizer.step()
+        seen = Steps((losses[0], losses[1]), norms[0], gradients)
+        expected = float32_steps(work.directory, training, work.batches, work.objective, work.totals)
+        return compare(seen, expected)
+
+
+def zero_step(small: bool, **training: Any) -> list[Figure]:
+    """Two optimiser steps of DeepSpeed in bfloat16 with these keys of `training`, against float32."""
+    from aft_ray.operations.acceptance.reference import float32_steps
+    from aft_ray.training.deepspeed import build_engine
+
+    with _work(small, **training) as work, process_group():
+        engine = build_engine(work.directory, work.config.model, work.config.training)
+        expected = float32_steps(work.directory, work.config.training, work.batches, work.objective, work.totals)
+        return _two_steps(engine, work, expected)
+
+
+def lora_step(small: bool, **training: Any) -> list[Figure]:
+    """Two optimiser steps of DeepSpeed on adapters whose matrices are both random, against float32."""
+    from aft_ray.operations.acceptance.reference import float32_steps
+    from aft_ray.training.deepspeed import build_engine
+
+    with _work(small, lora={"rank": 8, "targets": _TARGETS}, **training) as work, process_group():
+        lora = work.config.lora
+        assert lora is not None
+        adapter = _write_adapter(work)
+        engine = build_engine(work.directory, work.config.model, work.config.training, lora=lora, adapter=adapter)
+        expected = float32_steps(
+            work.directory, work.config.training, work.batches, work.objective, work.totals, lora, adapter
+        )
+        return _two_steps(engine, work, expected)
+
+
+def _two_steps(engine: Any, work: Work, expected: Any) -> list[Figure]:
+    """Takes two steps and compares: with float32, and the first with AdamW's formula on the engine's own gradient."""
+    import torch
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    from aft_ray.operations.acceptance.reference import BETA1, STEP_LIMIT, Steps, adamw_step, compare
+    from aft_ray.training.deepspeed import gathered
+    from aft_ray.training.step import train_step
+
+    training = work.config.training
+    trained = {name: one for name, one in engine.module.named_parameters() if one.requires_grad}
+    before = {name: safe_get_full_fp32_param(one).float().cpu().clone() for name, one in trained.items()}
+
+    def step() -> Any:
+        return train_step(engine, work.batches, work.objective, 1.0, work.totals, training.learning_rate)
+
+    first = step()
+    gradients, wrong_step, unrounded = {}, 0.0, 0
+    for name, parameter in trained.items():
+        # After one step the first moment is (1 - beta1) times the gradient that the optimizer was given.
+        moment = safe_get_full_optimizer_state(parameter, "exp_avg").float().cpu()
+        gradients[name] = (moment / (1 - BETA1)).view(before[name].shape)
+        master = safe_get_full_fp32_param(parameter).float().cpu().view(before[name].shape)
+        error = (master - adamw_step(before[name], gradients[name], training)).abs().max() / training.learning_rate
+        wrong_step = max(wrong_step, float(error))
+        with gathered([parameter]), torch.no_grad():
+            unrounded += int((parameter.detach().cpu() != master.to(parameter.dtype)).sum())
+    second = step()
+    seen = Steps((first.loss, second.loss), first.grad_norm, gradients)
+    return [
+        *compare(seen, expected),
+        Figure("step off AdamW's by", wrong_step, "learning rates", STEP_LIMIT),
+        Figure("weights that are not their rounded float32 copies", unrounded, limit=0),
+    ]
+
+
+@contextlib.contextmanager
+def _work(small: bool, lora: dict[str, Any] | None = None, **training: Any) -> Iterator[Work]:
+    from aft_ray.objectives import build_objective
+    from aft_ray.training.batching import group_size, plan_pass
+    from aft_ray.training.collate import collate
+
+    sizes, shape = (SMALL_MODEL, SMALL_GROUPS) if small else (MODEL, GROUPS)
+    objective = build_objective("aft_boundary")
+    groups = random_groups(shape, sizes.vocabulary)
+    planned = [group_size(group, objective) for group in groups]
+    (step,) = plan_pass(
+        planned,
+        ranks=1,
+        groups_per_step=shape.groups,
+        tokens_per_microbatch=sum(one.padded for one in planned) // 3,
+        epochs=1,
+        seed=0,
+        round=1,
+    )[0]
+    with TemporaryDirectory(prefix="aft_ray-acceptance-") as place:
+        # Wider weights than a new model has: its scores differ from token to token, as those of a trained one do.
+        directory = write_random_model(Path(place) / "model", sizes, _device(), spread=0.1 if small else 0.04)
+        config = parse_config(
+            {
+                "run_dir": place,
+                "model": {"name": str(directory), "dtype": "bfloat16", "max_length": sizes.context},
+                "sampling": {"max_tokens": sizes.context // 2},
+                "training": {"learning_rate": _LEARNING_RATE, "gpus_per_worker": int(_device() == "cuda"), **training},
+                **({"lora": lora} if lora else {}),
+            }
+        )
+        batches = [collate([groups[index] for index in share], objective, PAD) for share in step.shares[0]]
+        yield Work(directory, config, objective, batches, step.totals)
+
+
+def _write_adapter(work: Work) -> Path:
+    """An adapter directory with random bfloat16 numbers in both matrices. New adapters have zeros in the second."""
+    import torch
+    from safetensors.torch import save_file
+
+    from aft_ray.training.loading import load_model
+    from aft_ray.training.lora import add_adapters
+    from aft_ray.weights.adapter import ADAPTER_FILE, is_adapter, stored_name
+
+    assert work.config.lora is not None
+    model = load_model(work.directory, "bfloat16")
+    add_adapters(model, work.config.lora, str(work.directory))
+    torch.manual_seed(1)
+    tensors = {
+        stored_name(name): (torch.randn(parameter.shape) * 0.05).to(torch.bfloat16)
+        for name, parameter in model.named_parameters()
+        if is_adapter(name)
+    }
+    directory = work.directory.parent / "adapter"
+    directory.mkdir()
+    save_file(tensors, directory / ADAPTER_FILE)
+    return directory
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[None]:
+    """A process group with this process as its only rank, on the first GPU if there is one."""
+    import torch.distributed as dist
+
+    os.environ.update({"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"})
+    dist.init_process_group("nccl" if _device() == "cuda" else "gloo", rank=0, world_size=1, store=dist.HashStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
