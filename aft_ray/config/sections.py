@@ -266,9 +266,7 @@ class WeightsConfig(Section):
         description="rounding error of a token's log-probability between trainer and engine, nats; n tokens together "
         "may differ by 5 / sqrt(n) times as much per token; none: 1e-4 in float32, 0.05 in bfloat16",
     )
-    shard_mib: Positive = Field(
-        1024, description="size of a safetensors shard, MiB; rank 0 holds at most one at a time"
-    )
+    shard_mib: Positive = Field(1024, description="largest size of a safetensors shard of several tensors, MiB")
     bucket_mib: Positive = Field(512, description="nccl: size of a bucket, MiB; each side holds two")
     timeout_s: Seconds = Field(600, description="deadline of each phase of a publication, seconds")
 
