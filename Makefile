@@ -8,21 +8,29 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint format clean
+.PHONY: help install constraints demo check-gpu test test-all lint format clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo 'PYTHON=python3.12      which Python makes the virtual environment (3.11 or newer)'
 	@echo 'VENV=DIR               where it lies (default .venv)'
 	@echo 'EXTRA=cpu|gpu          which build of vLLM and torch (default: gpu where nvidia-smi works)'
 	@echo 'TORCH_INDEX=URL        package index to take the CPU build of torch from'
+	@echo 'GPU_WHEELS=DIR         where make check-gpu keeps the wheels of the GPU build (default .gpu-wheels)'
 
 install: $(STAMP)  ## make the virtual environment
 
-$(STAMP): pyproject.toml tools/install.sh
+$(STAMP): pyproject.toml tools/install.sh $(wildcard constraints/*.txt)
 	@PYTHON='$(PYTHON)' VENV='$(VENV)' EXTRA='$(EXTRA)' TORCH_INDEX='$(TORCH_INDEX)' tools/install.sh
 	@touch $@
+
+# The Pythons that the constraints are made for.
+PYTHONS ?= python3.11 python3.12 python3.13
+
+constraints: $(STAMP)  ## resolve pyproject.toml anew and write constraints/, by which make install installs
+	@TORCH_INDEX='$(TORCH_INDEX)' $(BIN)/python tools/resolve_constraints.py cpu constraints/cpu.txt $(PYTHONS)
+	@$(BIN)/python tools/resolve_constraints.py gpu constraints/gpu.txt $(PYTHONS)
 
 demo: $(STAMP)  ## train a tiny reasoner in minutes
 	@$(BIN)/python jobs/demo.py $(ARGS)
@@ -35,6 +43,11 @@ test: lint  ## lint, types and every test that needs no whole run
 
 test-all: test  ## the same, then whole runs, failures of processes and nodes, and a real browser
 	$(PYTEST) -m "slow or browser"
+
+GPU_WHEELS ?= .gpu-wheels
+
+check-gpu: $(STAMP)  ## compare what is used of vLLM, Ray and DeepSpeed with their GPU builds, without a GPU
+	@$(BIN)/python tools/check_gpu_signatures.py --wheels '$(GPU_WHEELS)'
 
 lint: $(STAMP)  ## style and types
 	$(BIN)/ruff check .

