@@ -1,12 +1,14 @@
 """Claim: new weights reach running engines many times faster than an engine can be started from a checkpoint.
 
-One trainer holds the live weights of a random Llama; one engine runs. In every repetition the weights change, the model
-directory is written as each round writes it, and one transport after the other brings the same version to the engine,
-which verifies it by four probes. The same repetition measures two references: a plain copy of the same bytes in
-memory, and the start of an engine from the directory in a new process. An update's seconds are what the engine waits
-for: from the call until the probes are verified. Writing the directory comes before that, and is the same for all
-transports, except that `object_store` also copies the shards into the object store. The broadcast uses gloo without
-GPUs (`--gpu`: NCCL, with a GPU for the trainer and one for the engine).
+One trainer holds the live weights of a random Llama; one engine runs. In every repetition the weights change, and one
+transport after the other brings the same version to the engine, which verifies it by four probes, and writes the model
+directory as each round writes it. The same repetition measures two references: a plain copy of the same bytes in
+memory, and the start of an engine from the directory in a new process.
+
+An update's seconds are what the engine waits for: from the offer until the probes are verified. What training waits for
+is measured too: from its last step until it may go on, the engine's part of a broadcast included. It is compared with
+the time at which the model directory is durable, for which training waited when it was written first. The broadcast
+uses gloo without GPUs (`--gpu`: NCCL, with a GPU for the trainer and one for the engine).
 
     python benchmarks/publication.py --parameters 50 --repeats 3 --output publication.json
 """
@@ -42,9 +44,13 @@ TITLES = {
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """One weight update: seconds from the call until the probes are verified, and those of each phase.
+    """One weight update, in seconds.
 
-    `prove_s` is the phase verify; it keeps its name in the output file.
+    Attributes:
+        seconds: from the offer until the probes are verified, and then those of each phase. `prove_s` is the phase
+            verify; it keeps its name in the output file.
+        training_s: from the last step until training may go on.
+        durable_s: from the last step until the model directory is durable.
     """
 
     seconds: float
@@ -52,26 +58,34 @@ class Update:
     fetch_s: float = 0.0
     load_s: float = 0.0
     prove_s: float = 0.0
+    training_s: float = 0.0
+    durable_s: float = 0.0
 
 
 class Trainer:
     """Train worker 0 with the whole model, as in `training/weight_publisher.py`, without DeepSpeed."""
 
-    def __init__(self, model: str, dtype: str, bucket_mib: int, gpu: bool, coordinator: Any) -> None:
+    def __init__(self, model: str, dtype: str, bucket_mib: int, gpu: bool, directory: str, coordinator: Any) -> None:
         import torch
+        import torch.distributed as dist
         from transformers import AutoModelForCausalLM
 
+        from aft_ray.storage.run_dir import RunDir
+        from aft_ray.training.model_writer import ModelWriter
         from aft_ray.training.weight_publisher import CoordinatorControl
         from aft_ray.weights.broadcast.sender import Broadcast
         from aft_ray.weights.publish import ObjectStore, SharedStorage
 
+        dist.init_process_group("gloo", init_method=f"file://{directory}/ranks", rank=0, world_size=1)
         self._dtype = getattr(torch, dtype)
         self._model = AutoModelForCausalLM.from_pretrained(model, dtype=self._dtype).to("cuda" if gpu else "cpu")
+        self._coordinator, self._run_dir = coordinator, RunDir(directory)
+        self._writer = ModelWriter(self._run_dir, 0, 600, coordinator)
         control = CoordinatorControl(coordinator, 600, 0, 1)
         self._transports = {
             "checkpoint": SharedStorage(),
-            "object_store": ObjectStore(),
-            "nccl": Broadcast(control, 0, self._dtype, bucket_mib << 20, 600, gpu),
+            "object_store": ObjectStore(control),
+            "nccl": Broadcast(control, bucket_mib << 20, 600, gpu),
         }
 
     def train(self, factor: float) -> None:
@@ -82,20 +96,40 @@ class Trainer:
             for parameter in self._model.parameters():
                 parameter.mul_(factor)
 
-    def publish(self, version: int, directory: str, transport: str) -> tuple[Any, float]:
-        """Writes a version; returns its manifest and the seconds that writing took."""
-        from aft_ray.weights.export import write_model
+    def publish(self, version: int, transport: str) -> tuple[float, float]:
+        """Publishes a version. Returns `training_s` and `durable_s`."""
+        import ray
+
+        from aft_ray.weights.export import LayerPass, describe_model
+        from aft_ray.weights.publish import Publication
         from aft_ray.weights.version_manifest import VersionManifest
 
-        used = self._transports[transport]
+        probes, path = self._probes(), f"version-{version}"
         started = time.monotonic()
-        written = write_model(self._model, Path(directory), 1 << 30, used.put_shard, 0, self._dtype)
-        seconds = time.monotonic() - started
-        manifest = VersionManifest(version, directory, tuple(written.shards), self._probes(), bytes=written.bytes)
-        return used.add_to_manifest(manifest, written.handles, self._model), seconds
+        layers = LayerPass(self._model, self._dtype, 1 << 30)
+        manifest = VersionManifest(
+            version, self._run_dir.uri(path), layers.plan.names, probes, bytes=layers.plan.bytes, durable=False
+        )
+        durable: list[float] = []
 
-    def transfer(self, version: int, transport: str) -> None:
-        self._transports[transport].transfer(self._model, version)
+        def offer(offered: VersionManifest) -> None:
+            ray.get(self._coordinator.publish.remote(offered))
+
+        def store() -> Any:
+            def describe(directory: Path) -> None:
+                describe_model(self._model, directory, layers.plan)
+
+            def on_durable() -> None:
+                durable.append(time.monotonic() - started)
+
+            return self._writer.start(version, path, layers.files, describe, on_durable)
+
+        used = self._transports[transport]
+        used.deliver(Publication(manifest, layers, offer, store))
+        used.finish()
+        training_s = time.monotonic() - started
+        self._writer.wait()
+        return training_s, durable[0]
 
     def copy(self) -> float:
         """Seconds for a copy of all weights into memory that is allocated already."""
@@ -166,33 +200,28 @@ def _measure(spec: EngineSpec, scratch: Path, repeats: int, starts: int, bucket_
     coordinator = start_coordinator()
     gpus = 1 if spec.gpu else 0
     trainer = (
-        ray.remote(Trainer).options(num_gpus=gpus).remote(spec.model, spec.dtype, bucket_mib, spec.gpu, coordinator)
+        ray.remote(Trainer)
+        .options(num_gpus=gpus)
+        .remote(spec.model, spec.dtype, bucket_mib, spec.gpu, str(scratch), coordinator)
     )
     engine = ray.remote(Sampler).options(num_gpus=gpus)
     tolerance = 1e-3 if spec.dtype == "float32" else 0.1
     handles = SamplerHandles((engine.remote(0, spec, None, 900, None),), (), (None,), 1, 900, 600, tolerance)
     pool = SamplerPool(handles)
     pool.wait_ready()
-    repetitions: dict[str, list[Any]] = {"copy": [], "write": [], "start": [], **{name: [] for name in TRANSPORTS}}
+    repetitions: dict[str, list[Any]] = {"copy": [], "start": [], **{name: [] for name in TRANSPORTS}}
     version, size = 0, 0
     for number in range(repeats + 1):
         ray.get(trainer.train.remote(1.01 if number % 2 else 0.99))
         repetitions["copy"].append(ray.get(trainer.copy.remote()))
         for name in TRANSPORTS:
             version += 1
-            directory = scratch / f"version-{version}"
-            manifest, seconds = ray.get(trainer.publish.remote(version, str(directory), name))
-            size = manifest.bytes
-            repetitions["write"].append(seconds)
-            ray.get(coordinator.publish.remote(manifest))
-            repetitions[name].append(_update(coordinator, pool, trainer, manifest, name))
-            typer.echo(
-                f"repetition {number} {name:12} {repetitions[name][-1].seconds:.3f} s{'' if number else ' (warm-up)'}"
-            )
+            update, size = _update(coordinator, pool, trainer, version, name)
+            repetitions[name].append(update)
+            typer.echo(f"repetition {number} {name:12} {update.seconds:.3f} s{'' if number else ' (warm-up)'}")
         if 0 < number <= starts:
-            repetitions["start"].append(
-                _start(engine, replace(spec, model=str(_with_tokenizer(directory, spec.model))))
-            )
+            directory = _with_tokenizer(scratch / f"version-{version}", spec.model)
+            repetitions["start"].append(_start(engine, replace(spec, model=str(directory))))
             typer.echo(f"repetition {number} an engine starts {repetitions['start'][-1]:.1f} s")
         for old in scratch.glob("version-*"):
             for file in old.iterdir():
@@ -203,12 +232,16 @@ def _measure(spec: EngineSpec, scratch: Path, repeats: int, starts: int, bucket_
     return _results(repetitions, size)
 
 
-def _update(coordinator: Any, pool: Any, trainer: Any, manifest: Any, name: str) -> Update:
+def _update(coordinator: Any, pool: Any, trainer: Any, version: int, name: str) -> tuple[Update, int]:
+    """Publishes a version and loads it into the engine. Returns how long it took and the bytes of the weights."""
     import ray
 
     from aft_ray.sampling.broadcast import broadcast_version
 
-    transferred = trainer.transfer.remote(manifest.version, name)
+    waiting = coordinator.wait_version.remote(version, 600)
+    ray.get(coordinator.check.remote())  # the driver waits before the version is published, as the engines are idle
+    published = trainer.publish.remote(version, name)
+    manifest, _ = ray.get(waiting)
     started = time.monotonic()
     if manifest.broadcast is not None:
         result = broadcast_version(coordinator, pool, manifest, 1)
@@ -218,8 +251,8 @@ def _update(coordinator: Any, pool: Any, trainer: Any, manifest: Any, name: str)
     else:
         (report,) = pool.load(manifest)
     seconds = time.monotonic() - started
-    ray.get(transferred)
-    return Update(seconds, report.rendezvous_s, report.fetch_s, report.load_s, report.verify_s)
+    phases = report.rendezvous_s, report.fetch_s, report.load_s, report.verify_s
+    return Update(seconds, *phases, *ray.get(published)), manifest.bytes
 
 
 def _with_tokenizer(directory: Path, model: str) -> Path:
@@ -244,7 +277,6 @@ def _results(repetitions: dict[str, list[Any]], size: int) -> dict[str, Any]:
     counted = {
         name: measured[1:] if name in (*TRANSPORTS, "copy") else measured for name, measured in repetitions.items()
     }
-    counted["write"] = repetitions["write"][len(TRANSPORTS) :]
     seconds = {
         name: statistics.median(one.seconds if isinstance(one, Update) else one for one in measured)
         for name, measured in counted.items()
@@ -255,6 +287,10 @@ def _results(repetitions: dict[str, list[Any]], size: int) -> dict[str, Any]:
         "seconds": seconds,
         "gb_per_s": {name: size / 1e9 / took for name, took in seconds.items()},
         "times_a_copy": {name: took / seconds["copy"] for name, took in seconds.items()},
+        **{
+            key: {name: statistics.median(getattr(one, key) for one in counted[name]) for name in TRANSPORTS}
+            for key in ("training_s", "durable_s")
+        },
         "turns": {
             name: [asdict(one) if isinstance(one, Update) else one for one in measured]
             for name, measured in counted.items()
@@ -267,24 +303,23 @@ def _show(results: dict[str, Any]) -> None:
     from rich.table import Table
 
     seconds = results["seconds"]
-    restart = seconds["write"] + seconds["start"] if "start" in seconds else None
-    columns = ("", "s (median)", "GB/s", "x a copy", "write + start / this", "rendezvous, fetch, load, verify")
-    table = Table(*columns, title=f"{results['bytes'] / 1e6:,.0f} MB")
+    columns = ("", "s (median)", "GB/s", "x a copy", "start / this", "rendezvous, fetch, load, verify")
+    table = Table(*columns, "training waits", "durable after", title=f"{results['bytes'] / 1e6:,.0f} MB")
     for name, title in TITLES.items():
         if name not in seconds:
             continue
-        parts = ""
-        if name in TRANSPORTS:
-            updates = results["turns"][name]
-            parts = ", ".join(
-                f"{statistics.median(update[key] for update in updates):.3f}"
-                for key in ("rendezvous_s", "fetch_s", "load_s", "prove_s")
-            )
-        ratio = f"{restart / seconds[name]:.0f}" if restart and name in TRANSPORTS else ""
         speed, copies = results["gb_per_s"][name], results["times_a_copy"][name]
-        table.add_row(title, f"{seconds[name]:.3f}", f"{speed:.2f}", f"{copies:.1f}", ratio, parts)
-    table.add_row("writing the directory", f"{seconds['write']:.3f}", f"{results['gb_per_s']['write']:.2f}", "", "", "")
-    Console(width=130).print(table)
+        row = [title, f"{seconds[name]:.3f}", f"{speed:.2f}", f"{copies:.1f}"]
+        if name in TRANSPORTS:
+            parts = [
+                statistics.median(update[key] for update in results["turns"][name])
+                for key in ("rendezvous_s", "fetch_s", "load_s", "prove_s")
+            ]
+            row.append(f"{seconds['start'] / seconds[name]:.0f}" if "start" in seconds else "")
+            row.append(", ".join(f"{part:.3f}" for part in parts))
+            row += [f"{results[key][name]:.3f}" for key in ("training_s", "durable_s")]
+        table.add_row(*row)
+    Console(width=150).print(table)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,10 @@ class CoordinatorClient(Generic[Manifest]):
         manifest, waited_s = self._call("wait_version", version, timeout_s)
         return manifest, waited_s
 
+    def is_durable(self, version: int) -> bool:
+        """Whether the model directory of a version is complete."""
+        return bool(self._call("is_durable", version))
+
     def wait_durable(self, version: int, timeout_s: float) -> None:
         """Waits until the model directory of a version is complete. Raises PeerFailed."""
         self._call("wait_durable", version, timeout_s)

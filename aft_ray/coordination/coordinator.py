@@ -154,6 +154,10 @@ class Coordinator:
 
         await self._change(change)
 
+    async def is_durable(self, version: int) -> bool:
+        """Whether the model directory of a version is complete."""
+        return version in self._durable
+
     async def wait_durable(self, version: int, timeout_s: float) -> float:
         """Waits until the model directory of a version is complete; returns the seconds waited.
 

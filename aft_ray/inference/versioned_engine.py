@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from aft_ray.inference.update_phases import PhaseTimeout, UpdatePhases
 from aft_ray.weights.receive_plan import RECOVERABLE_PHASES, EngineCall, Phase
-from aft_ray.weights.version_manifest import VersionManifest, WeightUpdateFailed
+from aft_ray.weights.version_manifest import VersionManifest, WeightsMissed, WeightUpdateFailed
 
 
 class WrongVersion(RuntimeError):
@@ -145,7 +145,7 @@ class VersionedEngine:
                     f"{self.name} got wrong weights of version {manifest.version}: {error}; it answers nothing"
                 ) from None
             except WeightTransferFailed as error:
-                raise WeightUpdateFailed(self._failure(manifest, timeout_s, error)) from None
+                raise WeightsMissed(self._failure(manifest, timeout_s, error)) from None
             finally:
                 self._phases.leave()
             self.version = manifest.version

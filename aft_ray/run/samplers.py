@@ -8,18 +8,27 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Protocol
 
 from aft_ray.cluster.colocated_placement import EnginePlacement
 from aft_ray.config.run import RunConfig
 from aft_ray.coordination.client import CoordinatorClient
 from aft_ray.coordination.colocation import Colocation
+from aft_ray.inference.versioned_engine import UpdateReport
 from aft_ray.observe.reporter import Reporter
 from aft_ray.sampling.broadcast import broadcast_version
 from aft_ray.sampling.sampler_health import HealthChange, SamplersFailed
 from aft_ray.sampling.sampler_pool import SamplerPool
 from aft_ray.storage.run_dir import LOGS, RunDir
-from aft_ray.weights.version_manifest import VersionManifest
+from aft_ray.weights.version_manifest import VersionManifest, WeightsMissed
+
+
+class LoadingPool(Protocol):
+    """A pool of samplers, as far as `load_or_wait` uses it."""
+
+    def load(self, manifest: VersionManifest) -> list[UpdateReport]:
+        """Loads a version into the samplers that answer."""
+        ...
 
 
 class NoSamplers:
@@ -85,9 +94,10 @@ class RunSamplers:
             for sentence in broadcast.missed:
                 self._reporter.say(f"version {manifest.version} did not reach every engine by broadcast: {sentence}")
             reports += broadcast.loaded
-            self._wait_for_directory(manifest)
+            if not all(status.version == manifest.version for status in self.pool.statuses()):
+                wait_until_durable(manifest, self._client, self._config.rounds.timeout_s, self._reporter.say)
         # Samplers that the broadcast reached report that they hold the version already.
-        reports += self.pool.load(manifest)
+        reports += load_or_wait(self.pool, manifest, self._client, self._config.rounds.timeout_s, self._reporter.say)
         slowest = max(reports, key=lambda report: report.seconds)
         if slowest.seconds > 0:
             self._reporter.event(
@@ -101,16 +111,6 @@ class RunSamplers:
                 prove_s=slowest.verify_s,
                 probe_difference=max(report.probe_difference for report in reports),
             )
-
-    def _wait_for_directory(self, manifest: VersionManifest) -> None:
-        """Waits until the model directory of a version is complete, if a sampler that answers must read it."""
-        holders = [status.version == manifest.version for status in self.pool.statuses()]
-        if manifest.durable or all(holders) or self._run_dir.is_complete(self._run_dir.model(manifest.version)):
-            return
-        self._reporter.say(
-            f"version {manifest.version}: {len(holders) - sum(holders)} samplers wait until its model directory is written"
-        )
-        self._client.wait_durable(manifest.version, self._config.rounds.timeout_s)
 
     def release(self) -> None:
         """Releases the train workers' GPUs, if the samplers use them."""
@@ -137,6 +137,42 @@ class RunSamplers:
             report_changes(self._reporter),
             placements,
         )
+
+
+def load_or_wait(
+    pool: LoadingPool,
+    manifest: VersionManifest,
+    coordinator: CoordinatorClient[VersionManifest],
+    timeout_s: float,
+    say: Callable[[str], None],
+) -> list[UpdateReport]:
+    """Loads a version into the samplers that answer. If its weights are lost, waits for the model directory.
+
+    They are lost when train workers end that held them in memory; those that start again train the version again.
+
+    Raises:
+        PeerFailed: the directory was not complete within `timeout_s`, or training has failed.
+        WeightUpdateFailed: an engine did not load the version.
+    """
+    try:
+        return pool.load(manifest)
+    except WeightsMissed:
+        if manifest.durable:
+            raise
+        wait_until_durable(manifest, coordinator, timeout_s, say)
+        return pool.load(manifest.once_durable())
+
+
+def wait_until_durable(
+    manifest: VersionManifest,
+    coordinator: CoordinatorClient[VersionManifest],
+    timeout_s: float,
+    say: Callable[[str], None],
+) -> None:
+    """Waits until samplers can read the model directory of a version. Raises PeerFailed."""
+    if not manifest.durable and not coordinator.is_durable(manifest.version):
+        say(f"version {manifest.version}: samplers wait until its model directory is written")
+        coordinator.wait_durable(manifest.version, timeout_s)
 
 
 def report_changes(reporter: Reporter) -> Callable[[HealthChange], None]:

@@ -57,6 +57,7 @@ class Transport(Protocol):
 
         Most transports have nothing left to do.
         """
+        return
 
 
 class WithoutEngines(Transport):

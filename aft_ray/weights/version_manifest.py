@@ -24,6 +24,10 @@ class WeightUpdateFailed(RuntimeError):
     """New weights did not reach an engine, or are wrong there. The message names the engine and the phase."""
 
 
+class WeightsMissed(WeightUpdateFailed):
+    """New weights did not arrive at an engine. It works again after the next update."""
+
+
 @dataclass(frozen=True, slots=True)
 class Probe:
     """A sequence and its score under the published weights: mean token log-prob of the response, nats per token."""

@@ -72,7 +72,7 @@ def test_slow_storage_delays_neither_the_engines_nor_the_next_round(tiny_model, 
     (durable,) = (i for i, event in enumerate(events) if event["event"] == "trained" and event["round"] == 1)
     earlier = events[:durable]
     # The ledger has round 1 when its directory is durable. By then engines have answered round 2 with its version.
-    assert [event["version"] for event in earlier if event["event"] == "published"] == [1]
+    assert 1 in [event["version"] for event in earlier if event["event"] == "published"]
     assert [event["round"] for event in earlier if event["event"] == "sampled"] == [1, 2]
     assert any(event["event"] == "step" and event["round"] == 2 for event in earlier)
     assert events[durable]["publish_s"] < events[durable]["directory_s"]
