@@ -42,7 +42,7 @@ class Control:
         self.threads: list[threading.Thread] = []
 
     def is_requested(self, version: int) -> bool:
-        return version == 1  # version 2 comes while the engines are busy: its broadcast is a second pass
+        return version == 2  # version 1 comes while the engines are busy: its broadcast is a second pass
 
     def wait_group(self, version: int) -> BroadcastGroup:
         if version == 1 and version in self.manifests:  # rank 0
