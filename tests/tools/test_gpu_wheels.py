@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[2]
 WHEELS = os.environ.get("AFT_RAY_GPU_WHEELS", "")
 pytestmark = pytest.mark.skipif(not WHEELS, reason="AFT_RAY_GPU_WHEELS names no directory with the GPU wheels")
 
-# Builds the service's application of a model; then asks Ray to import its engine in a task, as it does for GPUs.
+# Builds the service's application of a model, without GPUs and for one; then reads the arguments of its engine in a Ray
+# task of the engine's runtime environment that imports Ray's modules first, as Ray does it for GPUs.
 BUILD = """
 import sys
 import ray
@@ -23,17 +24,19 @@ import vllm
 from aft_ray.config.serve import parse_serve_config
 from aft_ray.serving.app import application, llm_config
 from aft_ray.serving.model import resolve
+from ray.llm._internal.serve.engines.vllm.vllm_engine import _normalize_vllm_engine_kwargs as normalize
 
 ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-config = parse_serve_config({"model": sys.argv[1], "task": {"task": "arithmetic"}, "engine": {"max_length": 128}, "access": {"open": True}})
-resolved = resolve(config)
-built = application(config, resolved)
-from ray.llm._internal.serve.engines.vllm.vllm_engine import _normalize_vllm_engine_kwargs as function
-engine = llm_config(config, resolved[0], (2,))
-assert function.__module__ == "ray.llm._internal.serve.engines.vllm.vllm_engine"
-task = ray.remote(num_cpus=0)(function).options(runtime_env=engine.runtime_env)
-assert ray.get(task.remote({"seed": 1})) == {"seed": 1}
-print("BUILT", vllm.__version__, type(built).__name__, engine.get_engine_config().frontend_kwargs)
+for gpus in 0, 1:
+    keys = {"task": {"task": "arithmetic"}, "engine": {"max_length": 128, "gpus": gpus}, "access": {"open": True}}
+    config = parse_serve_config({"model": sys.argv[1], **keys})
+    resolved = resolve(config)
+    assert type(application(config, resolved)).__name__ == "Application"
+    engine = llm_config(config, resolved[0], (2,))
+    task = ray.remote(num_cpus=0)(normalize).options(runtime_env=engine.runtime_env)
+    arguments = ray.get(task.remote(engine.get_engine_config().get_initialization_kwargs()))
+    built = vllm.AsyncEngineArgs(**arguments)
+    print("BUILT", vllm.__version__, built.distributed_executor_backend, built.max_model_len)
 """
 
 
@@ -44,11 +47,12 @@ def test_nothing_that_is_used_differs_in_the_gpu_build():
     assert "handled   class    vllm.entrypoints.launchers.cli_args.FrontendArgs" in done.stdout
 
 
-def test_the_application_is_built_and_its_engine_imported_with_the_gpu_build(tiny_model):
+def test_the_application_and_the_arguments_of_its_engine_are_built_with_the_gpu_build(tiny_model):
     unpacked = next(path for path in Path(WHEELS).resolve().glob("vllm-*") if path.is_dir())
     path = os.pathsep.join([str(unpacked), str(ROOT)])
     environment = os.environ | {"PYTHONPATH": path, "VLLM_LOGGING_LEVEL": "ERROR"}
     done = subprocess.run(
         [sys.executable, "-c", BUILD, str(tiny_model)], env=environment, capture_output=True, text=True
     )
-    assert "BUILT 0.33.0 Application {}" in done.stdout, done.stdout[-500:] + done.stderr[-3000:]
+    built = [line for line in done.stdout.splitlines() if line.startswith("BUILT")]
+    assert built == ["BUILT 0.33.0 mp 128", "BUILT 0.33.0 ray 128"], done.stdout[-500:] + done.stderr[-3000:]
