@@ -341,18 +341,39 @@ def doctor(
         Path | None, typer.Option(help="what `submit` would upload; default: this directory, else aft_ray's own")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print findings and facts as JSON")] = False,
+    acceptance: Annotated[
+        bool, typer.Option("--accept", help="run the acceptance suite on this machine's GPUs instead")
+    ] = False,
+    only: Annotated[list[str] | None, typer.Option(help="--accept: a check or a part of the suite; repeatable")] = None,
+    small: Annotated[bool, typer.Option("--small", help="--accept: tiny models; without a GPU, on the CPU")] = False,
 ) -> None:
     """Check every node of a running cluster for faults that would make a run fail. Exit status 1 means that there are.
 
-    It checks versions, GPUs, clocks, shared storage, the model, shared memory, disks, limits, ports, an all-reduce
-    over all nodes, and the size of the upload. It says how to repair each fault.
+    It checks versions, GPUs and their driver, clocks, shared storage, the model, shared memory, disks, limits, ports,
+    the bandwidth of an all-reduce over all nodes, and the size of the upload. It says how to repair each fault.
+
+    With `--accept` it runs the acceptance suite instead (docs/acceptance.md), which needs no cluster: the training step
+    against float32, memory and speed against the plan, the engine, and whole runs. It prints one line for each check.
 
     Examples:
 
         aft-ray doctor jobs/configs/gsm8k_smoke.yaml run_dir=/shared/runs/gsm8k model.name=/shared/model
 
         ray job submit --address http://head:8265 --working-dir . -- python -m aft_ray.cli doctor --storage /shared
+
+        aft-ray doctor --accept --only training
     """
+    if acceptance:
+        from aft_ray.operations.acceptance.command import accept
+        from aft_ray.operations.acceptance.suite import Setting
+
+        if config is not None or address or working_dir or as_json:
+            raise ConfigError("--accept takes --only, --small and --storage; leave the config and other options out")
+        if not accept(only or [], Setting(small, storage), lambda line: print(line, flush=True)):
+            raise SystemExit(1)
+        return
+    if only or small:
+        raise ConfigError("--only and --small are options of --accept; add it, or leave them out")
     from aft_ray.operations import report
     from aft_ray.operations.doctor import check_cluster, requirements_of
     from aft_ray.operations.upload import checkout

@@ -5,9 +5,11 @@ Invariant: every check of nodes reports every node that answered, so a missing f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator
 
-from aft_ray.operations.findings import CLUSTER, AllReduceFacts, ClusterFacts, Finding, Level, NodeFacts
+from aft_ray.operations import network
+from aft_ray.operations.findings import CLUSTER, ClusterFacts, Finding, Level, NodeFacts
 
 GIB = 1 << 30
 # Limits of the clock difference in seconds. Above the first, log lines of a run are out of order. S3 refuses requests
@@ -17,9 +19,10 @@ CLOCK_WARN_S, CLOCK_FAIL_S = 1.0, 60.0
 FILES_WARN, FILES_FAIL = 8192, 1024
 SHM_GPU = 8 * GIB
 DISK_WARN, DISK_FAIL = 20 * GIB, 1 * GIB
-SLOW_BYTES_S = 100e6
 # MiB that may be in use on a GPU that Ray has not assigned.
 USED_MIB = 1024
+# By the major version of CUDA: the oldest branch of NVIDIA's driver that runs programs built for it.
+DRIVERS = {11: 450, 12: 525, 13: 580}
 
 
 def check_all(facts: ClusterFacts) -> list[Finding]:
@@ -36,7 +39,8 @@ def check_all(facts: ClusterFacts) -> list[Finding]:
     ]
     findings += [Finding("answers", node.name, "ok", node.host) for node in facts.nodes]
     checks: list[Callable[[ClusterFacts], Iterable[Finding]]] = [
-        versions, gpus, clocks, storage, models, shared_memory, disks, open_files, ports, all_reduces, upload,
+        versions, gpus, adam, clocks, storage, models, shared_memory, disks, open_files, ports, network.rdma,
+        network.all_reduces, upload,
     ]  # fmt: skip
     for check in checks:
         findings += check(facts)
@@ -98,7 +102,7 @@ def _gpus_of(node: NodeFacts) -> Iterator[Finding]:
             f"Start Ray there with --num-gpus={seen}, unless the others must stay unused.",
         )
     if seen and node.torch_gpus != seen:
-        yield finding(
+        yield old_driver(node) or finding(
             "fail",
             f"nvidia-smi sees {seen} and torch {'failed' if node.torch_gpus is None else f'sees {node.torch_gpus}'}",
             "Install the CUDA build of torch (extra `gpu`) and a driver that supports it.",
@@ -116,6 +120,40 @@ def _gpus_of(node: NodeFacts) -> Iterator[Finding]:
                 f"GPU {index} has {gpu.used_mib} MiB in use by processes that Ray did not start",
                 "Run `nvidia-smi` there and end the process that it lists.",
             )
+
+
+def old_driver(node: NodeFacts) -> Finding | None:
+    """The finding for a driver that is older than the CUDA version of torch needs; None if it is new enough.
+
+    It is asked for only where torch fails: NVIDIA's compatibility packages let some older drivers work.
+    """
+    needed = DRIVERS.get(int((node.torch_cuda or "0").partition(".")[0]))
+    branch = re.match(r"\d+", node.gpus[0].driver)
+    if needed is None or branch is None or int(branch.group()) >= needed:
+        return None
+    return Finding(
+        "gpus",
+        node.name,
+        "fail",
+        f"driver {node.gpus[0].driver} is too old for torch {node.versions.get('torch')}, which is built for CUDA "
+        f"{node.torch_cuda}",
+        f"Install driver R{needed} or newer on the machine; no change of the container helps.",
+    )
+
+
+def adam(facts: ClusterFacts) -> Iterator[Finding]:
+    """Whether GPU nodes can compile DeepSpeed's AdamW for the CPU. It is checked for configs that offload."""
+    for node in facts.nodes:
+        if not facts.offloads_optimizer or not node.gpus:
+            continue
+        if node.adam_error is None:
+            yield Finding("adam", node.name, "ok", "DeepSpeed's AdamW for offloaded states is compiled")
+            continue
+        cure = "Install g++ and ninja there, or delete a lock file that an interrupted compilation has left in "
+        cure += "~/.cache/torch_extensions/*/cpu_adam."
+        if "CUDA" in node.adam_error or "nvcc" in node.adam_error:
+            cure = f"Install the CUDA toolkit (nvcc) {node.torch_cuda}, the version that torch was built for."
+        yield Finding("adam", node.name, "fail", node.adam_error, cure)
 
 
 def clocks(facts: ClusterFacts) -> Iterator[Finding]:
@@ -242,44 +280,6 @@ def ports(facts: ClusterFacts) -> Iterator[Finding]:
             )  # fmt: skip
         elif len(facts.nodes) > 1:
             yield Finding("ports", node.name, "ok", f"connects to {len(facts.nodes) - 1} other nodes")
-
-
-def all_reduces(facts: ClusterFacts) -> Iterator[Finding]:
-    for result in facts.pings:
-        yield from _all_reduce_findings(result, [node.name for node in facts.nodes])
-
-
-def _all_reduce_findings(result: AllReduceFacts, names: Sequence[str]) -> Iterator[Finding]:
-    cure = (
-        "If nodes have several network interfaces, set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to one on every node."
-    )
-    for name in result.absent:
-        yield Finding(result.backend, name, "fail", "did not join the all-reduce over all nodes in time", cure)
-    if result.absent:
-        return  # the errors of the others only say that they waited for these nodes
-    for name, error in result.errors.items():
-        yield Finding(result.backend, name, "fail", error, cure)
-    if result.seconds is None:
-        if not result.errors:
-            yield Finding(
-                result.backend,
-                CLUSTER,
-                "warn",
-                "not tested: some nodes have no free GPU",
-                "Run `aft-ray doctor` again when every node has one.",
-            )
-        return
-    # In a ring all-reduce every node sends and receives about twice the bytes of the tensor.
-    speed = 2 * result.bytes / max(result.seconds, 1e-9)
-    message = (
-        f"{result.bytes >> 20} MiB over {len(names)} nodes in {result.seconds:.3f} s, "
-        f"first one after {result.met_s or 0:.1f} s"
-    )
-    if speed < SLOW_BYTES_S:
-        cure = "Look for a slow link or a wrong network interface: see GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME."
-        yield Finding(result.backend, CLUSTER, "warn", message, cure)
-    else:
-        yield Finding(result.backend, CLUSTER, "ok", message)
 
 
 def upload(facts: ClusterFacts) -> Iterator[Finding]:

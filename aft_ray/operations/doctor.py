@@ -13,9 +13,9 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from aft_ray.cluster.compat import free_resources_by_node, session_parent
 from aft_ray.config.run import ConfigError, RunConfig
@@ -23,20 +23,26 @@ from aft_ray.operations import probe as probe_module
 from aft_ray.operations.checks import check_all
 from aft_ray.operations.findings import (
     AllReduceFacts,
+    BandwidthNeed,
     ClusterFacts,
     Finding,
     Gpu,
     NodeFacts,
     StorageFacts,
 )
+from aft_ray.operations.network import bandwidth_needed
 from aft_ray.operations.upload import measure_upload, upload_limit
 
 # Deadlines in seconds: for the first reply of a node, whose process must start; for later replies; for an all-reduce.
 START_S, REPLY_S, ALL_REDUCE_S = 120.0, 60.0, 60.0
-ALL_REDUCE_MIB, ALL_REDUCE_TIMES = 32, 3
+# How long the first use of DeepSpeed's AdamW may compile.
+ADAM_S = 330.0
+# By backend: MiB of the tensor, large enough that latency does not count, and how often it is reduced.
+ALL_REDUCE = {"gloo": (64, 3), "nccl": (1024, 20)}
 _CONNECT_S = 5.0
 # A clock is read this many times, and the reading with the shortest round trip counts.
 _CLOCK_READINGS = 5
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +54,16 @@ class Requirements:
         models: model directories that every node must have.
         directory: the working directory that would be uploaded; None: it is not checked.
         storage_needed: bytes that the run will write; None: unknown.
+        bandwidth: what the training needs between nodes; None: nothing, or it is not known.
+        offloads_optimizer: whether the config needs DeepSpeed's AdamW for the CPU.
     """
 
     storage: str | None
     models: tuple[str, ...]
     directory: Path | None
     storage_needed: int | None = None
+    bandwidth: BandwidthNeed | None = None
+    offloads_optimizer: bool = False
 
 
 def check_cluster(
@@ -76,7 +86,12 @@ def requirements_of(config: RunConfig | None, storage: str | None, directory: Pa
     name = config.model.name
     models = (str(Path(name).expanduser()),) if name.startswith(("/", "~")) else ()
     return Requirements(
-        storage or config.run_dir, models, directory, _storage_needed(config, probe_module.model_bytes(name))
+        storage or config.run_dir,
+        models,
+        directory,
+        _storage_needed(config, probe_module.model_bytes(name)),
+        bandwidth_needed(config),
+        config.training.offload_optimizer,
     )
 
 
@@ -141,8 +156,10 @@ def _query_nodes(
     session = str(session_parent())
     paths = [required.storage] if required.storage and "://" not in required.storage else []
     say("reading versions, GPUs, disks and clocks")
+    compiles = required.offloads_optimizer
     found = collect_replies(
-        {name: probe.facts.remote(session, paths, list(required.models)) for name, probe in probes.items()}, START_S
+        {name: probe.facts.remote(session, paths, list(required.models), compiles) for name, probe in probes.items()},
+        START_S + (ADAM_S if compiles else 0),
     )
     silent |= {name: str(answer) for name, answer in found.items() if isinstance(answer, NoReply)}
     probes = {name: probe for name, probe in probes.items() if name not in silent}
@@ -154,16 +171,10 @@ def _query_nodes(
     say("opening a connection from every node to every other")
     blocked = _blocked_connections(probes, {name: nodes[name]["NodeManagerAddress"] for name in probes})
     say("running an all-reduce over all nodes")
-    reached = {name: nodes[name] for name in probes}
-    pings = [measure_all_reduce("gloo", reached, ALL_REDUCE_TIMES, ALL_REDUCE_S)]
-    if sum(node.gpus_announced > 0 for node in seen) > 1:
-        with_gpus = {node.name: nodes[node.name] for node in seen if node.gpus_announced}
-        free = all(node.gpus_free >= 1 for node in seen if node.gpus_announced)
-        pings.append(
-            measure_all_reduce("nccl", with_gpus, ALL_REDUCE_TIMES, ALL_REDUCE_S)
-            if free
-            else AllReduceFacts("nccl", ALL_REDUCE_MIB << 20)
-        )
+    pings = [measure_all_reduce("gloo", {name: nodes[name] for name in probes}, 1, timeout_s=ALL_REDUCE_S)]
+    with_gpus = [node for node in seen if node.gpus_announced]
+    if len(with_gpus) > 1:
+        pings.append(_measure_nccl(with_gpus, nodes))
     return ClusterFacts(
         nodes=seen,
         silent=silent,
@@ -174,7 +185,18 @@ def _query_nodes(
         upload=measure_upload(required.directory) if required.directory is not None else None,
         upload_limit=upload_limit(),
         storage_needed=required.storage_needed,
+        bandwidth_needed=required.bandwidth,
+        offloads_optimizer=required.offloads_optimizer,
     )
+
+
+def _measure_nccl(with_gpus: Sequence[NodeFacts], nodes: Mapping[str, Any]) -> AllReduceFacts:
+    """An all-reduce over all GPUs of the nodes, which takes all their adapters; over one of each if some are in use."""
+    if any(node.gpus_free < 1 for node in with_gpus):
+        return AllReduceFacts("nccl", ALL_REDUCE["nccl"][0] << 20)
+    # Every node has as many ranks, so that none is slower only because it has more of them.
+    each = int(min(node.gpus_free for node in with_gpus))
+    return measure_all_reduce("nccl", {node.name: nodes[node.name] for node in with_gpus}, each, timeout_s=ALL_REDUCE_S)
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,13 +214,13 @@ class NoReply:
         return self.reason
 
 
-def collect_replies(references: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
-    """The reply of every node, or NoReply with the reason."""
+def collect_replies(references: Mapping[Key, Any], timeout_s: float) -> dict[Key, Any]:
+    """The reply of every node or process, or NoReply with the reason."""
     import ray
     from ray.exceptions import RayError, RayTaskError
 
     ready, _ = ray.wait(list(references.values()), num_returns=max(1, len(references)), timeout=timeout_s)
-    found: dict[str, Any] = {}
+    found: dict[Key, Any] = {}
     for name, reference in references.items():
         if reference not in ready:
             found[name] = NoReply(f"did not answer within {timeout_s:.0f} s", True)
@@ -318,36 +340,41 @@ def _blocked_connections(probes: Mapping[str, Any], addresses: Mapping[str, str]
     return blocked
 
 
-def measure_all_reduce(backend: str, nodes: Mapping[str, Any], times: int, timeout_s: float) -> AllReduceFacts:
-    """Runs an all-reduce over one process per node, `times` times. A node that dies or hangs is named in the result."""
+def measure_all_reduce(
+    backend: str, nodes: Mapping[str, Any], ranks_per_node: int, *, timeout_s: float, times: int | None = None
+) -> AllReduceFacts:
+    """Runs an all-reduce over processes on every node. A node that dies or hangs is named in the result.
+
+    Args:
+        ranks_per_node: processes of each node, with a GPU each if the backend is nccl.
+        times: how often the tensor is reduced; None: as the backend needs for a sure measurement.
+    """
     import ray
 
+    mib, usual = ALL_REDUCE[backend]
     gpu = {"num_gpus": 1} if backend == "nccl" else {}
     remote = ray.remote(probe_module.AllReduceRank)
-    ranks = {name: remote.options(**_pinned_to(node), **gpu).remote() for name, node in nodes.items()}
+    places = [(name, index) for name in nodes for index in range(ranks_per_node)]
+    ranks = {place: remote.options(**_pinned_to(nodes[place[0]]), **gpu).remote() for place in places}
+    facts = AllReduceFacts(backend, mib << 20, len(ranks))
     try:
-        started = collect_replies({name: rank.free_port.remote() for name, rank in ranks.items()}, START_S)
-        if absent := [name for name, answer in started.items() if isinstance(answer, NoReply)]:
-            return AllReduceFacts(backend, ALL_REDUCE_MIB << 20, absent=absent)
-        first = next(iter(nodes))
-        address = f"{nodes[first]['NodeManagerAddress']}:{started[first]}"
+        started = collect_replies({place: rank.free_port.remote() for place, rank in ranks.items()}, START_S)
+        if absent := {name: None for (name, _), answer in started.items() if isinstance(answer, NoReply)}:
+            return replace(facts, absent=list(absent))
+        address = f"{nodes[places[0][0]]['NodeManagerAddress']}:{started[places[0]]}"
         results = collect_replies(
             {
-                name: rank.all_reduce.remote(backend, address, index, len(ranks), ALL_REDUCE_MIB, times, timeout_s)
-                for index, (name, rank) in enumerate(ranks.items())
+                place: rank.all_reduce.remote(backend, address, index, len(ranks), mib, times or usual, timeout_s)
+                for index, (place, rank) in enumerate(ranks.items())
             },
             2 * timeout_s + START_S,
         )
     finally:
         for rank in ranks.values():
             ray.kill(rank)
-    failed = {name: answer for name, answer in results.items() if isinstance(answer, NoReply)}
+    failed = {place: answer for place, answer in results.items() if isinstance(answer, NoReply)}
     if failed:
-        absent = [name for name, answer in failed.items() if answer.gone]
-        return AllReduceFacts(
-            backend, ALL_REDUCE_MIB << 20, {name: str(answer) for name, answer in failed.items()}, absent
-        )
+        gone = {name: None for (name, _), answer in failed.items() if answer.gone}
+        return replace(facts, errors={name: str(answer) for (name, _), answer in failed.items()}, absent=list(gone))
     times_s: Sequence[tuple[float, float]] = list(results.values())
-    return AllReduceFacts(
-        backend, ALL_REDUCE_MIB << 20, met_s=max(met for met, _ in times_s), seconds=max(one for _, one in times_s)
-    )
+    return replace(facts, met_s=max(met for met, _ in times_s), seconds=max(one for _, one in times_s))

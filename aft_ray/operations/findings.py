@@ -53,7 +53,11 @@ class NodeFacts:
         head: whether it is Ray's head node.
         gpus_announced, gpus_free: GPUs that the node has according to Ray, and those that no work uses.
         object_store_bytes: size of Ray's object store.
-        torch_gpus: GPUs that torch finds; None if torch failed or the node has no nvidia-smi.
+        torch_gpus: GPUs that torch can use; None if torch failed or the node has no nvidia-smi.
+        torch_cuda: the CUDA version that torch was built for, such as "13.0"; None for a CPU build, or without torch.
+        rdma: the RDMA devices (EFA, InfiniBand or RoCE adapters) that processes of Ray can see there.
+        memlock_bytes: how much memory a process may lock; None: all of it.
+        adam_error: why DeepSpeed's AdamW for offloaded states could not be compiled; None: it was, or was not tried.
         shm_bytes: size of /dev/shm; None if there is none.
         free_bytes: free bytes of the disk of each checked path.
         open_files: how many files a process may open.
@@ -70,6 +74,10 @@ class NodeFacts:
     versions: Mapping[str, str | None]
     gpus: Sequence[Gpu]
     torch_gpus: int | None
+    torch_cuda: str | None
+    rdma: Sequence[str]
+    memlock_bytes: int | None
+    adam_error: str | None
     shm_bytes: int | None
     free_bytes: Mapping[str, int]
     open_files: int
@@ -99,6 +107,7 @@ class AllReduceFacts:
     Attributes:
         backend: gloo or nccl.
         bytes: size of the tensor.
+        ranks: processes that took part.
         errors: by node, what failed there.
         absent: nodes that died or did not answer.
         met_s: seconds until the first all-reduce was done, which includes forming the process group.
@@ -107,10 +116,37 @@ class AllReduceFacts:
 
     backend: str
     bytes: int
+    ranks: int = 0
     errors: Mapping[str, str] = field(default_factory=dict)
     absent: Sequence[str] = ()
     met_s: float | None = None
     seconds: float | None = None
+
+    @property
+    def bus_bandwidth(self) -> float | None:
+        """GB/s (10^9 bytes), as nccl-tests defines it: bytes / seconds x 2 (ranks - 1) / ranks. None if it did not run.
+
+        It is the speed of the slowest link on which the ranks exchange data, whatever their number: in an all-reduce of
+        S bytes every rank sends and receives 2 S (ranks - 1) / ranks bytes.
+        """
+        if self.seconds is None or self.ranks < 2:
+            return None
+        return self.bytes / max(self.seconds, 1e-9) * 2 * (self.ranks - 1) / self.ranks / 1e9
+
+
+@dataclass(frozen=True, slots=True)
+class BandwidthNeed:
+    """The bandwidth between nodes that the training of a config needs.
+
+    Attributes:
+        gb_s: bus bandwidth, GB/s.
+        workers: its train workers, with a GPU each. If one node holds them all, the network does not matter.
+        why: a clause that says where the number comes from.
+    """
+
+    gb_s: float
+    workers: int
+    why: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +169,8 @@ class ClusterFacts:
         blocked: why a node cannot connect to another, by pairs (from, to).
         upload_limit: bytes that Ray accepts as a working directory.
         storage_needed: bytes that the run will write; None: unknown.
+        bandwidth_needed: what the training needs between nodes; None: nothing, or it is not known.
+        offloads_optimizer: whether the config needs DeepSpeed's AdamW for the CPU.
     """
 
     nodes: Sequence[NodeFacts]
@@ -144,3 +182,5 @@ class ClusterFacts:
     upload: Upload | None = None
     upload_limit: int = 0
     storage_needed: int | None = None
+    bandwidth_needed: BandwidthNeed | None = None
+    offloads_optimizer: bool = False

@@ -41,19 +41,26 @@ class NodeProbe:
         """Seconds since 1970 according to the clock of this node."""
         return time.time()
 
-    def facts(self, session_dir: str, paths: list[str], models: list[str]) -> dict[str, Any]:
+    def facts(self, session_dir: str, paths: list[str], models: list[str], compile_adam: bool) -> dict[str, Any]:
         """The fields of NodeFacts that are observed on the node itself.
 
         Args:
             session_dir: the directory of Ray's session, whose disk is checked.
             paths: further paths whose disks are checked.
             models: model directories that should exist here.
+            compile_adam: whether DeepSpeed's AdamW for offloaded states is compiled, if the node has a GPU.
         """
+        gpus = nvidia_smi()
+        usable, cuda = torch_gpus() if shutil.which("nvidia-smi") else (None, None)
         return {
             "host": socket.gethostname(),
             "versions": versions(),
-            "gpus": nvidia_smi(),
-            "torch_gpus": torch_gpus() if shutil.which("nvidia-smi") else None,
+            "gpus": gpus,
+            "torch_gpus": usable,
+            "torch_cuda": cuda,
+            "rdma": rdma_devices(),
+            "memlock_bytes": _memlock(),
+            "adam_error": adam_error() if gpus and compile_adam else None,
             "shm_bytes": _size("/dev/shm"),
             "free_bytes": {path: _free(path) for path in [session_dir, *paths]},
             "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
@@ -111,7 +118,7 @@ class NodeProbe:
 
 
 class AllReduceRank:
-    """One rank of a process group with a rank on every node."""
+    """One rank of a process group over all nodes."""
 
     def free_port(self) -> int:
         with socket.socket() as one:
@@ -137,9 +144,14 @@ class AllReduceRank:
             device = "cuda" if backend == "nccl" else "cpu"
             tensor = torch.ones(mib << 18, device=device)
             dist.all_reduce(tensor)
+            first = float(tensor[0])  # waits until the GPU is done
             met_s = time.monotonic() - started
-            if float(tensor[0]) != world:
-                raise RuntimeError(f"an all-reduce of ones over {world} nodes gave {float(tensor[0])}")
+            if first != world:
+                raise RuntimeError(f"an all-reduce of ones over {world} processes gave {first}")
+            tensor.zero_()
+            dist.all_reduce(tensor)  # the buffers of the connections exist after two
+            if device == "cuda":
+                torch.cuda.synchronize()
             started = time.monotonic()
             for _ in range(times):
                 dist.all_reduce(tensor)
@@ -178,15 +190,47 @@ def nvidia_smi() -> list[dict[str, str]]:
     return [dict(zip(names, map(str.strip, line.split(",")), strict=True)) for line in done.stdout.splitlines()]
 
 
-def torch_gpus() -> int | None:
-    """The number of GPUs that torch finds in a new process from which Ray hides none; None: torch failed."""
+def torch_gpus() -> tuple[int | None, str | None]:
+    """The number of GPUs that torch can use, and the CUDA version that it was built for.
+
+    Both are found in a new process from which Ray hides no GPU. The number is None if torch failed, which it does with
+    a driver that is too old: to count the GPUs is not enough, because torch counts them without the CUDA driver.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
-    code = "import torch; print(torch.cuda.device_count())"
+    code = """
+import torch
+print(torch.version.cuda or "")
+if torch.version.cuda:
+    torch.cuda.init()
+print(torch.cuda.device_count(), flush=True)
+"""
     try:
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=90)
-        return int(done.stdout)
-    except (OSError, ValueError, subprocess.TimeoutExpired):
-        return None
+    except (OSError, subprocess.TimeoutExpired):
+        return None, None
+    lines = done.stdout.splitlines()
+    return (int(lines[1]) if len(lines) > 1 else None), (lines[0] or None if lines else None)
+
+
+def rdma_devices() -> list[str]:
+    """The RDMA devices of this node: EFA, InfiniBand and RoCE adapters. A container sees those that it was given."""
+    verbs = Path("/dev/infiniband")
+    return sorted(one.name for one in verbs.glob("uverbs*")) if verbs.is_dir() else []
+
+
+def adam_error(timeout_s: float = 300.0) -> str | None:
+    """Compiles and loads DeepSpeed's AdamW for the CPU, as a run with offloaded states does. None if it works.
+
+    A later run finds the compiled file in its cache.
+    """
+    code = "from deepspeed.ops.op_builder import CPUAdamBuilder; CPUAdamBuilder().load()"
+    try:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        return f"it was not compiled within {timeout_s:.0f} s"
+    except OSError as error:
+        return str(error)
+    return None if done.returncode == 0 else (done.stderr.strip().splitlines() or ["no reason given"])[-1]
 
 
 def model_bytes(path: str) -> int | None:
@@ -227,6 +271,12 @@ def _size(path: str) -> int | None:
     except OSError:
         return None
     return status.f_blocks * status.f_frsize
+
+
+def _memlock() -> int | None:
+    """Bytes of memory that a process may lock; None without a limit."""
+    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    return None if limit == resource.RLIM_INFINITY else limit
 
 
 def _answer(listener: socket.socket) -> None:

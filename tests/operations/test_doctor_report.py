@@ -28,6 +28,10 @@ def node(name, **changes) -> NodeFacts:
         versions=HERE,
         gpus=[H100, H100],
         torch_gpus=2,
+        torch_cuda="13.0",
+        rdma=["uverbs0", "uverbs1"],
+        memlock_bytes=None,
+        adam_error=None,
         shm_bytes=16 * GIB,
         free_bytes={"/tmp/ray": 500 * GIB, "/shared/run": 5000 * GIB},
         open_files=65536,
@@ -44,7 +48,7 @@ def cluster(*nodes, **changes) -> ClusterFacts:
         nodes=nodes,
         here=HERE,
         storage=StorageFacts("/shared/run", dict.fromkeys(names), {name: [] for name in names}),
-        pings=[AllReduceFacts("gloo", 32 << 20, met_s=1.0, seconds=0.02)],
+        pings=[AllReduceFacts("gloo", 64 << 20, 2, met_s=1.0, seconds=0.02)],
         upload=Upload("/project", 2 << 20, 300, [("big.bin", 1 << 20)]),
         upload_limit=100 << 20,
     )
@@ -63,7 +67,7 @@ def only(facts) -> Finding:
 def test_a_healthy_cluster_has_an_ok_of_every_check_on_every_node():
     findings = check_all(cluster(node("a"), node("b")))
     assert {finding.level for finding in findings} == {"ok"}
-    checks = ("answers", "versions", "gpus", "clock", "storage", "model", "shm", "disk", "open files", "ports")
+    checks = ("answers", "versions", "gpus", "clock", "storage", "model", "shm", "disk", "open files", "ports", "rdma")
     for check in checks:
         assert [one.node for one in findings if one.check == check] == ["a", "b"], check
 
@@ -77,6 +81,8 @@ def test_a_healthy_cluster_has_an_ok_of_every_check_on_every_node():
         ({"gpus_announced": 1, "gpus_free": 1}, "gpus", "warn", "Ray announces 1 of 2"),
         ({"torch_gpus": None}, "gpus", "fail", "nvidia-smi sees 2 and torch failed"),
         ({"torch_gpus": 0}, "gpus", "fail", "nvidia-smi sees 2 and torch sees 0"),
+        ({"rdma": []}, "rdma", "fail", "no RDMA device, unlike a, c"),
+        ({"memlock_bytes": 64 << 10}, "rdma", "fail", "may lock only 0 MiB"),
         ({"gpus": [H100, replace(H100, ecc=3)]}, "gpus", "fail", "GPU 1 has 3 uncorrected memory errors"),
         ({"gpus": [H100, replace(H100, used_mib=9000)]}, "gpus", "warn", "GPU 1 has 9000 MiB in use"),
         ({"clock_s": 90.0}, "clock", "fail", "+90.00 s"),
@@ -116,6 +122,87 @@ def test_different_drivers_are_reported_for_both_nodes():
     assert bad(cluster(node("a"), other)) == [("gpus", "a", "warn"), ("gpus", "b", "warn")]
 
 
+@pytest.mark.parametrize(
+    ("cuda", "driver", "said"),
+    [
+        ("13.0", "570.86.15", "driver 570.86.15 is too old for torch 2.13.0, which is built for CUDA 13.0"),
+        ("12.9", "520.61.05", "driver 520.61.05 is too old"),
+        ("13.0", "580.65.06", "torch failed"),
+        ("12.9", "570.86.15", "torch failed"),
+        (None, "570.86.15", "torch failed"),
+    ],
+)
+def test_an_old_driver_is_named_where_torch_cannot_use_it(cuda, driver, said):
+    old = {"gpus": [replace(H100, driver=driver)] * 2, "torch_cuda": cuda}
+    finding = only(cluster(node("a", torch_gpus=None, **old)))
+    assert (finding.check, finding.level) == ("gpus", "fail")
+    assert said in finding.message
+    assert ("R580" in finding.cure) == (cuda == "13.0" and said.startswith("driver"))
+    # NVIDIA's compatibility package makes an older driver work.
+    assert bad(cluster(node("a", **old))) == []
+
+
+def test_the_compiler_of_offloaded_adamw_is_checked_for_configs_that_need_it():
+    broken = node("a", adam_error="Ninja is required to load C++ extensions")
+    assert bad(cluster(broken)) == []
+    finding = only(cluster(broken, node("b"), offloads_optimizer=True))
+    assert (finding.check, finding.node, finding.level) == ("adam", "a", "fail")
+    assert "g++ and ninja" in finding.cure
+    mismatch = node("a", adam_error="Installed CUDA version 12.8 does not match the version torch was compiled with")
+    assert "nvcc) 13.0" in only(cluster(mismatch, offloads_optimizer=True)).cure
+
+
+def nccl(gb_s, ranks=16) -> AllReduceFacts:
+    """An all-reduce with this bus bandwidth."""
+    size = 1 << 30
+    return AllReduceFacts("nccl", size, ranks, met_s=3.0, seconds=size * 2 * (ranks - 1) / ranks / (gb_s * 1e9))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "seconds", "expected"), [(2, 0.01, 100), (16, 0.01, 187.5), (4, 0.1, 15), (1, 1, None)]
+)
+def test_bus_bandwidth_is_that_of_nccl_tests(ranks, seconds, expected):
+    measured = AllReduceFacts("nccl", 10**9, ranks, met_s=1, seconds=seconds).bus_bandwidth
+    assert measured == (None if expected is None else pytest.approx(expected))
+
+
+def need_of(name, **sections):
+    training = {"workers": 16, "gpus_per_worker": 1, "zero_stage": 3, "groups_per_step": 64, **sections}
+    return requirements_of(parse_config({"run_dir": "/x", "model": {"name": name}, "training": training}), None, None)
+
+
+def test_a_70b_plan_needs_50_gb_s_between_nodes_and_a_slower_cluster_fails_with_a_way_out():
+    need = need_of("meta-llama/Llama-2-70b-hf").bandwidth
+    assert need.gb_s == 50
+    eight = {"gpus_announced": 8, "gpus_free": 8, "gpus": [H100] * 8, "torch_gpus": 8}
+    nodes = [node("a", **eight), node("b", **eight)]
+    assert bad(cluster(*nodes, pings=[nccl(51)], bandwidth_needed=need)) == []
+    finding = only(cluster(*nodes, pings=[nccl(49)], bandwidth_needed=need))
+    assert (finding.check, finding.node, finding.level) == ("nccl", "cluster", "fail")
+    assert finding.message.startswith("49 GB/s of bus bandwidth (1024 MiB over 16 processes")
+    assert "16 workers needs 50 GB/s, because ZeRO-3 gathers 138.0 GB of weights" in finding.message
+    assert "NCCL_DEBUG=INFO" in finding.cure
+    bare = [replace(one, rdma=[]) for one in nodes]
+    found = check_all(cluster(*bare, pings=[nccl(2)], bandwidth_needed=need))
+    (cure,) = (one.cure for one in found if one.level == "fail")
+    assert cure.startswith("There is no RDMA device on a, b, so NCCL used TCP")
+    # All workers fit on one node: the network between nodes does not matter.
+    inside = replace(need, workers=8)
+    assert bad(cluster(*nodes, pings=[nccl(2)], bandwidth_needed=inside)) == []
+    # No config was given.
+    assert bad(cluster(*nodes, pings=[nccl(2)])) == []
+
+
+def test_the_bandwidth_that_a_smaller_plan_needs_follows_from_its_arithmetic():
+    usual = need_of("meta-llama/Llama-2-7b-hf", tokens_per_microbatch=16384)
+    # 3 x 2 bytes a parameter, in the time of 6 x 16384 FLOPs a parameter at 0.4 x 989 TFLOP/s.
+    assert usual.bandwidth.gb_s == pytest.approx(0.4 * 989e12 / 16384 / 1e9)
+    small = need_of("meta-llama/Llama-2-7b-hf", tokens_per_microbatch=4096)
+    assert small.bandwidth.gb_s == 50  # four times as much would be needed, which no message should demand
+    assert need_of("meta-llama/Llama-2-7b-hf", zero_stage=2).bandwidth is None
+    assert need_of("/no/such/model").bandwidth is None
+
+
 def test_storage_that_cannot_be_written_or_is_not_shared():
     nodes = [node("a"), node("b"), node("c")]
     stored = StorageFacts(
@@ -134,13 +221,13 @@ def test_ports_that_are_closed_name_the_pair():
 
 
 def test_nodes_that_did_not_join_are_named_and_those_that_waited_for_them_are_not():
-    ping = AllReduceFacts("gloo", 1 << 20, errors={"a": "timed out", "b": "gone"}, absent=["b"])
+    ping = AllReduceFacts("gloo", 1 << 20, 2, errors={"a": "timed out", "b": "gone"}, absent=["b"])
     assert bad(cluster(node("a"), node("b"), pings=[ping])) == [("gloo", "b", "fail")]
-    failed = AllReduceFacts("nccl", 1 << 20, errors={"a": "unhandled system error"})
+    failed = AllReduceFacts("nccl", 1 << 20, 2, errors={"a": "unhandled system error"})
     assert bad(cluster(node("a"), node("b"), pings=[failed])) == [("nccl", "a", "fail")]
     busy = AllReduceFacts("nccl", 1 << 20)
     assert bad(cluster(node("a"), node("b"), pings=[busy])) == [("nccl", "cluster", "warn")]
-    slow = AllReduceFacts("gloo", 32 << 20, met_s=1.0, seconds=5.0)
+    slow = AllReduceFacts("gloo", 32 << 20, 2, met_s=1.0, seconds=5.0)
     assert bad(cluster(node("a"), node("b"), pings=[slow])) == [("gloo", "cluster", "warn")]
 
 

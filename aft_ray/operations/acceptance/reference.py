@@ -74,13 +74,15 @@ def float32_steps(
     optimizer = torch.optim.AdamW(
         parameters.values(), lr=training.learning_rate, weight_decay=training.weight_decay, eps=EPSILON
     )
-    losses, norms, gradients = [], [], {}
+    losses: list[float] = []
+    norms: list[float] = []
+    gradients: dict[str, Tensor] = {}
     for _ in range(2):
         optimizer.zero_grad()
         losses.append(0.0)
         for batch in batches:
             loss, _ = micro_loss(model, batch, objective, 1.0, totals)
-            loss.backward()
+            torch.autograd.backward(loss)
             losses[-1] += loss.item()
         norms.append(float(torch.nn.utils.clip_grad_norm_(parameters.values(), training.max_grad_norm)))
         if not gradients:

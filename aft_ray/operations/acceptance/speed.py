@@ -66,7 +66,7 @@ def model_flops(model: Architecture, row: int, response: int, trained: bool) -> 
         response: those of them that belong to the response.
         trained: whether the weights are trained, and not adapters.
     """
-    forward = 2 * model.body_parameters + 4 * model.layers * model.query_width * row
+    forward: float = 2 * model.body_parameters + 4 * model.layers * model.query_width * row
     forward += 2 * model.embedding_parameters * response / row
     return forward * (3 if trained else 2)
 

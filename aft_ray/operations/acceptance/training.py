@@ -19,11 +19,10 @@ from aft_ray.operations.acceptance.models import PAD, GroupShape, random_groups,
 from aft_ray.operations.acceptance.outcome import Figure
 from aft_ray.planning.plan.architecture import Architecture
 
-_SHAPE = {"family": "llama", "head_size": 64, "tied": False}
-SMALL_MODEL = Architecture("random", layers=2, hidden=64, intermediate=128, heads=1, kv_heads=1, vocabulary=64,
-                           context=64, **_SHAPE)  # fmt: skip
-MODEL = Architecture("random", layers=4, hidden=1024, intermediate=2816, heads=16, kv_heads=4, vocabulary=8192,
-                     context=192, **_SHAPE)  # fmt: skip
+SMALL_MODEL = Architecture("random", "llama", layers=2, hidden=64, intermediate=128, heads=1, kv_heads=1, vocabulary=64,
+                           context=64, head_size=64)  # fmt: skip
+MODEL = Architecture("random", "llama", layers=4, hidden=1024, intermediate=2816, heads=16, kv_heads=4, vocabulary=8192,
+                     context=192, head_size=64)  # fmt: skip
 SMALL_GROUPS = GroupShape(8, 4, (2, 12), (2, 10))
 GROUPS = GroupShape(8, 4, (32, 96), (16, 64))
 # Large enough that a step shows in a bfloat16 weight, and that rounding in float32 does not show in a step.
@@ -59,13 +58,15 @@ def plain_step(small: bool) -> list[Figure]:
         model = load_model(work.directory, "bfloat16").to(_device())
         parameters = dict(model.named_parameters())
         optimizer = torch.optim.AdamW(parameters.values(), lr=training.learning_rate)
-        losses, norms, gradients = [], [], {}
+        losses: list[float] = []
+        norms: list[float] = []
+        gradients: dict[str, torch.Tensor] = {}
         for _ in range(2):
             optimizer.zero_grad()
             losses.append(0.0)
             for batch in work.batches:
                 loss, _ = micro_loss(model, batch.to(_device()), work.objective, 1.0, work.totals)
-                loss.backward()
+                torch.autograd.backward(loss)
                 losses[-1] += loss.item()
             norms.append(float(torch.nn.utils.clip_grad_norm_(parameters.values(), training.max_grad_norm)))
             if not gradients:
@@ -201,8 +202,9 @@ def _write_adapter(work: Work) -> Path:
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
     """A process group with this process as its only rank, on the first GPU if there is one."""
-    import torch.distributed as dist
+    import torch.distributed
 
+    dist: Any = torch.distributed  # its stores have no types
     os.environ.update({"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"})
     dist.init_process_group("nccl" if _device() == "cuda" else "gloo", rank=0, world_size=1, store=dist.HashStore())
     try:
