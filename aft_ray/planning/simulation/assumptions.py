@@ -37,7 +37,7 @@ class SimulationAssumptions(Section):
     train_tokens_per_s: float = Field(600, gt=0, description="padded tokens of a train worker, forward and backward")
     pass_s: float = Field(1.0, ge=0, description="fixed time of each forward and backward pass: ZeRO's gathers")
     optimizer_s: float = Field(0.5, ge=0, description="time of the optimiser in a step")
-    publish_s: float = Field(90, ge=0, description="trainer: from its last step until the version is at the engines")
+    publish_s: float = Field(10, ge=0, description="trainer: from its last step until the version is at the engines")
     load_s: float = Field(20, ge=0, description="engine: fetching, loading and verifying a version")
     overhead_s: float = Field(
         3, ge=0, description="fixed time of a round's sampling: start of the pipeline, last labels and files"
