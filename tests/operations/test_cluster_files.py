@@ -1,4 +1,4 @@
-"""cluster.yaml and jobs/kuberay: valid for Ray and KubeRay, consistent with each other, and free of secrets.
+"""cluster.yaml and jobs/kuberay: valid for Ray, AWS and KubeRay, consistent with each other, and free of secrets.
 
 KubeRay's own schemas are in no package registry. What the operator takes is written down here from its API types
 (ray.io/v1 of KubeRay 1.3), with Kubernetes' types from lightkube; keys that neither knows are errors, where a cluster
@@ -12,12 +12,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import botocore.session
 import msgspec
 import pytest
 import ray.autoscaler
 import yaml
+from botocore.validate import ParamValidator
 from lightkube.models import core_v1, meta_v1
 from ray.autoscaler._private import util
+from ray.autoscaler._private.aws import config as aws
+from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
 
 from aft_ray.config.run import parse_config
 from aft_ray.config.serve import parse_serve_config
@@ -281,3 +285,76 @@ def test_the_image_copies_what_exists():
         if line.startswith("COPY"):
             *sources, _ = line.split()[1:]
             assert all((ROOT / source).exists() for source in sources), line
+
+
+def run_instances_faults(arguments: dict) -> str:
+    """What AWS's own description of RunInstances says against the arguments that Ray gives it."""
+    model = botocore.session.get_session().get_service_model("ec2")
+    shape = model.operation_model("RunInstances").input_shape
+    return ParamValidator().validate(arguments, shape).generate_report()
+
+
+class Launches:
+    """Stands in for EC2: it keeps the arguments of `create_instances` and launches nothing."""
+
+    def __init__(self):
+        self.arguments = []
+
+    def create_instances(self, **arguments):
+        self.arguments.append(arguments)
+        return []
+
+
+@pytest.fixture
+def launched() -> dict[str, dict]:
+    """By node type, the arguments with which Ray's node provider launches a node of cluster.yaml."""
+    config = aws._configure_from_network_interfaces(launcher_file())
+    found = {}
+    for name, node_type in config["available_node_types"].items():
+        provider = object.__new__(AWSNodeProvider)
+        provider.cluster_name, provider.provider_config = config["cluster_name"], config["provider"]
+        provider.ec2_fail_fast = Launches()
+        provider._create_node(copy.deepcopy(node_type["node_config"]), {}, 1)
+        (found[name],) = provider.ec2_fail_fast.arguments
+    return found
+
+
+def test_aws_takes_what_ray_launches_nodes_with(launched):
+    for name, arguments in launched.items():
+        assert run_instances_faults(arguments) == "", name
+    misspelt = copy.deepcopy(launched["gpu"])
+    misspelt["NetworkInterfaces"][3]["NetworkCard"] = 3
+    assert "NetworkCard" in run_instances_faults(misspelt)
+
+
+def test_a_gpu_node_has_an_efa_adapter_on_each_of_its_network_cards(launched):
+    adapters = launched["gpu"]["NetworkInterfaces"]
+    assert launched["gpu"]["InstanceType"] == "p5.48xlarge"
+    assert [adapter["NetworkCardIndex"] for adapter in adapters] == list(range(32))
+    assert [adapter["DeviceIndex"] for adapter in adapters] == [0] + 31 * [1]
+    # Only an interface that is not "efa-only" carries IP, which Ray and NCCL's first connections need.
+    assert [adapter["InterfaceType"] for adapter in adapters] == ["efa"] + 31 * ["efa-only"]
+    assert all(adapter["DeleteOnTermination"] for adapter in adapters)
+    # AWS refuses groups beside interfaces, and all nodes must be in one group.
+    assert "SecurityGroupIds" not in launched["gpu"]
+    assert {tuple(adapter["Groups"]) for adapter in adapters} == {tuple(launched["head"]["SecurityGroupIds"])}
+
+
+def test_containers_may_use_rdma_devices():
+    docker = launcher_file()["docker"]
+    assert "--ulimit memlock=-1" in docker["run_options"]
+    assert "--privileged" in docker["worker_run_options"]
+    for name in ("raycluster.yaml RayCluster", "rayjob.yaml RayJob"):
+        spec = manifests()[name]["spec"]
+        (group,) = spec.get("rayClusterSpec", spec)["workerGroupSpecs"]
+        (container,) = group["template"]["spec"]["containers"]
+        assert container["resources"]["limits"]["vpc.amazonaws.com/efa"] == "32"
+        assert container["resources"]["limits"]["hugepages-2Mi"] == "5Gi"
+        assert container["securityContext"]["capabilities"]["add"] == ["IPC_LOCK"]
+
+
+def test_every_file_has_the_lines_that_choose_a_network_interface():
+    for path in [ROOT / "cluster.yaml", *(KUBERAY / f"ray{kind}.yaml" for kind in ("cluster", "job", "service"))]:
+        commented = [line for line in path.read_text().splitlines() if line.strip().startswith("# -")]
+        for variable in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
+            assert any(variable in line for line in commented), (path.name, variable)
