@@ -28,9 +28,9 @@ $(STAMP): pyproject.toml tools/install.sh $(wildcard constraints/*.txt)
 # The Pythons that the constraints are made for.
 PYTHONS ?= python3.11 python3.12 python3.13
 
-constraints: $(STAMP)  ## resolve pyproject.toml anew and write constraints/, by which make install installs
-	@TORCH_INDEX='$(TORCH_INDEX)' $(BIN)/python tools/resolve_constraints.py cpu constraints/cpu.txt $(PYTHONS)
-	@$(BIN)/python tools/resolve_constraints.py gpu constraints/gpu.txt $(PYTHONS)
+constraints:  ## resolve pyproject.toml anew and write constraints/, by which make install installs
+	@TORCH_INDEX='$(TORCH_INDEX)' $(PYTHON) tools/resolve_constraints.py cpu constraints/cpu.txt $(PYTHONS)
+	@$(PYTHON) tools/resolve_constraints.py gpu constraints/gpu.txt $(PYTHONS)
 
 demo: $(STAMP)  ## train a tiny reasoner in minutes
 	@$(BIN)/python jobs/demo.py $(ARGS)

