@@ -96,10 +96,12 @@ class ModelWriter:
                 failure = error
                 if time.monotonic() - started >= self._timeout_s:
                     failure = ModelWriteFailed(_too_late(version, self._timeout_s))
-                writing.ended.set_exception(failure)
-                # When another rank has ended, the workers are started again: that does not end the run.
-                if isinstance(failure, ModelWriteFailed):
-                    call(self._coordinator.fail, str(failure))
+                try:
+                    # When another rank has ended, the workers are started again: that does not end the run.
+                    if isinstance(failure, ModelWriteFailed):
+                        call(self._coordinator.fail, str(failure))
+                finally:
+                    writing.ended.set_exception(failure)
             else:
                 writing.ended.set_result(time.monotonic() - started)
 

@@ -7,8 +7,10 @@ import json
 import os
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from publications import deliver
@@ -16,12 +18,13 @@ from safetensors.torch import load_file
 
 from aft_ray.config.run import ModelConfig, TrainingConfig
 from aft_ray.coordination.broadcast_group import BroadcastGroup, Receiver
-from aft_ray.training import deepspeed
+from aft_ray.storage.run_dir import RunDir, RunDirError
+from aft_ray.training import deepspeed, model_writer
 from aft_ray.weights.broadcast.buckets import DIGESTS, receive
 from aft_ray.weights.broadcast.gloo_group import GlooGroup
 from aft_ray.weights.broadcast.rendezvous import connect_store
 from aft_ray.weights.broadcast.sender import Broadcast, BroadcastFailed
-from aft_ray.weights.export import LayerPass
+from aft_ray.weights.export import LayerPass, describe_model
 from aft_ray.weights.receive_plan import BroadcastOffer
 
 
@@ -88,6 +91,52 @@ def stream(module: torch.nn.Module, rank: int, output: Path) -> None:
         assert isinstance(control.results[2], BroadcastFailed)
 
 
+class Coordinator:
+    """Writes down what it is told, without an actor."""
+
+    def __init__(self) -> None:
+        self.failures: list[str] = []
+
+    def fail(self, reason: str) -> None:
+        self.failures.append(reason)
+
+
+class FullOnRank1(RunDir):
+    """A run directory to which rank 1 cannot write."""
+
+    def create_file(self, path, name):
+        if dist.get_rank() == 1:
+            raise RunDirError(f"cannot write {name}: No space left on device")
+        return super().create_file(path, name)
+
+
+def write_in_background(module: torch.nn.Module, rank: int, output: Path) -> None:
+    """Both ranks write a version, in place of what a killed run left; then one of them cannot, and both hear why."""
+    model_writer.call = lambda method, *arguments: method(*arguments)
+    run_dir, coordinator, durable = RunDir(output / "run"), Coordinator(), []
+    if rank == 0:
+        run_dir.write_bytes("model/model-99999.safetensors", b"of a run that was killed")
+    dist.barrier()
+
+    def start(storage: RunDir, path: str) -> model_writer.Writing:
+        layers = LayerPass(module, torch.float32, 40_000, rank, 2, deepspeed.gathered)
+        layers.run()
+        files = layers.files
+        writer = model_writer.ModelWriter(storage, rank, 60, coordinator)
+        describe = partial(describe_model, module, plan=layers.plan)
+        return writer.start(5, path, files, describe, lambda: durable.append(storage.is_complete(path)))
+
+    assert start(run_dir, "model").wait() < 60
+    assert durable == ([True] if rank == 0 else [])
+    assert run_dir.verify_manifest("model") == []  # every rank sees it complete
+    assert not run_dir.exists("model/model-99999.safetensors")
+    sentence = r"^the model directory of version 5 could not be written: cannot write model-\d+\.safetensors: No space"
+    with pytest.raises(model_writer.ModelWriteFailed, match=sentence) as failure:
+        start(FullOnRank1(output / "run"), "full").wait()
+    assert coordinator.failures == [str(failure.value)]
+    assert not run_dir.is_complete("full")
+
+
 def main(rank: int, port: str, model: str, output: Path, stage: int) -> None:
     torch.set_num_threads(1)
     deepspeed.ds_config = keep_nothing_gathered
@@ -97,6 +146,7 @@ def main(rank: int, port: str, model: str, output: Path, stage: int) -> None:
     assert all((parameter.numel() == 0) is (stage == 3) for parameter in engine.module.parameters())
     stream(engine.module, rank, output)
     assert all((parameter.numel() == 0) is (stage == 3) for parameter in engine.module.parameters())
+    write_in_background(engine.module, rank, output)
     layers = LayerPass(engine.module, torch.float32, 40_000, rank, 2, deepspeed.gathered)
     layers.run()
     for file in layers.files:
