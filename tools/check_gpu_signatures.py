@@ -33,7 +33,7 @@ sys.path[:0] = [str(ROOT / "tools"), str(ROOT)]
 
 from gpu_signatures import listed  # noqa: E402
 from gpu_signatures.comparison import DIFFERENT, HANDLED, SAME, UNKNOWN, Row, compare  # noqa: E402
-from gpu_signatures.package_tree import Definition, PackageTree  # noqa: E402
+from gpu_signatures.package_tree import Missing, PackageTree  # noqa: E402
 from gpu_signatures.touched import Use, attributes_of, string_keys, uses_in  # noqa: E402
 
 PACKAGES = ("vllm", "ray", "deepspeed")
@@ -163,9 +163,12 @@ def server_argument_rows(gpu: PackageTree, unpacked: Path) -> Iterator[Row]:
 
 
 def fields(tree: PackageTree, target: str) -> dict[str, bool]:
+    """Returns the fields of a class; none if it is not there."""
     module, _, name = target.partition(":")
-    found: Definition = tree.resolve(module, [name])
-    return tree.fields(found) or {}
+    try:
+        return tree.fields(tree.resolve(module, [name])) or {}
+    except Missing:
+        return {}
 
 
 def import_all(unpacked: Path) -> int:

@@ -134,6 +134,17 @@ def test_an_inherited_method_is_found_and_one_from_outside_is_unknown(tmp_path):
     assert gone["pkg.a.C.run"].detail == "pkg.a.C has no run"
 
 
+def test_a_method_of_which_only_the_abstract_one_is_left_differs(tmp_path):
+    base = "class B:\n    @abstractmethod\n    def run(self): ...\nclass C(B):"
+    rows = judged(
+        tmp_path,
+        "from pkg.a import C\nC.run()\n",
+        {"pkg/a.py": f"{base}\n    def run(self): ..."},
+        {"pkg/a.py": f"{base} ..."},
+    )
+    assert rows["pkg.a.C.run"].detail == "only an abstract method is left"
+
+
 def one_of(rows, ending: str) -> str:
     return next(row.verdict for name, row in rows.items() if name.endswith(ending))
 

@@ -102,6 +102,8 @@ def _judge(uses: list[Use], tested: PackageTree, gpu: PackageTree, gpu_module: s
         )
     if ours.kind != theirs.kind:
         return _kinds(ours, theirs)
+    if theirs.abstract and not ours.abstract:
+        return DIFFERENT, ours.kind, "only an abstract method is left"
     if ours.kind == "function":
         problems, notes = _signatures(parameters(ours), parameters(theirs))
         problems += [text for use in uses if use.called for text in refused(use, parameters(theirs))]

@@ -31,6 +31,7 @@ class Definition:
         line: line of the definition; 0 for a module.
         node: the syntax of a class or function.
         bound: whether a function is a method, whose first parameter the call gives itself.
+        abstract: whether it is a method that subclasses have to define.
     """
 
     kind: str
@@ -38,6 +39,7 @@ class Definition:
     line: int = 0
     node: ast.AST | None = None
     bound: bool = False
+    abstract: bool = False
 
 
 @dataclass
@@ -330,11 +332,12 @@ def _own_member(owner: Definition, name: str) -> Definition | None:
             decorators = {_last_name(one) for one in node.decorator_list}
             if decorators & {"property", "cached_property"}:
                 return Definition("value", owner.module, node.lineno)
-            return Definition("function", owner.module, node.lineno, node, bound="staticmethod" not in decorators)
+            bound, abstract = "staticmethod" not in decorators, "abstractmethod" in decorators
+            return Definition("function", owner.module, node.lineno, node, bound, abstract)
         if isinstance(node, ast.ClassDef) and node.name == name:
             return Definition("class", owner.module, node.lineno, node)
-        for bound, _ in _bound_names(node, "", False):
-            if bound == name:
+        for other, _ in _bound_names(node, "", False):
+            if other == name:
                 return Definition("value", owner.module, node.lineno)
     for found in ast.walk(owner.node):
         if not isinstance(found, ast.Attribute) or not isinstance(found.ctx, ast.Store):
