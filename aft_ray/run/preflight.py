@@ -1,4 +1,4 @@
-"""Checks of a run before any actor starts: DeepSpeed's keys, the model, and the layers that get LoRA adapters."""
+"""Checks of a run before any actor starts: DeepSpeed's keys, the model, its experts and its LoRA adapters."""
 
 from __future__ import annotations
 
@@ -9,14 +9,35 @@ from aft_ray.inference.installed_arguments import check_engine_arguments
 from aft_ray.storage.model_files import check_model
 from aft_ray.training.deepspeed_config import check_options
 
+# Mixtures of experts for which a fresh engine, an updated one and transformers give the same scores: model_type.
+EXPERT_TYPES = ("granitemoe", "olmoe", "qwen2_moe", "qwen3_moe")
+_NUMBERS_OF_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
 
 def check_run(config: RunConfig) -> None:
     """Raises ConfigError when the model cannot be trained, or vLLM cannot be started, as the config says."""
     check_options(config.training, config.model.dtype)
     check_engine_arguments(config.sampling.engine_args, "sampling.engine_args")
     model_config = check_model(config)
+    if config.needs_samplers:
+        check_experts(model_config)
     if config.lora is not None:
         _check_adapters(config, config.lora, model_config)
+
+
+def check_experts(model_config: Any) -> None:
+    """Raises ConfigError for a mixture of experts whose weights are not known to be right in a running engine.
+
+    The types differ in the names of their weights, and in how vLLM lays them out for its kernels.
+    """
+    text_config = model_config.get_text_config()
+    experts = max(int(getattr(text_config, key, None) or 0) for key in _NUMBERS_OF_EXPERTS)
+    if experts > 1 and text_config.model_type not in EXPERT_TYPES:
+        raise ConfigError(
+            f"model.name is a mixture of {experts} experts of the type {text_config.model_type}, whose new weights are "
+            f"not known to be right in a running engine; use a model of one of the types {', '.join(EXPERT_TYPES)}, or "
+            f"one without experts"
+        )
 
 
 def _check_adapters(config: RunConfig, lora: LoraConfig, model_config: Any) -> None:

@@ -22,6 +22,7 @@ from aft_ray.storage.directories import DirectoryStore
 from aft_ray.storage.stored_files import StoredFile
 from aft_ray.weights.adapter import ADAPTER_FILE, is_adapter, merged, published_name, stored_name
 from aft_ray.weights.broadcast.buckets import Layout
+from aft_ray.weights.digests import tensor_digest, write_digests
 from aft_ray.weights.shard_file import ShardFile
 from aft_ray.weights.shard_plan import Shape, ShardPlan, plan_shards
 
@@ -214,7 +215,8 @@ def write_adapter(model: Any, directory: Path, rank: int, gather: Gather = alrea
                 tensors |= {stored_name(name): one.detach().to("cpu", copy=True) for name, one in adapters}
     if rank == 0:
         directory.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, directory / ADAPTER_FILE, metadata={"format": "pt"})
+        digests = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
+        save_file(tensors, directory / ADAPTER_FILE, metadata={"format": "pt", **write_digests(digests)})
         model.peft_config["default"].save_pretrained(str(directory))
 
 

@@ -16,6 +16,7 @@ FAMILIES = {
     "qwen3": {},  # with norms of queries and keys
     "qwen3_moe": {**_EXPERTS, "norm_topk_prob": True},
     "qwen2_moe": {**_EXPERTS, "shared_expert_intermediate_size": 64},
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "olmoe": {"intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2},
 }
 

@@ -7,14 +7,16 @@ between `begin_weights` and `finish_weights` the model is not run.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 from aft_ray.inference.request_parameters import adapter_request
 from aft_ray.inference.vllm_worker.reload import begin_reload, finish_reload
+from aft_ray.weights.adapter import ADAPTER_FILE
 from aft_ray.weights.arrivals import Arrivals
-from aft_ray.weights.digests import read_digests
+from aft_ray.weights.digests import read_digests, tensor_digest
 from aft_ray.weights.receive_plan import GLOO_BACKEND, NCCL_BACKEND
 
 WeightTransferEngineFactory.register_engine(
@@ -71,8 +73,29 @@ class WeightLoader:
         """Says what is wrong with the weights of the broadcast that has just ended."""
         return str(self.weight_transfer_engine.problem)
 
-    def load_adapter(self, number: int, directory: str) -> None:
-        """Loads a LoRA adapter in place of the one before, which may have the same number."""
+    def held_digests(self) -> dict[str, int]:
+        """The digest of every parameter and buffer that this process computes with, by vLLM's names.
+
+        Where vLLM keeps only a packed copy, as for most layers on the CPU, the parameter is empty.
+        """
+        model = self.model_runner.get_model()
+        return {name: tensor_digest(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+
+    def load_adapter(self, number: int, directory: str) -> str:
+        """Loads a LoRA adapter in place of the one before, which may have the same number; says what is wrong with it.
+
+        What is wrong is found before the adapter is loaded, which is then left out.
+        """
+        from safetensors import safe_open
+
+        arrivals = Arrivals()
+        with safe_open(Path(directory) / ADAPTER_FILE, framework="pt") as file:
+            arrivals.announce(read_digests(file.metadata()))
+            for _ in arrivals.watch((name, file.get_tensor(name)) for name in file.keys()):  # noqa: SIM118
+                pass
+        if problem := arrivals.problem():
+            return problem
         # The request is made here: as an argument of a call it would reach another process as a plain list.
         if not self.model_runner.add_lora(adapter_request(number, directory)):
             raise RuntimeError(f"vLLM did not load adapter {number} from {directory}")
+        return ""
