@@ -110,7 +110,7 @@ def publish_time(
     else:
         beside.insert(0, directory)
     beside = [replace(one, how=f"{one.how}, beside the next round") for one in beside]
-    moved, bandwidth, how = _transport(size, assumptions, node, transport, max(1, sampler_nodes))
+    moved, bandwidth, how = _transport(size, assumptions, node, transport, max(1, sampler_nodes), worker_nodes)
     arriving = [Quantity(f"to the engines by {transport}", moved / bandwidth, "s", how)]
     if gpu and transport in {"object_store", "checkpoint"}:
         share = size.weights / engine_processes
@@ -121,7 +121,7 @@ def publish_time(
 
 
 def _transport(
-    size: Sizes, assumptions: PlanAssumptions, node: NodeType, transport: str, nodes: int
+    size: Sizes, assumptions: PlanAssumptions, node: NodeType, transport: str, nodes: int, worker_nodes: int
 ) -> tuple[float, float, str]:
     """The bytes that are moved, the bandwidth in bytes a second, and the formula."""
     if transport == "nccl":
@@ -134,10 +134,8 @@ def _transport(
             rate * GB,
             f"{counted(nodes, 'node')} x {gigabytes(size.weights)} / storage {rate:g} GB/s in all",
         )
-    each = size.adapter if transport == "lora" else size.weights
-    rate = assumptions.object_store
-    return (
-        nodes * each,
-        rate * GB,
-        f"{counted(nodes, 'node')} x {gigabytes(each)} / {rate:g} GB/s out of the trainer's node",
-    )
+    # Worker 0 has the adapter; every worker has the layers that it owns.
+    each, sources = (size.adapter, 1) if transport == "lora" else (size.weights, worker_nodes)
+    rate = sources * assumptions.object_store
+    how = f"{counted(nodes, 'node')} x {gigabytes(each)} / {rate:g} GB/s out of {counted(sources, 'trainer node')}"
+    return nodes * each, rate * GB, how
