@@ -1,19 +1,20 @@
 """Checkpoints: the training state from which workers continue after a round, on whatever number of ranks.
 
-Each rank writes its shards to a local disk, and they are copied to the run directory while training goes on.
-Invariants: a checkpoint counts only with its manifest, which rank 0 writes when the files of every rank are there; at
-most one checkpoint is being saved; a save that fails ends the run.
+Each rank writes its shards to a local disk, and copies them to the run directory while training goes on. Invariants: a
+rank reads and writes only its own bytes, and computes their digests meanwhile; a checkpoint counts only with its
+manifest, which rank 0 writes when the files of every rank are there; at most one checkpoint is being saved; a save that
+fails ends the run.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,11 @@ import ray.train
 import torch.distributed as dist
 
 from aft_ray.coordination.coordinator import call
+from aft_ray.storage.room import check_room
 from aft_ray.storage.run_dir import RunDir
 from aft_ray.storage.stored_files import StoredFile
 from aft_ray.training import deepspeed
-from aft_ray.training.loading import LoadingError
+from aft_ray.training.scratch import WAY_OUT, raise_on_every_rank, scratch_directory
 
 
 class CheckpointFailed(RuntimeError):
@@ -42,9 +44,7 @@ class CheckpointWriter:
         self._run_dir, self._rank, self._timeout_s, self._coordinator = run_dir, rank, timeout_s, coordinator
         # A process group of its own, because training uses the default one in the meantime.
         self._process_group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
-        # The name is the same after a restart, so the files that a killed worker left are removed by its successor.
-        run = hashlib.sha256(run_dir.uri().encode()).hexdigest()[:16]
-        self._scratch = Path(tempfile.gettempdir(), f"aft-ray-checkpoint-{run}-{rank}")
+        self._scratch = scratch_directory(run_dir, "checkpoint") / str(rank)
         self._round = 0
         self._saving: Future[None] | None = None
 
@@ -77,6 +77,8 @@ class CheckpointWriter:
                     self._run_dir.write_manifest(path, written)
                     on_durable()
                 shutil.rmtree(self._scratch)
+                with contextlib.suppress(OSError):  # other ranks of the node may still have files there
+                    self._scratch.parent.rmdir()
             except BaseException as error:
                 reason = (str(error).splitlines() or [repr(error)])[0]
                 failure = CheckpointFailed(f"the checkpoint of round {round_number} could not be saved: {reason}")
@@ -116,43 +118,95 @@ class CheckpointWriter:
         self._saving = None
 
 
-@contextlib.contextmanager
-def universal_checkpoint(directory: Path, run_dir: RunDir, timeout_s: float) -> Iterator[Path]:
-    """Converts a checkpoint for another number of ranks; yields a directory that exists as long as the context lasts.
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Which rank this is, of how many, and the same among the ranks of its node."""
 
-    If the run directory is on storage that every node mounts, rank 0 converts it there; else one rank on each node
-    converts it on the local disk. All ranks call this together.
+    rank: int
+    ranks: int
+    local_rank: int
+    local_ranks: int
+
+    @classmethod
+    def here(cls) -> Place:
+        """The place of this process."""
+        local, of_node = (int(os.environ[name]) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+        return cls(dist.get_rank(), dist.get_world_size(), local, of_node)
+
+
+@dataclass(frozen=True, slots=True)
+class FetchedState:
+    """The files of a training state on this machine, for `deepspeed.load_checkpoint`.
+
+    Attributes:
+        universal: they were converted for another number of ranks.
+    """
+
+    directory: Path
+    universal: bool
+
+
+@contextlib.contextmanager
+def fetched_state(run_dir: RunDir, path: str, timeout_s: float) -> Iterator[FetchedState]:
+    """Fetches a checkpoint as far as the ranks of this node need it. All ranks call this together.
+
+    Every rank fetches its own files and compares their digests. If another number of ranks saved the checkpoint, the
+    ranks share the files among them, and one converts them: in the run directory if every node mounts it, else on each
+    node. The directory exists as long as the context lasts.
 
     Raises:
-        LoadingError: on every rank, if the conversion failed on any.
+        LoadingError: on every rank, if a file is damaged, a directory has too little room, or the conversion failed.
     """
-    shared = run_dir.staging()
-    converts = dist.get_rank() == 0 if shared else int(os.environ["LOCAL_RANK"]) == 0
-    name = f"aft-ray-universal-{hashlib.sha256(str(directory).encode()).hexdigest()[:16]}"
-    output = Path(shared or tempfile.gettempdir(), name)
+    place = Place.here()
+    files = [file for file in run_dir.read_manifest(path) if file.name.endswith(".pt")]
+    saved_by = deepspeed.checkpoint_world_size([file.name for file in files])
+    universal = saved_by not in (None, place.ranks)
+    shared = run_dir.staging() if universal else None
+    leads = place.rank == 0 if shared else place.local_rank == 0
+    name = scratch_directory(run_dir, "resume").name
+    root = Path(shared or tempfile.gettempdir(), name)
     try:
-        _raise_on_every_rank(lambda: _convert(directory, output, timeout_s) if converts else None)
-        yield output
+        raise_on_every_rank(lambda: _prepare(root, run_dir, files, place, universal) if leads else None)
+        wanted = files_to_fetch(files, place, universal, shared is not None)
+        raise_on_every_rank(lambda: run_dir.fetch_files(path, wanted, root / "saved"))
+        if universal:
+            raise_on_every_rank(lambda: _convert(root, timeout_s) if leads else None)
+        yield FetchedState(root / ("universal" if universal else "saved"), universal)
         dist.barrier()
     finally:
-        if converts:
-            shutil.rmtree(output, ignore_errors=True)
+        if leads:
+            shutil.rmtree(root, ignore_errors=True)
 
 
-def _convert(directory: Path, output: Path, timeout_s: float) -> None:
-    shutil.rmtree(output, ignore_errors=True)
-    output.mkdir(parents=True)
-    deepspeed.convert_to_universal(directory, output, timeout_s)
+def files_to_fetch(files: Sequence[StoredFile], place: Place, universal: bool, shared: bool) -> list[StoredFile]:
+    """The files of a checkpoint that one rank fetches. Together the ranks of a node fetch what they load, once.
+
+    Args:
+        universal: the files are converted for another number of ranks, which reads all of them.
+        shared: the ranks of all nodes fetch into one directory.
+    """
+    if universal:
+        return list(files[place.rank :: place.ranks] if shared else files[place.local_rank :: place.local_ranks])
+    owners = [deepspeed.rank_of_file(file.name) for file in files]
+    # Every rank loads a file that belongs to none, such as the whole weights of ZeRO stages 0 to 2.
+    mine = {place.rank, None} if place.local_rank == 0 else {place.rank}
+    return [file for file, owner in zip(files, owners, strict=True) if owner in mine]
 
 
-def _raise_on_every_rank(work: Callable[[], None]) -> None:
-    """Calls `work` on every rank. A LoadingError of one rank is raised on all, so that no rank waits for another."""
-    message = None
-    try:
-        work()
-    except LoadingError as error:
-        message = str(error)
-    messages: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, message)
-    for failure in filter(None, messages):
-        raise LoadingError(failure)
+def _prepare(root: Path, run_dir: RunDir, files: Sequence[StoredFile], place: Place, universal: bool) -> None:
+    """Makes the directory that files are fetched to, without what a killed worker left there. Checks its room."""
+    shutil.rmtree(root, ignore_errors=True)
+    root.mkdir(parents=True)
+    needed = 0
+    if not run_dir.is_local:  # else it gets links
+        first = place.rank - place.local_rank
+        of_node = range(first, first + place.local_ranks)
+        needed += sum(file.size for file in files if universal or deepspeed.rank_of_file(file.name) in {None, *of_node})
+    if universal:
+        needed += 2 * sum(file.size for file in files)  # slices of parameters, which are then merged
+    check_room(root, needed, "the training state that the run continues from", WAY_OUT)
+
+
+def _convert(root: Path, timeout_s: float) -> None:
+    (root / "universal").mkdir()
+    deepspeed.convert_to_universal(root / "saved", root / "universal", timeout_s)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -24,6 +25,8 @@ from aft_ray.training.lora import add_adapters, load_adapter
 from aft_ray.training.process_groups import set_default_timeout
 
 _TAG = "state"  # the subdirectory of a checkpoint that DeepSpeed writes
+# DeepSpeed's names of the files that one rank writes and loads: the optimizer's state, at stage 3 the module's too.
+_OF_RANK = re.compile(r"zero_pp_rank_(\d+)_mp_rank_\d+_(?:optim|model)_states\.pt$")
 
 
 def build_engine(
@@ -123,9 +126,19 @@ def load_checkpoint(engine: Any, directory: str | Path) -> dict[str, Any]:
     return dict(client_state)
 
 
-def checkpoint_world_size(directory: str | Path) -> int | None:
-    """The number of ranks that saved a checkpoint; None without ZeRO, whose state any number of ranks can load."""
-    return len(list((Path(directory) / _TAG).glob("*_optim_states.pt"))) or None
+def checkpoint_world_size(files: Sequence[str]) -> int | None:
+    """The number of ranks that saved a checkpoint; None without ZeRO, whose state any number of ranks can load.
+
+    Args:
+        files: the names of its files.
+    """
+    return sum(name.endswith("_optim_states.pt") for name in files) or None
+
+
+def rank_of_file(name: str) -> int | None:
+    """The rank that loads a file of a checkpoint; None when all ranks load it."""
+    match = _OF_RANK.search(name)
+    return int(match.group(1)) if match else None
 
 
 def convert_to_universal(directory: str | Path, output: str | Path, timeout_s: float) -> None:

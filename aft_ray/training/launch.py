@@ -5,12 +5,16 @@ Invariant: this module imports neither torch nor DeepSpeed until workers start, 
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from typing import Any
 
-from aft_ray.config.run import RunConfig
+from aft_ray.config.run import RunConfig, TrainingConfig
 from aft_ray.storage.run_dir import RunDir
+
+# The variables that torch reads the settings of its allocator from: today's name, and the older one.
+_ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,8 @@ def fit(worker: WorkerConfig) -> None:
     trainer = TorchTrainer(
         _train_function,
         train_loop_config={"worker": worker},
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=int(training.timeout_s)),
+        # Ray Train takes whole seconds; no process group has less than the run's.
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=math.ceil(training.timeout_s)),
         scaling_config=ScalingConfig(
             num_workers=training.workers,
             use_gpu=gpu,
@@ -55,14 +60,30 @@ def fit(worker: WorkerConfig) -> None:
             name="rounds",
             failure_config=FailureConfig(max_failures=training.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=training.keep_checkpoints),
+            worker_runtime_env={"env_vars": worker_environment(training)},
         ),
     )
     trainer.fit()
 
 
+def worker_environment(training: TrainingConfig) -> dict[str, str]:
+    """The environment variables that the processes of the train workers have beside those of their nodes.
+
+    On GPUs torch's allocator gets segments that can grow, since micro-batches of many sizes leave gaps between fixed
+    ones. Engines must not have them: the memory that sleep mode releases is not part of such segments. A setting of
+    the user is kept.
+    """
+    given = any(name in os.environ for name in _ALLOCATOR_SETTINGS)
+    if training.gpus_per_worker == 0 or given:
+        return {}
+    return {_ALLOCATOR_SETTINGS[0]: "expandable_segments:True"}
+
+
 def _train_function(loop_config: dict[str, Any]) -> None:
     """What Ray Train calls in every worker process, where torch is imported."""
+    from aft_ray.training.process_groups import set_default_timeout
     from aft_ray.training.worker import run_worker
 
     worker: WorkerConfig = loop_config["worker"]
+    set_default_timeout(worker.config.training.timeout_s)
     run_worker(worker.config, worker.run_dir, worker.coordinator, worker.questions)

@@ -38,12 +38,13 @@ from aft_ray.storage.records import Group
 from aft_ray.storage.run_dir import LOGS, RunDir, RunDirError
 from aft_ray.tasks.dataset import load_tokenizer
 from aft_ray.training import batching, deepspeed, step
-from aft_ray.training.checkpoint import CheckpointFailed, CheckpointWriter, universal_checkpoint
+from aft_ray.training.checkpoint import CheckpointFailed, CheckpointWriter, fetched_state
 from aft_ray.training.collate import collate
 from aft_ray.training.loading import LoadingError
 from aft_ray.training.model_writer import ModelWriteFailed, Writing
 from aft_ray.training.offload import offload_states, reload_states, worker_placement
 from aft_ray.training.schedule import RoundSchedule, round_schedule
+from aft_ray.training.scratch import check_scratch
 from aft_ray.training.weight_publisher import WeightPublisher, build_transport
 
 # Errors that starting the workers again cannot repair. The message of each is one sentence for the user.
@@ -98,6 +99,7 @@ class TrainWorker:
             call(coordinator.begin_training)
         transport = build_transport(config, coordinator, rank)
         self.publisher = WeightPublisher(config, run_dir, tokenizer, rank, transport, coordinator)
+        check_scratch(config, run_dir)
         self.checkpoints = CheckpointWriter(run_dir, rank, config.training.timeout_s, coordinator)
         if config.training.gpus_per_worker == 0:
             torch.set_num_threads(max(1, int(config.training.cpus_per_worker)))
@@ -253,14 +255,9 @@ class TrainWorker:
         build = partial(deepspeed.build_engine, name, config.model, config.training, lora=config.lora, adapter=adapter)
         if resumed is None:
             return build()
-        saved = self.run_dir.fetch_directory(resumed.checkpoint)
-        if deepspeed.checkpoint_world_size(saved) in (None, self.world_size):
-            engine = build()
-            deepspeed.load_checkpoint(engine, saved)
-            return engine
-        with universal_checkpoint(saved, self.run_dir, config.training.timeout_s) as converted:
-            engine = build(universal=True)
-            deepspeed.load_checkpoint(engine, converted)
+        with fetched_state(self.run_dir, resumed.checkpoint, config.training.timeout_s) as saved:
+            engine = build(universal=saved.universal)
+            deepspeed.load_checkpoint(engine, saved.directory)
         return engine
 
 
