@@ -7,11 +7,12 @@ run.
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -26,6 +27,8 @@ from aft_ray.weights.export import store_file
 from aft_ray.weights.shard_file import ShardFile
 
 T = TypeVar("T")
+# Seconds of waiting after which a worker says in its log what it waits for.
+_QUIET_S = 30.0
 
 
 class ModelWriteFailed(RuntimeError):
@@ -47,10 +50,12 @@ class Writing:
             ModelWriteFailed: it could not be written, or not in time.
             RuntimeError: another rank ended meanwhile.
         """
-        try:
-            return self.ended.result(self.timeout_s)
-        except TimeoutError:
-            raise ModelWriteFailed(_too_late(self.version, self.timeout_s)) from None
+        quiet_s = min(_QUIET_S, self.timeout_s)
+        if not wait([self.ended], quiet_s).done:
+            print(f"waits until the model directory of version {self.version} is written", file=sys.stderr, flush=True)
+        if not wait([self.ended], self.timeout_s - quiet_s).done:
+            raise ModelWriteFailed(_too_late(self.version, self.timeout_s))
+        return self.ended.result()
 
 
 class ModelWriter:
