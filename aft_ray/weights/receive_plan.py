@@ -154,7 +154,7 @@ class FromBroadcast:
     def calls(self, timeout_s: float) -> Iterator[EngineCall]:
         """Joins the process group, receives all buckets, and leaves the group; `timeout_s` is each phase's deadline."""
         layout = self.offer.layout
-        init_info = {
+        init_info: dict[str, Plain] = {
             "master_address": self.offer.address,
             "master_port": self.offer.port,
             "rank_offset": self.first_rank,
@@ -163,7 +163,7 @@ class FromBroadcast:
             "packed_buffer_size_bytes": layout.threshold,
             "timeout_s": timeout_s,
         }
-        update_info = {
+        update_info: dict[str, Plain] = {
             "names": [name for name, _, _ in layout.stream],
             "dtype_names": [dtype for _, _, dtype in layout.stream],
             "shapes": [list(shape) for _, shape, _ in layout.stream],
