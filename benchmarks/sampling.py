@@ -102,7 +102,7 @@ def _config(run_dir: str, model: str, questions: int, k: int, max_tokens: int, s
         "run_dir": run_dir,
         "model": {"name": model, "dtype": "float32", "max_length": 256},
         "data": {"task": "arithmetic", "arithmetic": {"train_size": max(questions, WARM_UP_QUESTIONS)}},
-        "sampling": {"k": k, "max_tokens": max_tokens},
+        "sampling": {"k": k, "max_tokens": max_tokens, "max_num_seqs": 128},
         "cluster": {"logical_cpus": 4},
     }
     for override in settings:
