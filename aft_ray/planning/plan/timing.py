@@ -215,13 +215,13 @@ class TimeModel:
         trained = self.trained
         share = (workers - 1) / workers
         everything = self.width * self.model.parameters * share
-        gradients = self.width * trained * share
+        gradients, weights = 4 * trained * share, self.width * trained * share  # gradients are reduced in float32
         if stage == 3:
             how = f"{passes} x (2 gathers of {giga(self.model.parameters)} weights, gradients of {giga(trained)})"
             return passes * (2 * everything + gradients), how
         if stage == 2:
             how = f"{passes} x gradients of {giga(trained)}, their weights once"
-            return (passes + 1) * gradients, how
+            return passes * gradients + weights, how
         return 2 * gradients, f"gradients of {giga(trained)} reduced to all once"
 
     def _offload_seconds(self, workers: int, passes: int) -> float:
