@@ -12,6 +12,7 @@ sampler waits for the next update, the service loads the previous version again.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -20,6 +21,12 @@ from typing import Any, Protocol
 from aft_ray.inference.update_phases import PhaseTimeout, UpdatePhases
 from aft_ray.weights.receive_plan import RECOVERABLE_PHASES, EngineCall, Phase
 from aft_ray.weights.version_manifest import VersionManifest, WeightsMissed, WeightUpdateFailed
+
+# What vLLM puts around the error of a worker in another process.
+_OTHER_PROCESS = re.compile(
+    r"^(Call to collective_rpc method failed: )?(Worker failed with error ')?"
+    r"|', please check the stack trace above for the root cause$"
+)
 
 
 class WrongVersion(RuntimeError):
@@ -212,12 +219,17 @@ def receive_weights(client: BlockingClient, calls: Iterator[EngineCall], enter_p
     except Exception as error:
         if phase not in RECOVERABLE_PHASES:
             raise
-        # Only the first line: torch adds its stack frames in the lines below.
-        raise WeightTransferFailed((str(error).strip() or repr(error)).splitlines()[0]) from None
+        raise WeightTransferFailed(_reason(error)) from None
     if problems:
         raise WrongWeights(problems[0])
     if not client.reset_prefix_cache():
         raise RuntimeError("the prefix cache could not be reset after new weights were loaded")
+
+
+def _reason(error: Exception) -> str:
+    """What a worker process said, without the stack frames that torch adds, and without vLLM's words around it."""
+    first_line = (str(error).strip() or repr(error)).splitlines()[0]
+    return _OTHER_PROCESS.sub("", first_line)
 
 
 def _located(problem: object, rank: int, processes: int) -> str:

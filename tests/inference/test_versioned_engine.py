@@ -152,3 +152,24 @@ def test_only_a_failed_transfer_is_recoverable():
     assert phases == ["fetch", "rendezvous"]
     with pytest.raises(ConnectionError):
         receive_weights(FakeEngine(fails_in="load"), plan.calls(1), phases.append)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Call to collective_rpc method failed: {}",
+        "Worker failed with error '{}', please check the stack trace above for the root cause",
+        "Call to collective_rpc method failed: Worker failed with error '{}', please check the stack trace above for "
+        "the root cause",
+        "{}",
+        "{}\nException raised from recvBytes at socket.hpp:307",
+    ],
+)
+def test_an_error_from_another_process_reads_as_one_from_this_process(said):
+    class Client:
+        def collective_rpc(self, method, *, args):
+            raise RuntimeError(said.format("the peer's store at 10.0.0.1 is gone"))
+
+    calls = iter([EngineCall("rendezvous", "init_weight_transfer_engine")])
+    with pytest.raises(WeightTransferFailed, match=r"^the peer's store at 10\.0\.0\.1 is gone$"):
+        receive_weights(Client(), calls, lambda phase: None)
