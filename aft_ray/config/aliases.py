@@ -67,7 +67,11 @@ _KEYS = (
     ("cpus_per_sampler cpus_per_worker logical_cpus cpus", "cpu cpus ncpu n_cpus num_cpus"),
     ("", "nodes nnodes num_nodes"),
     ("gpu_memory_utilization", "gpu_mem gpu_memory gpu_util gpu_mem_util mem_fraction mem_fraction_static"),
-    ("engine_args engine.args", "engine_kwargs vllm_args vllm_kwargs extra_args extra_engine_args"),
+    (
+        "engine_args engine.args",
+        "engine_kwargs vllm_args vllm_kwargs extra_args extra_engine_args kv_cache_dtype speculative_config "
+        "hf_overrides max_num_batched_tokens enforce_eager enable_prefix_caching",
+    ),
     ("kv_cache_gib", "kv_cache kv_cache_gb kv_cache_memory"),
     ("colocate", "colocate_all hybrid_engine"),
     ("max_staleness", "staleness off_policy async_level max_off_policy_steps"),

@@ -111,7 +111,11 @@ def engine_memory(
         Quantity("sequences at once", limits[binding], "", ", ".join(f"{n}={v:,}" for n, v in limits.items())
                + f": {binding} binds"),
     ]  # fmt: skip
-    host = assumptions.process_memory * GB * processes + (0 if gpu else weights * processes + cache)
+    host = assumptions.process_memory * GB * processes
+    if not gpu:
+        host += weights * processes + cache
+    elif sampling.colocate and config.weights.transport == "lora":
+        host += weights * processes  # a sleeping engine keeps the weights below its adapter
     return EngineMemory(
         weights, cache, weights + (assumptions.engine_reserve * GB if gpu else 0.0), host, kv_token, longest,
         max(0, limits[binding]), tuple(lines),
