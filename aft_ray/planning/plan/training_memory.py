@@ -4,7 +4,8 @@ Sources. States: ZeRO (Rajbhandari et al., arXiv 1910.02054): 2 bytes of bfloat1
 float32 master weights and Adam moments for each parameter. Gradients are accumulated in float32 here, so stages 2 and 3
 hold 4 bytes of them instead of 2, and stage 1 (`BF16_Optimizer`) holds 4 beside the 2 of bfloat16, unsharded.
 Offloading: ZeRO-Offload (arXiv 2101.06840). Activations: the tensors that autograd saves in transformers' Llama,
-counted in the manner of Korthikanti et al. (arXiv 2205.05198). Tests compare states and activations with real ones.
+counted in the manner of Korthikanti et al. (arXiv 2205.05198), and what a step holds beside them at its peak. Tests
+compare states with real ones, and activations with those of the real step at the sizes of 7B to 72B.
 
 Invariant: GPU and host memory are upper bounds for a run that uses the limits of its config fully, not means.
 """
@@ -192,11 +193,16 @@ def _activations(config: RunConfig, model: Architecture, work: Workload, workers
     lines = [Quantity("saved activations", saved, "bytes", how)]
     columns: float = min(1.0, config.sampling.max_tokens / min(longest, work.prompt + config.sampling.max_tokens))
     responses = tokens * columns
-    # Forward: logits, their float32 copy, and the log-softmax. Backward: the log-softmax and two gradients of it.
-    logits = (width + 10) * model.vocabulary * responses
+    # Forward: logits, those of response tokens, in bfloat16 their float32 copy, and the log-softmax; and what the last
+    # norm saves.
+    logits = 12 * model.vocabulary * responses + (8 if half else 12) * model.hidden * tokens
+    # Backward: gradients of the two factors in the MLP and of the product, whose input is not needed any more.
+    gradients = 2 * width * model.intermediate + width * model.hidden
+    recomputed = layer if config.training.activation_checkpointing else 0.0
+    what = "a layer recomputed and its gradients" if recomputed else "the gradients of a layer"
     temporary = {
-        f"logits: {responses:,.0f} response tokens x {model.vocabulary:,} x {width + 10} bytes": logits,
-        f"a layer recomputed or its gradients: {tokens:,} x {layer:,.0f} bytes": layer * tokens,
+        f"logits: {responses:,.0f} response tokens x {model.vocabulary:,} x 12 bytes, and the last norm": logits,
+        f"{what}: {tokens:,} x {recomputed + gradients:,.0f} bytes": (recomputed + gradients) * tokens,
     }
     training = config.training
     if training.zero_stage == 3 and not training.offload_optimizer and config.lora is None:
