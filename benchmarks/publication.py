@@ -81,7 +81,7 @@ class Trainer:
         self._model = AutoModelForCausalLM.from_pretrained(model, dtype=self._dtype).to("cuda" if gpu else "cpu")
         self._coordinator, self._run_dir = coordinator, RunDir(directory)
         self._writer = ModelWriter(self._run_dir, 0, 600, coordinator)
-        control = CoordinatorControl(coordinator, 600, 0, 1)
+        control = CoordinatorControl(coordinator, 600, 0, 1, 600)
         self._transports = {
             "checkpoint": SharedStorage(),
             "object_store": ObjectStore(control),

@@ -50,7 +50,7 @@ class CoordinatorControl:
     timeout_s: float
     rank: int
     workers: int
-    workers_timeout_s: float = 600
+    workers_timeout_s: float
 
     @property
     def address(self) -> str:

@@ -177,7 +177,7 @@ def test_a_broadcast_that_loses_an_engine_harms_neither_the_trainer_nor_the_othe
     try:
         pool.wait_ready(2)
         model = AutoModelForCausalLM.from_pretrained(tiny_model)
-        control = RecordingControl(coordinator, 300, 0, 1)
+        control = RecordingControl(coordinator, 300, 0, 1, 300)
         trainer, probes = Broadcast(control, 1 << 20, 8, gpu=False), read_version_manifest(1, tiny_model).probes
         offered: queue.Queue = queue.Queue()
 
