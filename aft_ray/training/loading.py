@@ -94,6 +94,7 @@ def _load_partitioned(directory: Path, dtype: str, trust_remote_code: bool, conf
             trust_remote_code=trust_remote_code,
         )
         del zero3_marker
+        _recompute_buffers(model, architecture, trust_remote_code)
         return model
     with no_init_weights(), deepspeed.zero.Init(config_dict_or_path=config):
         model = AutoModelForCausalLM.from_config(
@@ -102,11 +103,50 @@ def _load_partitioned(directory: Path, dtype: str, trust_remote_code: bool, conf
             attn_implementation="sdpa",
             trust_remote_code=trust_remote_code,
         )
+    _recompute_buffers(model, architecture, trust_remote_code)
     model.tie_weights()
     if (directory / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(directory)
     _copy_files_into(model, directory)
     return model
+
+
+def _recompute_buffers(model: Any, architecture: Any, trust_remote_code: bool) -> None:
+    """Gives the partitioned model the buffers that are computed and not saved, such as rotary frequencies, in full.
+
+    While DeepSpeed creates partitions, every new tensor is rounded to the training dtype. In bfloat16 the frequencies
+    would be off by up to 0.4 %, and at position 500 a token would seem to be elsewhere than it is to an engine.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights(), _parameters_without_memory():
+        computed = AutoModelForCausalLM.from_config(
+            architecture, dtype=model.dtype, attn_implementation="sdpa", trust_remote_code=trust_remote_code
+        )
+    saved = model.state_dict().keys()
+    for name, buffer in computed.named_buffers():
+        if name not in saved:
+            module = model.get_submodule(name.rpartition(".")[0])
+            old = module.get_buffer(name.rpartition(".")[2])
+            old.data = buffer.to(old.device)
+
+
+@contextlib.contextmanager
+def _parameters_without_memory() -> Iterator[None]:
+    """A context in which modules have parameters on the meta device, and buffers with their values."""
+    register = torch.nn.Module.register_parameter
+
+    def register_on_meta(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
+        if parameter is not None:
+            parameter = torch.nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+        register(module, name, parameter)
+
+    torch.nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def _copy_files_into(model: Any, directory: Path) -> None:

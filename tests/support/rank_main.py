@@ -131,9 +131,7 @@ def reduced_gradients(work, stage, rank, ranks):
     alone = load_model(work / "model", "bfloat16")
     loss, _ = step.micro_loss(alone, batch, OBJECTIVE, WEIGHT, totals, scale=ranks)
     loss.backward()
-    # Stage 3 otherwise computes gradients of linear layers by another function, which rounds them otherwise.
-    options = {"deepspeed": {"zero_optimization": {"memory_efficient_linear": False}}} if stage == 3 else {}
-    engine = build(work / "model", stage, dtype="bfloat16", **options)
+    engine = build(work / "model", stage, dtype="bfloat16")
     loss, _ = step.micro_loss(engine, batch, OBJECTIVE, WEIGHT, totals, scale=ranks)
     engine.backward(loss)
     exact, coarse = [], []
