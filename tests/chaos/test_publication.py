@@ -6,9 +6,9 @@ import threading
 import time
 from io import StringIO
 
+import held_storage
 import pytest
 import ray
-import slow_storage
 from processes import descendants
 from rich.console import Console
 from tiny import tiny_config
@@ -36,7 +36,7 @@ def two_rounds(directory, model, transport, **rounds):
 
 
 def run(config, monkeypatch, storage=RunDir) -> None:
-    ray.cloudpickle.register_pickle_by_value(slow_storage)  # the workers cannot import modules of the tests
+    ray.cloudpickle.register_pickle_by_value(held_storage)  # the workers cannot import modules of the tests
     monkeypatch.setattr(launch, "RunDir", storage)
     with Reporter(RunDir(config.run_dir), Console(file=StringIO())) as reporter:
         assert launch.run(config, reporter)
@@ -64,9 +64,9 @@ def steps_of_round_1(run_dir: RunDir) -> list[int]:
 
 
 @pytest.mark.parametrize("transport", ["object_store", "nccl"])
-def test_slow_storage_delays_neither_the_engines_nor_the_next_round(tiny_model, tmp_path, monkeypatch, transport):
+def test_held_storage_delays_neither_the_engines_nor_the_next_round(tiny_model, tmp_path, monkeypatch, transport):
     config = two_rounds(tmp_path, tiny_model, transport)
-    run(config, monkeypatch, slow_storage.SlowModelRunDir)
+    run(config, monkeypatch, held_storage.SlowModelRunDir)
     run_dir = RunDir(config.run_dir)
     events = [event for event in read_events(run_dir) if event["event"] in ("published", "sampled", "step", "trained")]
     (durable,) = (i for i, event in enumerate(events) if event["event"] == "trained" and event["round"] == 1)
@@ -97,7 +97,7 @@ def test_workers_that_are_killed_before_a_version_is_durable_train_it_again(tiny
 
     killer = threading.Thread(target=kill)
     killer.start()
-    run(config, monkeypatch, slow_storage.HeldModelRunDir)
+    run(config, monkeypatch, held_storage.HeldModelRunDir)
     killer.join()
     assert_nothing_was_sampled_twice(run_dir, before)
     assert steps_of_round_1(run_dir) == [1, 2, 3] * 2
@@ -111,7 +111,7 @@ def test_a_model_that_cannot_be_written_ends_the_run_and_a_resumed_run_samples_n
         r"^the model directory of version 1 could not be written: cannot write .*: No space left on device; [^\n]*$"
     )
     with pytest.raises(RunFailed, match=sentence):
-        run(config, monkeypatch, slow_storage.FullModelRunDir)
+        run(config, monkeypatch, held_storage.FullModelRunDir)
     run_dir = RunDir(config.run_dir)
     assert Ledger(run_dir).trained_rounds() == []
     assert not run_dir.is_complete(run_dir.model(1))

@@ -12,10 +12,11 @@ SECONDS = 5.0
 
 
 class SlowRunDir(RunDir):
-    """Takes `SECONDS` for each copy, as remote storage may."""
+    """Takes `SECONDS` for each copy of a checkpoint, as remote storage may."""
 
     def add_files(self, local_dir, path):
-        time.sleep(SECONDS)
+        if path.endswith("/checkpoint"):
+            time.sleep(SECONDS)
         return super().add_files(local_dir, path)
 
 
@@ -23,7 +24,7 @@ class FullRunDir(RunDir):
     """Has no space for the checkpoint of round 1."""
 
     def add_files(self, local_dir, path):
-        if "/0001/" in path:
+        if path.endswith("/0001/checkpoint"):
             raise RunDirError(f"cannot write {self.uri(path)}: No space left on device; make room there")
         return super().add_files(local_dir, path)
 
