@@ -8,7 +8,7 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install constraints demo check-gpu test test-all lint format clean
+.PHONY: help install constraints demo check-gpu test test-all test-gpu lint format clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,10 +39,13 @@ demo: $(STAMP)  ## train a tiny reasoner in minutes
 PYTEST = $(BIN)/python -m pytest -n 2 --no-loadscope-reorder
 
 test: lint  ## lint, types and every test that needs no whole run
-	$(PYTEST) $(or $(ARGS),-m "not slow and not browser")
+	$(PYTEST) $(or $(ARGS),-m "not slow and not browser and not gpu")
 
 test-all: test  ## the same, then whole runs, failures of processes and nodes, and a real browser
 	$(PYTEST) -m "slow or browser"
+
+test-gpu: $(STAMP)  ## the acceptance suite on the GPUs of this machine (docs/acceptance.md)
+	$(BIN)/python -m pytest -m gpu -s $(ARGS)
 
 GPU_WHEELS ?= .gpu-wheels
 

@@ -132,7 +132,7 @@ def _spans_nodes(need: BandwidthNeed, nodes: Sequence[NodeFacts]) -> bool:
 def _slow_cure(nodes: Sequence[NodeFacts], need: BandwidthNeed) -> str:
     fewer = (
         "or train with fewer bytes between nodes: workers in one node, lora, a larger training.tokens_per_microbatch, "
-        'or training.deepspeed="{zero_optimization: {zero_hpz_partition_size: 8}}" (docs/scale.md)'
+        "or training.deepspeed.zero_optimization.zero_hpz_partition_size=8 (docs/scale.md)"
     )
     if without := [node.name for node in nodes if node.gpus and not node.rdma]:
         return (
