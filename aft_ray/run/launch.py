@@ -33,7 +33,7 @@ from aft_ray.sampling.round import RoundSampling, RunFailed
 from aft_ray.sampling.stream import WrittenGroups, sample_round
 from aft_ray.storage.ledger import Ledger
 from aft_ray.storage.records import Group
-from aft_ray.storage.run_dir import LOGS, RunDir
+from aft_ray.storage.run_dir import CONFIG, LOGS, RunDir
 from aft_ray.tasks.dataset import count_by_task, load_tokenizer, round_shares, tokenize_split
 from aft_ray.tasks.response_end import response_ends
 
@@ -69,6 +69,8 @@ def run(config: RunConfig, reporter: Reporter) -> bool:
     """
     run_dir = RunDir(config.run_dir)
     with run_dir.lock(reporter.say) as lock:
+        if not run_dir.exists(CONFIG):
+            check_run(config)  # a config that is refused must not become that of the run
         config, changed = adopt_config(config, run_dir)
         if changed:
             reporter.say(f"continues with {'; '.join(changed)}, which changes its steps by rounding only")

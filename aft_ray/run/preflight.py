@@ -1,4 +1,4 @@
-"""Checks of a run before any actor starts: DeepSpeed's keys, the model, its experts and its LoRA adapters."""
+"""Checks of a run before any actor starts: DeepSpeed's keys, the model, its chat template, experts and adapters."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 from aft_ray.config.run import ConfigError, LoraConfig, RunConfig
 from aft_ray.inference.installed_arguments import check_engine_arguments
 from aft_ray.storage.model_files import check_model
+from aft_ray.tasks.dataset import load_tokenizer
+from aft_ray.tasks.response_end import response_ends
 from aft_ray.training.deepspeed_config import check_options
 
 # Mixtures of experts for which a fresh engine, an updated one and transformers give the same scores: model_type.
@@ -15,10 +17,11 @@ _NUMBERS_OF_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "
 
 
 def check_run(config: RunConfig) -> None:
-    """Raises ConfigError when the model cannot be trained, or vLLM cannot be started, as the config says."""
+    """Raises ConfigError when the model cannot be asked or trained, or vLLM cannot be started, as the config says."""
     check_options(config.training, config.model.dtype)
     check_engine_arguments(config.sampling.engine_args, "sampling.engine_args")
     model_config = check_model(config)
+    response_ends(config, load_tokenizer(config))
     if config.needs_samplers:
         check_experts(model_config)
     if config.lora is not None:

@@ -1,12 +1,16 @@
 """What a run that is started again takes over from its run directory."""
 
 from datetime import date
+from io import StringIO
 
 import pytest
 import yaml
+from rich.console import Console
 from tiny import tiny_config
 
 from aft_ray.config.run import ConfigError
+from aft_ray.observe.reporter import Reporter
+from aft_ray.run.launch import run
 from aft_ray.run.resume import adopt_config
 from aft_ray.storage.run_dir import CONFIG, RunDir
 from aft_ray.storage.versions import read_config
@@ -49,6 +53,17 @@ def test_a_run_whose_config_has_no_day_gets_one_that_it_keeps(tiny_model, tmp_pa
     assert config.model.template_date == (date.fromisoformat(given) if given else date.today())
     assert changed == []
     assert read_config(run_dir) == config
+
+
+def test_a_config_that_is_refused_does_not_become_that_of_the_run(tiny_model, tmp_path):
+    wrong = tiny_config(tmp_path / "run", tiny_model, model={"system_prompt": "Be brief."})
+    run_dir = RunDir(wrong.run_dir)
+    with (
+        Reporter(run_dir, Console(file=StringIO())) as reporter,
+        pytest.raises(ConfigError, match="system_prompt is for a chat template"),
+    ):
+        run(wrong, reporter)
+    assert not run_dir.exists(CONFIG)
 
 
 def test_a_template_is_given_the_same_values_for_a_whole_run(tiny_model, tmp_path):
