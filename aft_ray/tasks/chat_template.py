@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 Message = Mapping[str, str]  # "role" and "content"
 # The roles of a message that tells the model how to answer.
 SYSTEM_ROLES = ("system", "developer")
-# A word that stands for a message when a template is examined.
-_WORD = "MESSAGE"
+# Words that stand for messages when a template is examined.
+_QUESTION, _SYSTEM_PROMPT = "QUESTION", "INSTRUCTIONS"
 
 
 class TemplateRefusal(ValueError):
@@ -109,7 +109,7 @@ class ChatTemplate:
                 f"model.chat_template_kwargs has {', '.join(unused)}, which the chat template of {model.name} never "
                 f"uses; remove it, or correct its name"
             )
-        question = {"role": "user", "content": _WORD}
+        question = {"role": "user", "content": _QUESTION}
         without_system_prompt = type(self)(self.tokenizer, self.values, None)
         try:
             without_system_prompt.render([question])
@@ -119,9 +119,9 @@ class ChatTemplate:
                 f"in model.chat_template_kwargs, or model.chat_template=never"
             ) from error
         if self.system_prompt is not None:
-            system = {"role": "system", "content": _WORD}
+            system = {"role": "system", "content": _SYSTEM_PROMPT}
             try:
-                understood = _WORD in without_system_prompt.render([system, question | {"content": ""}])
+                understood = _SYSTEM_PROMPT in without_system_prompt.render([system, question])
             except TemplateRefusal:
                 understood = False
             if not understood:
