@@ -154,6 +154,10 @@ def _buffers(config: RunConfig, model: Architecture) -> list[Quantity]:
         largest = model.embedding_parameters if config.lora is None else 0
         size = width * (buckets * BUCKET + largest)
         how = f"{width} bytes x ({buckets} x {giga(BUCKET)} + {giga(largest)} of the largest gradient)"
+        if half:  # they are reduced in float32: a bucket that is copied and flattened, or one large gradient
+            copied = max(2 * BUCKET, largest)
+            size += 4 * copied
+            how += f" + 4 bytes x {giga(copied)} reduced in float32"
         lines.append(Quantity("reduction buckets", size, "bytes", how))
     if stage == 3:
         live = min(model.parameters, MAX_LIVE)

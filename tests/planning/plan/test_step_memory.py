@@ -45,8 +45,9 @@ def arithmetic_of_zero3(model, workers) -> float:
     """Bytes of what DeepSpeed keeps at stage 3 in bfloat16, from its rules; without activations."""
     share = 2 + 4 + 4 + 8  # weights, gradients in float32, master weights, Adam's moments
     buckets = 2 * (2 * 50_000_000 + model.vocabulary * model.hidden)
+    reduced = 4 * max(100_000_000, model.vocabulary * model.hidden)  # the float32 copy of what is being reduced
     gathered = 2 * min(model.parameters, 1_000_000_000)
-    return share * model.parameters / workers + buckets + gathered
+    return share * model.parameters / workers + buckets + reduced + gathered
 
 
 @pytest.mark.parametrize("name", RUNS)
