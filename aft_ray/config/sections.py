@@ -263,8 +263,8 @@ class WeightsConfig(Section):
     tolerance: float | None = Field(
         None,
         gt=0,
-        description="rounding error of a token's log-probability between trainer and engine, nats; n tokens together "
-        "may differ by 5 / sqrt(n) times as much per token; none: 1e-4 in float32, 0.05 in bfloat16",
+        description="rounding error of a token's log-probability between trainer and engine, nats; a response of n "
+        "tokens may differ by up to 10 / sqrt(n) times as much per token; none: 1e-4 in float32, 0.05 in bfloat16",
     )
     shard_mib: Positive = Field(1024, description="largest size of a safetensors shard of several tensors, MiB")
     bucket_mib: Positive = Field(512, description="nccl: size of a bucket, MiB; each side holds two")

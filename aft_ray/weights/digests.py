@@ -42,8 +42,9 @@ def device_digest(tensor: torch.Tensor) -> torch.Tensor:
     row_weights = _row_weights(words.device)
     whole = len(words) // _ROW
     rows = words[: whole * _ROW].view(whole, _ROW)
+    step = _ROWS_AT_ONCE.get(words.device.type, 256)
     # A product of int32 and int64 is int64. Overflow drops the high bits, on every device alike.
-    sums = [(some * row_weights).sum(1) for some in rows.split(_ROWS_AT_ONCE.get(words.device.type, 256))]
+    sums = [(rows[first : first + step] * row_weights).sum(1) for first in range(0, whole, step)]
     tail = words[whole * _ROW :]
     sums.append((tail * row_weights[: len(tail)]).sum().unsqueeze(0))
     row_sums = torch.cat(sums)

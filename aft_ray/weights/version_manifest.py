@@ -76,9 +76,10 @@ class VersionManifest:
         """The largest difference between an engine's scores of the probes and the trainer's, nats per token.
 
         Rounding errors of single tokens average out, so that a score of n tokens may differ by less the larger n is;
-        and those of all probes together are known better than that of one. A difference d of a probe is measured as
-        d sqrt(n), in nats, which is about as large for every length. Of one probe it may be 5 tolerances; the root mean
-        square over P probes may be 1 + 4 / sqrt(P) tolerances.
+        and those of all probes together are known better than that of one. A difference d of a probe is counted as
+        d sqrt(n), in nats, which is about as large for every length. One probe may count 10 tolerances, since an
+        unlikely token is rounded more than others. The root mean square over P probes, of which each counts at most 5
+        tolerances there, may be 1 + 4 / sqrt(P) tolerances.
 
         Args:
             scores: the engine's scores of the probes, nats per token.
@@ -90,21 +91,20 @@ class VersionManifest:
         differences = [abs(score - probe.score) for score, probe in zip(scores, self.probes, strict=True)]
         if not differences:
             return 0.0
-        per_token = [
-            difference * math.sqrt(len(probe.response_token_ids))
+        counts = [
+            difference * math.sqrt(len(probe.response_token_ids)) / tolerance
             for difference, probe in zip(differences, self.probes, strict=True)
         ]
-        mean = math.sqrt(sum(one * one for one in per_token) / len(per_token))
-        # This form of the conditions holds for NaN too.
-        if not (
-            all(one <= 5 * tolerance for one in per_token) and mean <= (1 + 4 / math.sqrt(len(per_token))) * tolerance
-        ):
-            worst = max(range(len(per_token)), key=lambda i: (math.isnan(per_token[i]), per_token[i]))
+        mean = math.sqrt(sum(min(one, 5.0) ** 2 for one in counts) / len(counts))
+        # This form of the condition holds for NaN too.
+        if not (all(one <= 10 for one in counts) and mean <= 1 + 4 / math.sqrt(len(counts))):
+            worst = max(range(len(counts)), key=lambda i: (math.isnan(counts[i]), counts[i]))
             raise WeightUpdateFailed(
                 f"{engine} scores the probes of version {self.version} up to {differences[worst]:.2g} nats per token "
-                f"away from the trainer over {len(self.probes[worst].response_token_ids)} tokens, which is "
-                f"{per_token[worst]:.2g} for a single token (weights.tolerance {tolerance:g}; {mean:.2g} over all "
-                f"probes): its weights are wrong, and it answers nothing"
+                f"away from the trainer over {len(self.probes[worst].response_token_ids)} tokens, which counts "
+                f"{counts[worst]:.2g} times weights.tolerance ({tolerance:g}; 10 are allowed; {mean:.2g} over all "
+                f"probes, and {1 + 4 / math.sqrt(len(counts)):.2g} are allowed): its weights are wrong, and it answers "
+                f"nothing"
             )
         return max(differences)
 

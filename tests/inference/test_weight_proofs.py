@@ -153,8 +153,8 @@ def test_probes_alone_find_stale_and_scaled_weights_in_float32(lab):
         for _, tensors, wrong in mutations(before, after)
         if wrong in counting(after)
     ]
+    assert len(found) > 30
     assert all(found) is (lab.dtype == "float32")
-    assert sum(found) > len(found) / 2
 
 
 def test_probes_alone_find_the_version_before(lab):
