@@ -39,7 +39,7 @@ def check_all(facts: ClusterFacts) -> list[Finding]:
     ]
     findings += [Finding("answers", node.name, "ok", node.host) for node in facts.nodes]
     checks: list[Callable[[ClusterFacts], Iterable[Finding]]] = [
-        versions, gpus, adam, clocks, storage, models, shared_memory, disks, open_files, ports, network.rdma,
+        versions, gpus, operators, clocks, storage, models, shared_memory, disks, open_files, ports, network.rdma,
         network.all_reduces, upload,
     ]  # fmt: skip
     for check in checks:
@@ -141,19 +141,20 @@ def old_driver(node: NodeFacts) -> Finding | None:
     )
 
 
-def adam(facts: ClusterFacts) -> Iterator[Finding]:
-    """Whether GPU nodes can compile DeepSpeed's AdamW for the CPU. It is checked for configs that offload."""
+def operators(facts: ClusterFacts) -> Iterator[Finding]:
+    """Whether GPU nodes can compile the operators of DeepSpeed that the config needs."""
     for node in facts.nodes:
-        if not facts.offloads_optimizer or not node.gpus:
-            continue
-        if node.adam_error is None:
-            yield Finding("adam", node.name, "ok", "DeepSpeed's AdamW for offloaded states is compiled")
-            continue
-        cure = "Install g++ and ninja there, or delete a lock file that an interrupted compilation has left in "
-        cure += "~/.cache/torch_extensions/*/cpu_adam."
-        if "CUDA" in node.adam_error or "nvcc" in node.adam_error:
-            cure = f"Install the CUDA toolkit (nvcc) {node.torch_cuda}, the version that torch was built for."
-        yield Finding("adam", node.name, "fail", node.adam_error, cure)
+        for name, error in node.operators.items():
+            if error is None:
+                yield Finding("operators", node.name, "ok", f"{name} compiles")
+                continue
+            cure = (
+                "Install g++ and ninja there, or delete a lock file that an interrupted compilation has left in "
+                "~/.cache/torch_extensions."
+            )
+            if "CUDA" in error or "nvcc" in error:
+                cure = f"Install the CUDA toolkit (nvcc) {node.torch_cuda}, the version that torch was built for."
+            yield Finding("operators", node.name, "fail", f"{name} does not compile: {error}", cure)
 
 
 def clocks(facts: ClusterFacts) -> Iterator[Finding]:

@@ -30,13 +30,13 @@ from aft_ray.operations.findings import (
     NodeFacts,
     StorageFacts,
 )
-from aft_ray.operations.network import bandwidth_needed
+from aft_ray.operations.network import bandwidth_needed, zero_settings
 from aft_ray.operations.upload import measure_upload, upload_limit
 
 # Deadlines in seconds: for the first reply of a node, whose process must start; for later replies; for an all-reduce.
 START_S, REPLY_S, ALL_REDUCE_S = 120.0, 60.0, 60.0
-# How long the first use of DeepSpeed's AdamW may compile.
-ADAM_S = 330.0
+# How long an operator of DeepSpeed may compile.
+COMPILE_S = 330.0
 # By backend: MiB of the tensor, large enough that latency does not count, and how often it is reduced.
 ALL_REDUCE = {"gloo": (64, 3), "nccl": (1024, 20)}
 _CONNECT_S = 5.0
@@ -55,7 +55,7 @@ class Requirements:
         directory: the working directory that would be uploaded; None: it is not checked.
         storage_needed: bytes that the run will write; None: unknown.
         bandwidth: what the training needs between nodes; None: nothing, or it is not known.
-        offloads_optimizer: whether the config needs DeepSpeed's AdamW for the CPU.
+        operators: the operators of DeepSpeed that the training compiles.
     """
 
     storage: str | None
@@ -63,7 +63,7 @@ class Requirements:
     directory: Path | None
     storage_needed: int | None = None
     bandwidth: BandwidthNeed | None = None
-    offloads_optimizer: bool = False
+    operators: tuple[str, ...] = ()
 
 
 def check_cluster(
@@ -91,8 +91,14 @@ def requirements_of(config: RunConfig | None, storage: str | None, directory: Pa
         directory,
         _storage_needed(config, probe_module.model_bytes(name)),
         bandwidth_needed(config),
-        config.training.offload_optimizer,
+        _operators(config),
     )
+
+
+def _operators(config: RunConfig) -> tuple[str, ...]:
+    """The builders of the operators that DeepSpeed compiles for a config."""
+    quantizes = bool(zero_settings(config).get("zero_quantized_weights"))
+    return ("CPUAdamBuilder",) * config.training.offload_optimizer + ("QuantizerBuilder",) * quantizes
 
 
 def _storage_needed(config: RunConfig, model_bytes: int | None) -> int | None:
@@ -156,10 +162,10 @@ def _query_nodes(
     session = str(session_parent())
     paths = [required.storage] if required.storage and "://" not in required.storage else []
     say("reading versions, GPUs, disks and clocks")
-    compiles = required.offloads_optimizer
+    compiled = list(required.operators)
     found = collect_replies(
-        {name: probe.facts.remote(session, paths, list(required.models), compiles) for name, probe in probes.items()},
-        START_S + (ADAM_S if compiles else 0),
+        {name: probe.facts.remote(session, paths, list(required.models), compiled) for name, probe in probes.items()},
+        START_S + COMPILE_S * len(compiled),
     )
     silent |= {name: str(answer) for name, answer in found.items() if isinstance(answer, NoReply)}
     probes = {name: probe for name, probe in probes.items() if name not in silent}
@@ -186,7 +192,6 @@ def _query_nodes(
         upload_limit=upload_limit(),
         storage_needed=required.storage_needed,
         bandwidth_needed=required.bandwidth,
-        offloads_optimizer=required.offloads_optimizer,
     )
 
 

@@ -57,7 +57,7 @@ class NodeFacts:
         torch_cuda: the CUDA version that torch was built for, such as "13.0"; None for a CPU build, or without torch.
         rdma: the RDMA devices (EFA, InfiniBand or RoCE adapters) that processes of Ray can see there.
         memlock_bytes: how much memory a process may lock; None: all of it.
-        adam_error: why DeepSpeed's AdamW for offloaded states could not be compiled; None: it was, or was not tried.
+        operators: the operators of DeepSpeed that were compiled there, and why one could not be; None: it was.
         shm_bytes: size of /dev/shm; None if there is none.
         free_bytes: free bytes of the disk of each checked path.
         open_files: how many files a process may open.
@@ -77,7 +77,7 @@ class NodeFacts:
     torch_cuda: str | None
     rdma: Sequence[str]
     memlock_bytes: int | None
-    adam_error: str | None
+    operators: Mapping[str, str | None]
     shm_bytes: int | None
     free_bytes: Mapping[str, int]
     open_files: int
@@ -170,7 +170,6 @@ class ClusterFacts:
         upload_limit: bytes that Ray accepts as a working directory.
         storage_needed: bytes that the run will write; None: unknown.
         bandwidth_needed: what the training needs between nodes; None: nothing, or it is not known.
-        offloads_optimizer: whether the config needs DeepSpeed's AdamW for the CPU.
     """
 
     nodes: Sequence[NodeFacts]
@@ -183,4 +182,3 @@ class ClusterFacts:
     upload_limit: int = 0
     storage_needed: int | None = None
     bandwidth_needed: BandwidthNeed | None = None
-    offloads_optimizer: bool = False

@@ -6,6 +6,7 @@ Invariant: a cluster fails for its bandwidth only if the config that it was chec
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from aft_ray.config.run import ConfigError, RunConfig
 from aft_ray.operations.findings import CLUSTER, AllReduceFacts, BandwidthNeed, ClusterFacts, Finding, NodeFacts
@@ -14,9 +15,9 @@ from aft_ray.planning.plan.assumptions import PlanAssumptions
 from aft_ray.planning.plan.hardware import NODES
 from aft_ray.planning.plan.quantities import GB, gigabytes
 
-# GB/s of bus bandwidth that a model needs whose weights take this many bytes or more (about 50 billion parameters in
-# bfloat16), if ZeRO-3 gathers them between nodes in every pass. That is the network of a node with eight A100 (400
-# Gbit/s): with less, the gathers take longer than the computing of a micro-batch of usual size.
+# GB/s of bus bandwidth that the full training of a model needs whose weights take this many bytes or more (about 50
+# billion parameters in bfloat16), if ZeRO-3 gathers them between nodes in every pass. That is the network of a node
+# with eight A100 (400 Gbit/s): with less, the weights travel longer than a micro-batch of usual size computes.
 LARGE_MODEL, LARGE_MODEL_GB_S = 100 * GB, 50.0
 # GB/s under which an all-reduce over CPUs points to a wrong interface, whatever the config.
 SLOW_GB_S = 0.1
@@ -28,11 +29,10 @@ _INTERFACES = "set NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME to the interface be
 def bandwidth_needed(config: RunConfig) -> BandwidthNeed | None:
     """The bandwidth that training needs between nodes; None if it needs little, or the model's sizes are not known.
 
-    With ZeRO-3 a worker receives the weights twice in every forward and backward pass and sends its gradients once
-    (arXiv 1910.02054, section 7), and computes 6 FLOPs for each parameter and token, 8 with activation checkpointing.
-    With LoRA there are few gradients, and 2 FLOPs less. The need is the bandwidth at which both take equally long: 3
-    (or 2) x bytes of the weights / seconds of a pass. The computing is that of an H100 at the utilisation that a plan
-    assumes. From LARGE_MODEL on it is LARGE_MODEL_GB_S.
+    The need is the bandwidth at which the bytes of a pass travel as long as the pass computes. The bytes are
+    `_weights_moved` times those of the weights. A pass computes 6 FLOPs for each parameter and token, 4 with LoRA, and
+    2 more with activation checkpointing, on an H100 at the utilisation that a plan assumes. No model is asked for more
+    than LARGE_MODEL_GB_S, which is what the full training of a large one is always asked for.
     """
     training = config.training
     if not training.gpus_per_worker or training.workers < 2 or training.zero_stage != 3:
@@ -42,19 +42,36 @@ def bandwidth_needed(config: RunConfig) -> BandwidthNeed | None:
     except (ConfigError, OSError):
         return None  # an architecture that a plan cannot size, or a model that is not here
     weights = (2 if config.model.dtype == "bfloat16" else 4) * model.parameters
+    moved = _weights_moved(config)
+    most = LARGE_MODEL_GB_S * moved / 3
     if weights >= LARGE_MODEL:
-        why = f"ZeRO-3 gathers {gigabytes(weights)} of weights twice in every pass"
-        return BandwidthNeed(LARGE_MODEL_GB_S, training.workers, why)
-    times, factor = (3, 6) if config.lora is None else (2, 4)
-    factor += 2 if training.activation_checkpointing else 0
+        return BandwidthNeed(most, training.workers, f"ZeRO-3 moves {moved:g} x {gigabytes(weights)} in every pass")
+    factor = (6 if config.lora is None else 4) + (2 if training.activation_checkpointing else 0)
     flops = factor * model.parameters * training.tokens_per_microbatch
     seconds = flops / (NODES["h100-80gb"].gpu_tflops * 1e12 * PlanAssumptions().mfu)
-    need = min(LARGE_MODEL_GB_S, times * weights / seconds / GB)
     why = (
-        f"ZeRO-3 moves {times} x {gigabytes(weights)} while {training.tokens_per_microbatch:,} tokens are computed in "
-        f"{seconds:.2g} s"
+        f"ZeRO-3 moves {moved:g} x {gigabytes(weights)} while {training.tokens_per_microbatch:,} tokens are computed "
+        f"in {seconds:.2g} s"
     )
-    return BandwidthNeed(need, training.workers, why)
+    return BandwidthNeed(min(most, moved * weights / seconds / GB), training.workers, why)
+
+
+def _weights_moved(config: RunConfig) -> float:
+    """How many times as many bytes as the weights have go from node to node in a pass with ZeRO-3.
+
+    The weights are gathered twice and the gradients reduced once (arXiv 1910.02054, section 7). With LoRA there are few
+    gradients. With hpZ the second gather stays inside a node, and quantized weights have half of the bytes (ZeRO++,
+    arXiv 2306.10209).
+    """
+    zero = zero_settings(config)
+    gathers = 1 if (zero.get("zero_hpz_partition_size") or 1) > 1 else 2
+    return gathers * (0.5 if zero.get("zero_quantized_weights") else 1) + (config.lora is None)
+
+
+def zero_settings(config: RunConfig) -> dict[str, Any]:
+    """What the config passes to DeepSpeed's section `zero_optimization`."""
+    section = config.training.deepspeed.get("zero_optimization")
+    return section if isinstance(section, dict) else {}
 
 
 def all_reduces(facts: ClusterFacts) -> Iterator[Finding]:
@@ -117,6 +134,10 @@ def _bandwidth(result: AllReduceFacts, facts: ClusterFacts) -> Finding:
     need = facts.bandwidth_needed
     if result.backend == "nccl" and need is not None and _spans_nodes(need, facts.nodes) and speed < need.gb_s:
         message += f"; training on {need.workers} workers needs {need.gb_s:.3g} GB/s, because {need.why}"
+        gpus = sum(int(node.gpus_announced) for node in facts.nodes)
+        if result.ranks < gpus:  # each GPU may have adapters of its own, which were idle
+            cure = f"Only {result.ranks} of {gpus} GPUs took part: run `aft-ray doctor` again when no GPU is in use."
+            return Finding(result.backend, CLUSTER, "warn", message, cure)
         return Finding(result.backend, CLUSTER, "fail", message, _slow_cure(facts.nodes, need))
     if speed < SLOW_GB_S:
         cure = f"Look for a slow link or a wrong network interface: {_INTERFACES}."

@@ -41,14 +41,14 @@ class NodeProbe:
         """Seconds since 1970 according to the clock of this node."""
         return time.time()
 
-    def facts(self, session_dir: str, paths: list[str], models: list[str], compile_adam: bool) -> dict[str, Any]:
+    def facts(self, session_dir: str, paths: list[str], models: list[str], operators: list[str]) -> dict[str, Any]:
         """The fields of NodeFacts that are observed on the node itself.
 
         Args:
             session_dir: the directory of Ray's session, whose disk is checked.
             paths: further paths whose disks are checked.
             models: model directories that should exist here.
-            compile_adam: whether DeepSpeed's AdamW for offloaded states is compiled, if the node has a GPU.
+            operators: operators of DeepSpeed that are compiled, if the node has a GPU.
         """
         gpus = nvidia_smi()
         usable, cuda = torch_gpus() if shutil.which("nvidia-smi") else (None, None)
@@ -60,7 +60,7 @@ class NodeProbe:
             "torch_cuda": cuda,
             "rdma": rdma_devices(),
             "memlock_bytes": _memlock(),
-            "adam_error": adam_error() if gpus and compile_adam else None,
+            "operators": {name: compile_error(name) for name in operators} if gpus else {},
             "shm_bytes": _size("/dev/shm"),
             "free_bytes": {path: _free(path) for path in [session_dir, *paths]},
             "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
@@ -196,7 +196,6 @@ def torch_gpus() -> tuple[int | None, str | None]:
     Both are found in a new process from which Ray hides no GPU. The number is None if torch failed, which it does with
     a driver that is too old: to count the GPUs is not enough, because torch counts them without the CUDA driver.
     """
-    environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
     code = """
 import torch
 print(torch.version.cuda or "")
@@ -205,7 +204,7 @@ if torch.version.cuda:
 print(torch.cuda.device_count(), flush=True)
 """
     try:
-        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=90)
+        done = _run_python(code, 90)
     except (OSError, subprocess.TimeoutExpired):
         return None, None
     lines = done.stdout.splitlines()
@@ -218,14 +217,17 @@ def rdma_devices() -> list[str]:
     return sorted(one.name for one in verbs.glob("uverbs*")) if verbs.is_dir() else []
 
 
-def adam_error(timeout_s: float = 300.0) -> str | None:
-    """Compiles and loads DeepSpeed's AdamW for the CPU, as a run with offloaded states does. None if it works.
+def compile_error(operator: str, timeout_s: float = 300.0) -> str | None:
+    """Compiles and loads an operator of DeepSpeed, as a run does that uses it. None if it works, else the reason.
 
     A later run finds the compiled file in its cache.
+
+    Args:
+        operator: the name of its builder.
     """
-    code = "from deepspeed.ops.op_builder import CPUAdamBuilder; CPUAdamBuilder().load()"
+    code = f"from deepspeed.ops.op_builder import {operator}; {operator}().load()"
     try:
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=timeout_s)
+        done = _run_python(code, timeout_s)
     except subprocess.TimeoutExpired:
         return f"it was not compiled within {timeout_s:.0f} s"
     except OSError as error:
@@ -239,6 +241,14 @@ def model_bytes(path: str) -> int | None:
     if not (directory / "config.json").is_file():
         return None
     return sum(file.stat().st_size for file in directory.glob("*.safetensors")) or None
+
+
+def _run_python(code: str, timeout_s: float) -> subprocess.CompletedProcess[str]:
+    """Runs code in a new process from which Ray hides no GPU. Raises OSError or TimeoutExpired."""
+    environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=timeout_s
+    )
 
 
 def _open(storage: str) -> tuple[Any, str]:

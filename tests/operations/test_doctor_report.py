@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aft_ray.config.run import parse_config
-from aft_ray.operations import report
+from aft_ray.operations import probe, report
 from aft_ray.operations.checks import CLOCK_FAIL_S, CLOCK_WARN_S, GIB, check_all
 from aft_ray.operations.doctor import requirements_of
 from aft_ray.operations.findings import AllReduceFacts, ClusterFacts, Finding, Gpu, NodeFacts, StorageFacts, Upload
@@ -31,7 +31,7 @@ def node(name, **changes) -> NodeFacts:
         torch_cuda="13.0",
         rdma=["uverbs0", "uverbs1"],
         memlock_bytes=None,
-        adam_error=None,
+        operators={},
         shm_bytes=16 * GIB,
         free_bytes={"/tmp/ray": 500 * GIB, "/shared/run": 5000 * GIB},
         open_files=65536,
@@ -142,14 +142,22 @@ def test_an_old_driver_is_named_where_torch_cannot_use_it(cuda, driver, said):
     assert bad(cluster(node("a", **old))) == []
 
 
-def test_the_compiler_of_offloaded_adamw_is_checked_for_configs_that_need_it():
-    broken = node("a", adam_error="Ninja is required to load C++ extensions")
-    assert bad(cluster(broken)) == []
-    finding = only(cluster(broken, node("b"), offloads_optimizer=True))
-    assert (finding.check, finding.node, finding.level) == ("adam", "a", "fail")
+def test_the_compiler_is_checked_for_configs_whose_operators_are_compiled():
+    broken = node("a", operators={"CPUAdamBuilder": "Ninja is required to load C++ extensions"})
+    finding = only(cluster(broken, node("b", operators={"CPUAdamBuilder": None})))
+    assert (finding.check, finding.node, finding.level) == ("operators", "a", "fail")
     assert "g++ and ninja" in finding.cure
-    mismatch = node("a", adam_error="Installed CUDA version 12.8 does not match the version torch was compiled with")
-    assert "nvcc) 13.0" in only(cluster(mismatch, offloads_optimizer=True)).cure
+    error = "Installed CUDA version 12.8 does not match the version torch was compiled with"
+    assert "nvcc) 13.0" in only(cluster(node("a", operators={"QuantizerBuilder": error}))).cure
+    quantized = {"deepspeed": {"zero_optimization": {"zero_quantized_weights": True}}}
+    assert need_of("/x").operators == ()
+    assert need_of("/x", offload_optimizer=True).operators == ("CPUAdamBuilder",)
+    assert need_of("/x", **quantized).operators == ("QuantizerBuilder",)
+
+
+def test_an_operator_is_really_compiled():
+    assert probe.compile_error("NoSuchBuilder").startswith("ImportError: cannot import name 'NoSuchBuilder'")
+    assert probe.compile_error("CPUAdamBuilder", timeout_s=0.1) == "it was not compiled within 0 s"
 
 
 def nccl(gb_s, ranks=16) -> AllReduceFacts:
@@ -180,12 +188,15 @@ def test_a_70b_plan_needs_50_gb_s_between_nodes_and_a_slower_cluster_fails_with_
     finding = only(cluster(*nodes, pings=[nccl(49)], bandwidth_needed=need))
     assert (finding.check, finding.node, finding.level) == ("nccl", "cluster", "fail")
     assert finding.message.startswith("49 GB/s of bus bandwidth (1024 MiB over 16 processes")
-    assert "16 workers needs 50 GB/s, because ZeRO-3 gathers 138.0 GB of weights" in finding.message
+    assert "16 workers needs 50 GB/s, because ZeRO-3 moves 3 x 138.0 GB in every pass" in finding.message
     assert "NCCL_DEBUG=INFO" in finding.cure
     bare = [replace(one, rdma=[]) for one in nodes]
     found = check_all(cluster(*bare, pings=[nccl(2)], bandwidth_needed=need))
     (cure,) = (one.cure for one in found if one.level == "fail")
     assert cure.startswith("There is no RDMA device on a, b, so NCCL used TCP")
+    # Only one GPU of each node was free, and the adapters of the others were idle.
+    few = only(cluster(*nodes, pings=[nccl(30, ranks=2)], bandwidth_needed=need))
+    assert (few.level, few.cure.startswith("Only 2 of 16 GPUs took part")) == ("warn", True)
     # All workers fit on one node: the network between nodes does not matter.
     inside = replace(need, workers=8)
     assert bad(cluster(*nodes, pings=[nccl(2)], bandwidth_needed=inside)) == []
@@ -200,6 +211,14 @@ def test_the_bandwidth_that_a_smaller_plan_needs_follows_from_its_arithmetic():
     small = need_of("meta-llama/Llama-2-7b-hf", tokens_per_microbatch=4096)
     assert small.bandwidth.gb_s == 50  # four times as much would be needed, which no message should demand
     assert need_of("meta-llama/Llama-2-7b-hf", zero_stage=2).bandwidth is None
+    # hpZ keeps the second gather inside a node, and 8-bit weights have half of the bytes.
+    for zero, share in (
+        ({"zero_hpz_partition_size": 8}, 2 / 3),
+        ({"zero_quantized_weights": True}, 2 / 3),
+        ({"zero_hpz_partition_size": 8, "zero_quantized_weights": True}, 1.5 / 3),
+    ):
+        less = need_of("meta-llama/Llama-2-70b-hf", deepspeed={"zero_optimization": zero})
+        assert less.bandwidth.gb_s == pytest.approx(50 * share)
     assert need_of("/no/such/model").bandwidth is None
 
 
