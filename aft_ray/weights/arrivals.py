@@ -54,10 +54,11 @@ class Arrivals:
             if name not in self._announced:
                 return f"the tensor {name} arrived, of which the trainer sent no digest"
             if digest != self._announced[name]:
-                return f"the tensor {name} is not what the trainer sent: its digest is another one"
-        if missing := [name for name in (*self._announced, *self._order) if name not in set(names)]:
+                return f"the tensor {name} is not what the trainer sent, since its digest differs"
+        arrived = set(names)
+        if missing := [name for name in (*self._announced, *self._order) if name not in arrived]:
             return f"the tensor {missing[0]} did not arrive"
-        if len(names) > len(set(names)):
+        if len(names) > len(arrived):
             twice = next(name for name in names if names.count(name) > 1)
             return f"the tensor {twice} arrived twice"
         return ""
