@@ -70,6 +70,7 @@ _COMPAT = "aft_ray/cluster/compat.py"
 _RELOAD = "aft_ray/inference/vllm_worker/reload.py"
 _LOADER = "aft_ray/inference/vllm_worker/weight_loader.py"
 _TRANSFER = "aft_ray/inference/vllm_worker/transfer_engines.py"
+_NCCL_GROUP = "aft_ray/weights/broadcast/nccl_group.py"
 _PARAMETERS = "aft_ray/inference/request_parameters.py"
 _PLANS = "aft_ray/weights/receive_plan.py"
 _SERVER = "aft_ray/serving/engine/server.py"
@@ -126,6 +127,10 @@ LISTED = (
     Members("vllm.model_executor.layers.vocab_parallel_embedding:VocabParallelEmbeddingShardIndices", _RELOAD, (
         "num_org_elements",
     )),
+    Members("vllm.model_executor.layers.quantization.base_config:QuantizeMethodBase", _RELOAD, (
+        "process_weights_after_loading(_)",
+    )),
+    Members("vllm.model_executor.layers.fused_moe.fused_moe_method_base:FusedMoEMethodBase", _RELOAD, ("moe_kernel",)),
     # Broadcasts. The classes are bases of ours, so what we override, call and set has to stay.
     Members("vllm.distributed.weight_transfer.nccl_engine:NCCLWeightTransferEngine", _TRANSFER, (
         "init_transfer_engine(_)", "start_weight_update()", "finish_weight_update()", "receive_weights(_)",
@@ -140,6 +145,10 @@ LISTED = (
         "names", "shapes", "dtype_names",
     )),
     Members("vllm.config.parallel:ParallelConfig", _TRANSFER, ("rank",)),
+    Members("vllm.distributed.device_communicators.pynccl:PyNcclCommunicator", _NCCL_GROUP, (
+        "broadcast(_, src=_, stream=_)", "destroy()",
+    )),
+    Members("vllm.distributed.device_communicators.pynccl:PyNcclCommunicator", _COMPAT, ("disabled",)),
     # The service: our subclasses of Ray's classes, and vLLM's client.
     Members("ray.llm._internal.serve.engines.vllm.vllm_engine:VLLMEngine", _SERVER, (
         "_start_async_llm_engine(_, _, _)", "_engine_client",
