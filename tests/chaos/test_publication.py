@@ -3,7 +3,6 @@
 import os
 import signal
 import threading
-import time
 from io import StringIO
 
 import held_storage
@@ -85,20 +84,23 @@ def test_workers_that_are_killed_before_a_version_is_durable_train_it_again(tiny
     config = two_rounds(tmp_path, tiny_model, "nccl")
     run_dir, before = RunDir(config.run_dir), {}
 
+    ended = threading.Event()
+
     def kill() -> None:
         """Kills the train worker when engines have answered with version 1, which is not durable yet."""
-        deadline = time.monotonic() + 400
-        while not (groups := group_files(run_dir)) and time.monotonic() < deadline:
-            time.sleep(0.05)
+        while not before and not ended.wait(0.05):
+            before.update(group_files(run_dir))
         assert not run_dir.is_complete(run_dir.model(1))
-        before.update(groups)
         for process in descendants("RayTrainWorker"):
             os.kill(process, signal.SIGKILL)
 
     killer = threading.Thread(target=kill)
     killer.start()
-    run(config, monkeypatch, held_storage.HeldModelRunDir)
-    killer.join()
+    try:
+        run(config, monkeypatch, held_storage.HeldModelRunDir)
+    finally:
+        ended.set()
+        killer.join()
     assert_nothing_was_sampled_twice(run_dir, before)
     assert steps_of_round_1(run_dir) == [1, 2, 3] * 2
 
