@@ -82,15 +82,13 @@ def test_held_storage_delays_neither_the_engines_nor_the_next_round(tiny_model, 
 
 def test_workers_that_are_killed_before_a_version_is_durable_train_it_again(tiny_model, tmp_path, monkeypatch):
     config = two_rounds(tmp_path, tiny_model, "nccl")
-    run_dir, before = RunDir(config.run_dir), {}
-
-    ended = threading.Event()
+    run_dir, before, durable, ended = RunDir(config.run_dir), {}, [], threading.Event()
 
     def kill() -> None:
         """Kills the train worker when engines have answered with version 1, which is not durable yet."""
         while not before and not ended.wait(0.05):
             before.update(group_files(run_dir))
-        assert not run_dir.is_complete(run_dir.model(1))
+        durable.append(run_dir.is_complete(run_dir.model(1)))
         for process in descendants("RayTrainWorker"):
             os.kill(process, signal.SIGKILL)
 
@@ -101,6 +99,7 @@ def test_workers_that_are_killed_before_a_version_is_durable_train_it_again(tiny
     finally:
         ended.set()
         killer.join()
+    assert durable == [False]
     assert_nothing_was_sampled_twice(run_dir, before)
     assert steps_of_round_1(run_dir) == [1, 2, 3] * 2
 
