@@ -24,6 +24,7 @@ _KEYS = (
         "steps max_steps num_steps total_steps total_training_steps total_epochs iters iterations n_rounds num_rounds",
     ),
     ("zero_stage", "zero stage zero_optimization deepspeed_stage"),
+    ("training.deepspeed", "ds_config deepspeed_config deepspeed_args"),
     ("offload_optimizer offload_parameters", "offload cpu_offload"),
     ("offload_parameters", "offload_param offload_params param_offload"),
     ("offload_optimizer", "offload_optim optimizer_offload"),
