@@ -99,7 +99,7 @@ def test_a_step_is_held_against_the_formula_of_adamw():
     torch.manual_seed(1)
     weight = torch.nn.Parameter(torch.randn(50))
     before, gradient = weight.detach().clone(), torch.randn(50)
-    (config,) = [run_config(weight_decay=0.1, learning_rate=1e-3)]
+    config = run_config(weight_decay=0.1, learning_rate=1e-3)
     optimizer = torch.optim.AdamW([weight], lr=1e-3, weight_decay=0.1, eps=reference.EPSILON)
     weight.grad = gradient.clone()
     optimizer.step()

@@ -29,7 +29,7 @@ _BFLOAT16_LIMIT, _FLOAT32_LIMIT = 0.02, 1e-4
 _ASLEEP_LIMIT = 4.0
 
 
-def engine_scores(small: bool) -> list[Figure]:
+def engine_scores() -> list[Figure]:
     """The engine scores its own greedy response as transformers does, before and after a weight update in place."""
     with _models() as (before, after), _engine(before, can_sleep=False) as engine:
         first = _difference(engine, before)
@@ -44,7 +44,7 @@ def engine_scores(small: bool) -> list[Figure]:
         ]
 
 
-def engine_sleep(small: bool) -> list[Figure]:
+def engine_sleep() -> list[Figure]:
     """A sleeping engine gives its memory back; woken with the same weights it answers as before."""
     import torch
 

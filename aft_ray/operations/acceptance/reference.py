@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from aft_ray.config.run import LoraConfig, TrainingConfig
+from aft_ray.config.run import RunConfig, TrainingConfig
 from aft_ray.objectives import Objective
 from aft_ray.operations.acceptance.outcome import Figure
 from aft_ray.training.batching import StepTotals
@@ -37,6 +37,21 @@ _SMALL = 0.01
 
 
 @dataclass(frozen=True)
+class Work:
+    """A model with the micro-batches of one optimiser step.
+
+    Attributes:
+        directory: the model, in bfloat16.
+    """
+
+    directory: Path
+    config: RunConfig
+    objective: Objective
+    batches: Sequence[Batch]
+    totals: StepTotals
+
+
+@dataclass(frozen=True)
 class Steps:
     """Two optimiser steps on the same groups.
 
@@ -51,25 +66,18 @@ class Steps:
     gradients: Mapping[str, Tensor]
 
 
-def float32_steps(
-    directory: Path,
-    training: TrainingConfig,
-    batches: Sequence[Batch],
-    objective: Objective,
-    totals: StepTotals,
-    lora: LoraConfig | None = None,
-    adapter: Path | None = None,
-) -> Steps:
-    """Two steps of torch's AdamW in float32 on the CPU.
+def torch_steps(work: Work, dtype: str = "float32", device: str = "cpu", adapter: Path | None = None) -> Steps:
+    """Two steps of torch's AdamW, without DeepSpeed.
 
     Args:
-        batches: the micro-batches of a step.
-        lora, adapter: as in `training.deepspeed.build_engine`.
+        adapter: the directory of the adapters that are trained; None: the weights are trained.
     """
-    model = load_model(directory, "float32")
+    training, lora = work.config.training, work.config.lora
+    model = load_model(work.directory, dtype)
     if lora is not None and adapter is not None:
-        add_adapters(model, lora, str(directory))
+        add_adapters(model, lora, str(work.directory))
         load_adapter(model, adapter)
+    model = model.to(device)
     parameters = {name: one for name, one in model.named_parameters() if one.requires_grad}
     optimizer = torch.optim.AdamW(
         parameters.values(), lr=training.learning_rate, weight_decay=training.weight_decay, eps=EPSILON
@@ -80,13 +88,17 @@ def float32_steps(
     for _ in range(2):
         optimizer.zero_grad()
         losses.append(0.0)
-        for batch in batches:
-            loss, _ = micro_loss(model, batch, objective, 1.0, totals)
+        for batch in work.batches:
+            loss, _ = micro_loss(model, batch.to(torch.device(device)), work.objective, 1.0, work.totals)
             torch.autograd.backward(loss)
             losses[-1] += loss.item()
         norms.append(float(torch.nn.utils.clip_grad_norm_(parameters.values(), training.max_grad_norm)))
         if not gradients:
-            gradients = {name: one.grad.clone() for name, one in parameters.items() if one.grad is not None}
+            gradients = {
+                name: one.grad.to("cpu", torch.float32, copy=True)
+                for name, one in parameters.items()
+                if one.grad is not None
+            }
         optimizer.step()
     return Steps((losses[0], losses[1]), norms[0], gradients)
 

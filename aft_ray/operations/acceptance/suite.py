@@ -82,8 +82,8 @@ CHECKS = (
     Check("step-lora", "training", _small(training.lora_step, zero_stage=3), _LORA),
     Check("train-1b", "training", _small(speed.train_1b), _DEEPSPEED),
     Check("train-7b", "training", _small(speed.train_7b), _LORA, timeout_s=1800),
-    Check("engine-scores", "engine", _small(engines.engine_scores), ("vllm",)),
-    Check("engine-sleep", "engine", _small(engines.engine_sleep), ("vllm",)),
+    Check("engine-scores", "engine", _always(engines.engine_scores), ("vllm",)),
+    Check("engine-sleep", "engine", _always(engines.engine_sleep), ("vllm",)),
     *(
         Check(f"run-{name}", "run", _always(partial(runs.run_on_one_gpu, transport)), (*_RUN, *more), timeout_s=1600)
         for name, transport, more in (

@@ -9,15 +9,17 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from aft_ray.config.run import RunConfig, parse_config
+from aft_ray.config.run import parse_config
 from aft_ray.operations.acceptance.models import PAD, GroupShape, random_groups, write_random_model
 from aft_ray.operations.acceptance.outcome import Figure
 from aft_ray.planning.plan.architecture import Architecture
+
+if TYPE_CHECKING:  # it imports torch, and the list of checks is made without
+    from aft_ray.operations.acceptance.reference import Steps, Work
 
 SMALL_MODEL = Architecture("random", "llama", layers=2, hidden=64, intermediate=128, heads=1, kv_heads=1, vocabulary=64,
                            context=64, head_size=64)  # fmt: skip
@@ -30,81 +32,36 @@ _LEARNING_RATE = 1e-3
 _TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-@dataclass(frozen=True)
-class Work:
-    """A random model with the micro-batches of one optimiser step.
-
-    Attributes:
-        batches: at least two, as a step of a run has.
-    """
-
-    directory: Path
-    config: RunConfig
-    objective: Any
-    batches: list[Any]
-    totals: Any
-
-
 def plain_step(small: bool) -> list[Figure]:
-    """Gradients of the loss in bfloat16 on the GPU, without DeepSpeed, and torch's AdamW on them."""
-    import torch
-
-    from aft_ray.operations.acceptance.reference import Steps, compare, float32_steps
-    from aft_ray.training.loading import load_model
-    from aft_ray.training.step import micro_loss
+    """Two steps in bfloat16 on the GPU, without DeepSpeed: loss, gradients, and torch's AdamW on bfloat16 weights."""
+    from aft_ray.operations.acceptance.reference import compare, torch_steps
 
     with _work(small, zero_stage=0) as work:
-        training = work.config.training
-        model = load_model(work.directory, "bfloat16").to(_device())
-        parameters = dict(model.named_parameters())
-        optimizer = torch.optim.AdamW(parameters.values(), lr=training.learning_rate)
-        losses: list[float] = []
-        norms: list[float] = []
-        gradients: dict[str, torch.Tensor] = {}
-        for _ in range(2):
-            optimizer.zero_grad()
-            losses.append(0.0)
-            for batch in work.batches:
-                loss, _ = micro_loss(model, batch.to(_device()), work.objective, 1.0, work.totals)
-                torch.autograd.backward(loss)
-                losses[-1] += loss.item()
-            norms.append(float(torch.nn.utils.clip_grad_norm_(parameters.values(), training.max_grad_norm)))
-            if not gradients:
-                gradients = {name: one.grad.float().cpu() for name, one in parameters.items() if one.grad is not None}
-            optimizer.step()
-        seen = Steps((losses[0], losses[1]), norms[0], gradients)
-        expected = float32_steps(work.directory, training, work.batches, work.objective, work.totals)
-        return compare(seen, expected)
+        return compare(torch_steps(work, "bfloat16", _device()), torch_steps(work))
 
 
 def zero_step(small: bool, **training: Any) -> list[Figure]:
     """Two optimiser steps of DeepSpeed in bfloat16 with these keys of `training`, against float32."""
-    from aft_ray.operations.acceptance.reference import float32_steps
+    from aft_ray.operations.acceptance.reference import torch_steps
     from aft_ray.training.deepspeed import build_engine
 
     with _work(small, **training) as work, process_group():
         engine = build_engine(work.directory, work.config.model, work.config.training)
-        expected = float32_steps(work.directory, work.config.training, work.batches, work.objective, work.totals)
-        return _two_steps(engine, work, expected)
+        return _two_steps(engine, work, torch_steps(work))
 
 
 def lora_step(small: bool, **training: Any) -> list[Figure]:
     """Two optimiser steps of DeepSpeed on adapters whose matrices are both random, against float32."""
-    from aft_ray.operations.acceptance.reference import float32_steps
+    from aft_ray.operations.acceptance.reference import torch_steps
     from aft_ray.training.deepspeed import build_engine
 
     with _work(small, lora={"rank": 8, "targets": _TARGETS}, **training) as work, process_group():
-        lora = work.config.lora
-        assert lora is not None
-        adapter = _write_adapter(work)
-        engine = build_engine(work.directory, work.config.model, work.config.training, lora=lora, adapter=adapter)
-        expected = float32_steps(
-            work.directory, work.config.training, work.batches, work.objective, work.totals, lora, adapter
-        )
-        return _two_steps(engine, work, expected)
+        config, adapter = work.config, _write_adapter(work)
+        engine = build_engine(work.directory, config.model, config.training, lora=config.lora, adapter=adapter)
+        return _two_steps(engine, work, torch_steps(work, adapter=adapter))
 
 
-def _two_steps(engine: Any, work: Work, expected: Any) -> list[Figure]:
+def _two_steps(engine: Any, work: Work, expected: Steps) -> list[Figure]:
     """Takes two steps and compares: with float32, and the first with AdamW's formula on the engine's own gradient."""
     import torch
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
@@ -143,6 +100,7 @@ def _two_steps(engine: Any, work: Work, expected: Any) -> list[Figure]:
 @contextlib.contextmanager
 def _work(small: bool, lora: dict[str, Any] | None = None, **training: Any) -> Iterator[Work]:
     from aft_ray.objectives import build_objective
+    from aft_ray.operations.acceptance.reference import Work
     from aft_ray.training.batching import group_size, plan_pass
     from aft_ray.training.collate import collate
 
