@@ -88,6 +88,17 @@ def test_a_round_that_was_begun_goes_on_with_the_version_that_it_was_begun_with(
     assert ledger.policy_version(2) == 0
 
 
+def test_a_round_that_was_begun_waits_for_a_version_that_was_lost_before_it_was_durable(tmp_path):
+    """Round 2 was begun with version 1, whose round has to be trained again; version 0 would be fresh enough for it."""
+    Ledger(RunDir(tmp_path / "run")).record_policy_version(2, 1)
+    calls, ledger = run(tmp_path, 1, newest=[0, 1, 1, 2])
+    assert [call for call in calls if call.startswith(("wait", "load", "sample"))][:6] == [
+        "wait for 0", "load 0 from published", "sample 1 with 0",
+        "wait for 1", "load 1 from published", "sample 2 with 1",
+    ]  # fmt: skip
+    assert ledger.policy_version(2) == 1
+
+
 def test_an_error_of_a_collaborator_ends_the_run_at_once(tmp_path):
     with pytest.raises(IndexError):  # no version comes any more
         run(tmp_path, 1, newest=[0])
