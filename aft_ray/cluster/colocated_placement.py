@@ -18,12 +18,14 @@ class WorkerPlacement:
         workers: The number of all train workers.
         node: Ray's id of its node.
         gpus: The GPU ids that Ray gave it, unique in its node; empty on the CPU.
+        incarnation: A name that train workers have in common which were started together, and no others.
     """
 
     rank: int
     workers: int
     node: str
     gpus: tuple[str, ...]
+    incarnation: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -157,12 +157,6 @@ class RunConfig(Section):
                 "sampling.colocate shares the train workers' GPUs, and they have none; set training.gpus_per_worker=1, "
                 "or sampling.gpus_per_sampler=0"
             )
-        if training.zero_stage == 0 or (training.zero_stage == 3 and not training.offload_optimizer):
-            raise ConfigError(
-                f"sampling.colocate moves the trainer's states off its GPUs, which DeepSpeed can do with "
-                f"training.zero_stage=1 or 2, or with 3 and training.offload_optimizer=true; not with "
-                f"{training.zero_stage}{'' if training.zero_stage == 0 else ' alone'}"
-            )
 
     def _check_broadcast(self) -> None:
         sampling, training, weights = self.sampling, self.training, self.weights

@@ -52,9 +52,25 @@ class CoordinatorClient(Generic[Manifest]):
         self._call("set_ready", round_number)
 
     def wait_gpus_released(self, round_number: int, timeout_s: float) -> list[WorkerPlacement]:
-        """Where the train workers run, once all of them have released their GPUs before a round. Raises PeerFailed."""
+        """Where the train workers run, once all of them have released their GPUs before a round. Raises PeerFailed.
+
+        The GPUs are the samplers' until `return_gpus`.
+        """
         placements: list[WorkerPlacement] = self._call("wait_gpus_released", round_number, timeout_s)
         return placements
+
+    def end_samplers_turn(self) -> None:
+        """Lets no further process of a sampler use the shared GPUs."""
+        self._call("end_samplers_turn")
+
+    def samplers_on_gpus(self) -> dict[int, str]:
+        """The samplers whose processes have begun to use the shared GPUs, and the nodes of these processes."""
+        samplers: dict[int, str] = self._call("samplers_on_gpus")
+        return samplers
+
+    def return_gpus(self) -> None:
+        """Gives the shared GPUs back to the train workers."""
+        self._call("return_gpus")
 
     def drain_events(self) -> list[dict[str, Any]]:
         """The events that train workers have sent since the last call."""

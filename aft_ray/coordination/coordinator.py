@@ -18,6 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from aft_ray.cluster.colocated_placement import WorkerPlacement
 from aft_ray.coordination.broadcast_group import BroadcastGroup
+from aft_ray.coordination.gpu_turns import GpuTurns, Turn
 
 
 class OfferedVersion(Protocol):
@@ -90,7 +91,7 @@ class Coordinator:
         self._requested = -1  # the oldest version that the driver may still load into the samplers
         self._offered: int | None = None  # the version whose broadcast train worker 0 offers now
         self._meetings: dict[int, _Meeting] = {}
-        self._released: dict[int, dict[int, WorkerPlacement]] = {}
+        self._gpus = GpuTurns()
         self._events: list[dict[str, Any]] = []
         self._failure: str | None = None
 
@@ -282,7 +283,15 @@ class Coordinator:
 
     async def release_gpus(self, round_number: int, placement: WorkerPlacement) -> None:
         """Records that a train worker has released its GPUs to the samplers until the round is ready."""
-        await self._change(lambda: self._released.setdefault(round_number, {}).update({placement.rank: placement}))
+        await self._change(lambda: self._gpus.release(round_number, placement))
+
+    async def take_gpus(self, placement: WorkerPlacement, timeout_s: float) -> float:
+        """Waits until a train worker may use its GPUs again; returns the seconds waited."""
+        waited_s = await self._wait(
+            lambda: self._gpus.turn is Turn.WORKERS, timeout_s, "the samplers to release the train workers' GPUs"
+        )
+        self._gpus.take(placement)
+        return waited_s
 
     async def wait_gpus_released(self, round_number: int, timeout_s: float) -> list[WorkerPlacement]:
         """Waits until every train worker has released its GPUs before a round. It is the samplers' turn then.
@@ -291,12 +300,35 @@ class Coordinator:
             Where the train workers run.
         """
         await self._wait(
-            lambda: any(len(placements) == placement.workers for placement in placements.values()),
+            lambda: bool(self._gpus.released(round_number)),
             timeout_s,
             f"the train workers to release their GPUs before round {round_number}",
             "training.timeout_s",
         )
-        return list(placements.values())
+        placements = self._gpus.released(round_number)
+        await self._change(lambda: setattr(self._gpus, "turn", Turn.SAMPLERS))
+        return placements
+
+    async def enter_gpus(self, sampler: int, node: str, timeout_s: float) -> None:
+        """Waits until it is the samplers' turn. A process of a colocated sampler calls it before it uses its GPUs.
+
+        The process of the same sampler before it, if there was one, has ended.
+        """
+        await self._change(lambda: self._gpus.leave(sampler))
+        await self._wait(lambda: self._gpus.turn is Turn.SAMPLERS, timeout_s, "the samplers' turn on the GPUs")
+        self._gpus.enter(sampler, node)
+
+    async def end_samplers_turn(self) -> None:
+        """From now on no process of a sampler begins to use GPUs; those that use them must stop."""
+        await self._change(lambda: setattr(self._gpus, "turn", Turn.ENDING))
+
+    async def samplers_on_gpus(self) -> dict[int, str]:
+        """The samplers whose processes have begun to use GPUs, in this turn or before it, and the processes' nodes."""
+        return dict(self._gpus.samplers)
+
+    async def return_gpus(self) -> None:
+        """Gives the turn to the train workers, when the samplers have freed their memory."""
+        await self._change(lambda: setattr(self._gpus, "turn", Turn.WORKERS))
 
     async def post(self, event: dict[str, Any]) -> None:
         """Keeps an event for the driver, which reports it in its metrics and progress."""

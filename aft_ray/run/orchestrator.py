@@ -78,6 +78,7 @@ class Orchestrator:
             if isinstance(step, AwaitVersion):
                 manifest, _ = self.coordinator.wait_version(step.version, rounds.timeout_s)
                 self._load(manifest)
+                self.samplers.release()  # train workers that have started again may still have to train
                 continue
             if step.round > 0 and self.config.samples:
                 manifest, waited_s = self._wait_for_version(step)

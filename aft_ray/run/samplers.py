@@ -136,6 +136,7 @@ class RunSamplers:
             version,
             report_changes(self._reporter),
             placements,
+            self._coordinator,
         )
 
 

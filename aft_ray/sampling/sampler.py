@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
+from aft_ray.coordination.colocation import GpuGate
 from aft_ray.inference.engine import Engine, EngineDead
 from aft_ray.inference.engine_spec import EngineSpec, prepare_environment
 from aft_ray.inference.request_parameters import Prompt, SamplingSpec
@@ -55,11 +56,24 @@ class Sampler:
     """One engine behind an actor. All methods are asynchronous; the engine runs in a thread of its own."""
 
     def __init__(
-        self, index: int, spec: EngineSpec, log_file: str | None, start_timeout_s: float, version: int | None
+        self,
+        index: int,
+        spec: EngineSpec,
+        log_file: str | None,
+        start_timeout_s: float,
+        version: int | None,
+        gate: GpuGate | None = None,
     ) -> None:
-        """Blocks until the engine is ready. `version`: the policy version that the model of `spec` is; None: none."""
+        """Blocks until the engine is ready.
+
+        Args:
+            version: the policy version that the model of `spec` is; None: none.
+            gate: where it waits before it uses GPUs that it shares with train workers; None: the GPUs are its own.
+        """
         if log_file:
             redirect_output(log_file)
+        if gate is not None:
+            gate.enter()
         spec = replace(spec, model=local_model(spec.model))
         prepare_environment(spec)
         if spec.executor == "ray":

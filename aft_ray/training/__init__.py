@@ -12,6 +12,7 @@ Read `worker` first: it has the order of a round. What it calls, in that order:
     weight_publisher  the new weights as a version that the samplers load
     checkpoint        the training state that a restart continues from
     offload           the training state out of GPU memory while colocated samplers use the GPU
+    lending           when that happens, and when the state comes back
 
 Only this package imports DeepSpeed.
 """

@@ -40,9 +40,9 @@ from aft_ray.tasks.dataset import load_tokenizer
 from aft_ray.training import batching, deepspeed, step
 from aft_ray.training.checkpoint import CheckpointFailed, CheckpointWriter, fetched_state
 from aft_ray.training.collate import collate
+from aft_ray.training.lending import GpuLender
 from aft_ray.training.loading import LoadingError
 from aft_ray.training.model_writer import ModelWriteFailed, Writing
-from aft_ray.training.offload import offload_states, reload_states, worker_placement
 from aft_ray.training.schedule import RoundSchedule, round_schedule
 from aft_ray.training.scratch import check_scratch
 from aft_ray.training.weight_publisher import WeightPublisher, build_transport
@@ -100,6 +100,7 @@ class TrainWorker:
         transport = build_transport(config, coordinator, rank)
         self.publisher = WeightPublisher(config, run_dir, tokenizer, rank, transport, coordinator)
         check_scratch(config, run_dir)
+        self.lender = GpuLender(config, coordinator, rank, self.world_size)
         self.checkpoints = CheckpointWriter(run_dir, rank, config.training.timeout_s, coordinator)
         if config.training.gpus_per_worker == 0:
             torch.set_num_threads(max(1, int(config.training.cpus_per_worker)))
@@ -117,12 +118,12 @@ class TrainWorker:
             needs_engine = engine is None or round_number == 1
             if needs_engine:
                 engine = None  # frees its memory
-            waited_s = self._lend_gpus(engine, round_number) if self.config.sampling.colocate else 0.0
+            waited_s = self.lender.lend(engine, round_number) if self.config.sampling.colocate else 0.0
             if needs_engine:
                 engine = self._build_engine(round_number, resumed if round_number > 1 else None)
             self._train_round(engine, round_number, waited_s)
         if self.config.sampling.colocate:
-            self._release_gpus(engine, last_round + 1)  # for the evaluation of the last version
+            self.lender.give_up(engine, last_round + 1)  # for the evaluation of the last version
         self.publisher.wait_durable()
         self.checkpoints.wait()
 
@@ -220,20 +221,6 @@ class TrainWorker:
             call(self.coordinator.post, {"event": "trained", **measured})
 
         self.checkpoints.start(engine, round_number, record_as_trained)
-
-    def _lend_gpus(self, engine: Any, round_number: int) -> float:
-        """Lets the samplers use the GPUs until they have sampled a round. Returns the seconds that this took."""
-        self._release_gpus(engine, round_number)
-        waited_s = float(call(self.coordinator.wait_ready, round_number, self.config.rounds.timeout_s))
-        if engine is not None:
-            reload_states(engine)
-        return waited_s
-
-    def _release_gpus(self, engine: Any, round_number: int) -> None:
-        """Tells the coordinator that this worker's GPU is free before a round, after moving its states away."""
-        if engine is not None:
-            offload_states(engine)
-        call(self.coordinator.release_gpus, round_number, worker_placement(self.rank, self.world_size))
 
     def _build_engine(self, round_number: int, resumed: CheckpointRecord | None) -> Any:
         """The DeepSpeed engine that trains from a round on.

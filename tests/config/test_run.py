@@ -123,7 +123,6 @@ def test_a_missing_key_is_named_with_the_way_to_set_it(tmp_path):
         (["feedback.kind=judge"], ["feedback.judge.url"]),
         (["sampling.min_samplers=2"], ["sampling.min_samplers (2)", "sampling.samplers (1)"]),
         (["sampling.colocate=true"], ["rounds.max_staleness must be 0"]),
-        (["sampling.colocate=true", "rounds.max_staleness=0"], ["training.zero_stage=1"]),
         (
             ["sampling.colocate=true", "rounds.max_staleness=0", "sampling.gpus_per_sampler=1"],
             ["set training.gpus_per_worker=1"],

@@ -65,8 +65,8 @@ def test_rounds_of_a_new_run(tmp_path):
         "wait for 0", "load 0 from published", "evaluate 0", "sample 1 with 0", "release", "round 1 is ready",
         # With a staleness of 1, round 2 is sampled by version 0 while round 1 is trained.
         "wait for 0", "load 0 from published", "evaluate 0", "sample 2 with 0", "release", "round 2 is ready",
-        "wait for 1", "load 1 from published", "evaluate 1",
-        "wait for 2", "load 2 from published", "evaluate 2",
+        "wait for 1", "load 1 from published", "evaluate 1", "release",
+        "wait for 2", "load 2 from published", "evaluate 2", "release",
     ]  # fmt: skip
     assert [ledger.policy_version(number) for number in (1, 2)] == [0, 0]
 
