@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from local_cluster import local_cluster
 from torch.utils.flop_counter import FlopCounterMode
 
 from aft_ray.operations.acceptance import machine, reference, speed, suite
@@ -115,12 +116,13 @@ def run_config(**training):
 # ── the suite ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_check_that_cannot_run_says_why():
+def test_a_check_that_cannot_run_says_why(monkeypatch):
     (two,) = chosen(["run-nccl"])
     have = machine.gpu_count()
     if have < 2:
         assert run_here(two, Setting()).reason.startswith(f"needs 2 GPUs, this machine has {have}")
-    nodes = run_here(replace(chosen(["run-two-nodes"])[0], gpus=0), Setting())
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    nodes = run_here(chosen(["run-two-nodes"])[0], Setting())
     assert (nodes.result, nodes.reason.partition(":")[0]) == ("skipped", "needs 2 nodes")
     missing = run_here(replace(two, packages=("no_such_package",)), SMALL)
     assert missing.reason == "needs no_such_package, which this machine does not have"
@@ -248,3 +250,15 @@ def test_the_tokenizer_of_the_runs_gives_every_text_back(tmp_path):
 def test_engines_and_runs_pass_in_small_form(name):
     (outcome,) = run_checks(chosen([name]), SMALL)
     assert outcome.result == "passed", json.loads(outcome.as_json())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_run_over_two_nodes_passes_in_small_form(tmp_path, monkeypatch):
+    with local_cluster(4) as cluster:
+        cluster.add_node()
+        for name, value in (cluster.environment | {"RAY_ADDRESS": cluster.gcs}).items():
+            monkeypatch.setenv(name, value)
+        (outcome,) = run_checks(chosen(["run-two-nodes"]), Setting(True, str(tmp_path)))
+    assert outcome.result == "passed", json.loads(outcome.as_json())
+    assert outcome.figures[0] == Figure("nodes", 2)

@@ -44,25 +44,27 @@ def run_tensor_parallel() -> list[Figure]:
     return _run("object_store", _turns(2))
 
 
-def run_two_nodes(storage: str | None) -> list[Figure]:
+def run_two_nodes(small: bool, storage: str | None) -> list[Figure]:
     """A run over all GPUs of a Ray cluster of at least two nodes: one streams to another, and ZeRO-3 spans them.
 
     Args:
+        small: whether nodes without GPUs will do, with one process each.
         storage: a directory that all nodes share.
     """
     address = os.environ.get("RAY_ADDRESS")
     if not address or storage is None:
         raise Skipped("needs 2 nodes: start Ray on them, set RAY_ADDRESS to its head, and give --storage DIR")
-    gpus = _gpus_of_cluster(address)
-    if len(gpus) < 2:
+    nodes = _gpus_of_cluster(address)
+    gpus = [number for number in nodes if number]
+    if len(gpus) < 2 and not (small and not gpus and len(nodes) > 1):
         raise Skipped(f"needs 2 nodes with GPUs, and the cluster at {address} has {len(gpus)}")
-    workers = sum(gpus) - 1
+    workers = sum(gpus or [1] * len(nodes)) - 1
     sections = {
         "rounds": {"max_staleness": 1},
         "training": {"workers": workers, "zero_stage": 3, "groups_per_step": max(8, workers)},
         "cluster": {"address": address},
     }
-    return [Figure("nodes", len(gpus)), *_run("nccl", sections, Path(storage))]
+    return [Figure("nodes", len(gpus or nodes)), *_run("nccl", sections, bool(gpus), Path(storage))]
 
 
 def _turns(gpus: int) -> dict[str, Any]:
@@ -73,8 +75,16 @@ def _turns(gpus: int) -> dict[str, Any]:
     }
 
 
-def _run(transport: str, sections: dict[str, Any], storage: Path | None = None) -> list[Figure]:
-    gpu = gpu_count() > 0
+def _run(
+    transport: str, sections: dict[str, Any], gpu: bool | None = None, storage: Path | None = None
+) -> list[Figure]:
+    """Runs `aft-ray train` and checks what it has published.
+
+    Args:
+        gpu: whether engines and train workers have GPUs; None: if this machine has some.
+        storage: where the run directory is made; None: in the temporary directory.
+    """
+    gpu = gpu_count() > 0 if gpu is None else gpu
     with TemporaryDirectory(prefix="aft_ray-acceptance-", dir=storage) as place:
         model = write_random_model(Path(place) / "model", _MODEL, "cpu", 0.1)
         write_character_tokenizer(model)
@@ -136,12 +146,11 @@ def _figures(transport: str, events: list[dict[str, Any]]) -> list[Figure]:
 
 
 def _gpus_of_cluster(address: str) -> list[int]:
-    """The number of GPUs of each node of a cluster that has any."""
+    """The number of GPUs of each node of a cluster."""
     import ray
 
     ray.init(address=address, log_to_driver=False)
     try:
-        found = [int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]]
+        return [int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]]
     finally:
         ray.shutdown()
-    return [gpus for gpus in found if gpus]
