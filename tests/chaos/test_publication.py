@@ -63,7 +63,7 @@ def steps_of_round_1(run_dir: RunDir) -> list[int]:
 
 
 @pytest.mark.parametrize("transport", ["object_store", "nccl"])
-def test_held_storage_delays_neither_the_engines_nor_the_next_round(tiny_model, tmp_path, monkeypatch, transport):
+def test_slow_storage_delays_neither_the_engines_nor_the_next_round(tiny_model, tmp_path, monkeypatch, transport):
     config = two_rounds(tmp_path, tiny_model, transport)
     run(config, monkeypatch, held_storage.SlowModelRunDir)
     run_dir = RunDir(config.run_dir)
