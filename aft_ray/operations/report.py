@@ -46,5 +46,6 @@ def as_json(facts: ClusterFacts, findings: Sequence[Finding]) -> str:
     """Findings and the facts behind them as JSON, for other programs."""
     seen = asdict(facts)
     seen["blocked"] = [{"from": at, "to": to, "why": why} for (at, to), why in facts.blocked.items()]
+    seen["pings"] = [{**asdict(ping), "bus_bandwidth": ping.bus_bandwidth} for ping in facts.pings]
     record = {"healthy": healthy(findings), "findings": [asdict(finding) for finding in findings], "facts": seen}
     return json.dumps(record, indent=1, ensure_ascii=False)

@@ -6,7 +6,9 @@ No GPU has run the suite. What a GPU alone can show is in test_acceptance_gpu.py
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,11 +18,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from aft_ray.operations.acceptance import machine, reference, speed, suite
 from aft_ray.operations.acceptance.models import GroupShape, random_groups, write_character_tokenizer
 from aft_ray.operations.acceptance.outcome import Figure, Outcome, from_json, judge
+from aft_ray.operations.acceptance.process import run_to_end
 from aft_ray.operations.acceptance.reference import Steps, compare
 from aft_ray.operations.acceptance.suite import CHECKS, Check, Setting, chosen, run_checks, run_here
 from aft_ray.operations.acceptance.training import SMALL_MODEL
+from aft_ray.planning.plan.architecture import PRESETS
 from aft_ray.planning.plan.hardware import NODES
 from aft_ray.planning.plan.quantities import GB
+from aft_ray.planning.plan.training_memory import microbatch_tokens, training_memory
+from aft_ray.planning.plan.workload import workload
 
 SMALL = Setting(small=True)
 
@@ -29,6 +35,7 @@ def run_without(modules, names) -> list[Outcome]:
     """The outcomes of checks in one process in which some modules cannot be imported."""
     code = f"""
 import sys
+import time
 for name in {modules!r}:
     sys.modules[name] = None
 from aft_ray.operations.acceptance.suite import Setting, chosen, run_here
@@ -223,7 +230,6 @@ def test_mfu_is_flops_over_the_peak_of_the_card_and_an_unknown_card_has_none():
 @pytest.mark.parametrize("sections", speed._WAYS.values(), ids=list(speed._WAYS))
 def test_the_groups_fill_the_planned_micro_batch_exactly(sections, tmp_path):
     from aft_ray.objectives import build_objective
-    from aft_ray.planning.plan.training_memory import microbatch_tokens
     from aft_ray.training.batching import group_size
 
     config = speed._config(tmp_path / "model", sections, gpu=False, small=False)
@@ -232,6 +238,14 @@ def test_the_groups_fill_the_planned_micro_batch_exactly(sections, tmp_path):
     groups = random_groups(GroupShape(config.training.groups_per_step, config.sampling.k, *lengths), 1000)
     sizes = [group_size(group, build_objective("aft_boundary")) for group in groups]
     assert sum(size.padded for size in sizes) == microbatch_tokens(config, 1)[0]
+
+
+def test_the_reserve_of_a_plan_is_not_expected_of_the_allocator(tmp_path):
+    model = PRESETS["meta-llama/llama-3.2-1b"]
+    config = speed._config(tmp_path / "model", {"training": {"zero_stage": 3}}, gpu=True, small=False)
+    assumptions = speed._assumptions(config)
+    planned = training_memory(config, model, workload(config, assumptions), assumptions, 1)
+    assert planned.device - speed.allocated_bytes(planned) == assumptions.training_reserve * GB > 0
 
 
 def test_the_tokenizer_of_the_runs_gives_every_text_back(tmp_path):
@@ -262,3 +276,24 @@ def test_a_run_over_two_nodes_passes_in_small_form(tmp_path, monkeypatch):
         (outcome,) = run_checks(chosen(["run-two-nodes"]), Setting(True, str(tmp_path)))
     assert outcome.result == "passed", json.loads(outcome.as_json())
     assert outcome.figures[0] == Figure("nodes", 2)
+
+
+def test_a_command_that_ends_leaves_no_process_that_it_started():
+    started = (
+        "import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']).pid)"
+    )
+    before = time.monotonic()
+    done = run_to_end([sys.executable, "-c", started], 30)
+    assert time.monotonic() - before < 20
+    deadline = time.monotonic() + 10
+    while running(int(done.stdout)):
+        assert time.monotonic() < deadline, f"process {done.stdout} still runs"
+        time.sleep(0.05)
+
+
+def running(pid) -> bool:
+    """Whether a process exists and is not a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

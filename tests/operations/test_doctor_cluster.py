@@ -117,6 +117,10 @@ def test_a_node_that_dies_during_the_all_reduce_is_named(cluster):
     ray.init(address=cluster.gcs, log_to_driver=False)
     ray.cloudpickle.register_pickle_by_value(module.probe_module)
     try:
+        nodes = {module._node_name(node): node for node in ray.nodes() if node["Alive"]}
+        whole = module.measure_all_reduce("gloo", nodes, 2, timeout_s=60)
+        assert (whole.ranks, whole.errors, whole.absent) == (4, {}, ())
+        assert whole.bus_bandwidth > 0
         before = {module._node_name(node) for node in ray.nodes()}
         process = cluster.add_node()
         nodes = {module._node_name(node): node for node in ray.nodes() if node["Alive"]}

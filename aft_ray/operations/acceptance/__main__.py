@@ -30,7 +30,7 @@ def main() -> int:
         with contextlib.redirect_stdout(sys.stderr):  # libraries print there
             outcome = run_here(check, setting)
         print(outcome.as_json(), flush=True)
-        # Threads of an engine that hangs must not keep a process that has said everything.
+        # An engine that hangs must not keep a process that has said everything. Whoever started this one ends the rest.
         os._exit(0)
     try:
         return 0 if accept(arguments.names, setting, lambda line: print(line, flush=True)) else 1

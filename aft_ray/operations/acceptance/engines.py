@@ -89,6 +89,8 @@ def _engine(directory: Path, can_sleep: bool) -> Iterator[Any]:
     from aft_ray.inference.engine import Engine
     from aft_ray.inference.engine_spec import EngineSpec
 
+    # This process has used CUDA, so vLLM's processes must not be forked from it.
+    os.environ["VLLM_WORKER_MULTIPROCESSING_METHOD"] = "spawn"
     gpu = torch.cuda.is_available()
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     engine = Engine(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -15,27 +16,26 @@ _GRACE_S = 30.0
 def run_to_end(command: Sequence[str], timeout_s: float) -> subprocess.CompletedProcess[str]:
     """Runs a command in a process group of its own and returns its status and output.
 
-    If it does not end in time, or this process is interrupted, the whole process group is ended.
+    When it has ended, or not in time, or this process is interrupted, the whole process group is ended.
 
     Raises:
         TimeoutExpired: it did not end within `timeout_s`.
     """
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    try:
-        out, errors = process.communicate(timeout=timeout_s)
-    except BaseException:
-        _end_group(process)
-        raise
-    return subprocess.CompletedProcess(command, process.returncode, out, errors)
-
-
-def _end_group(process: subprocess.Popen[str]) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGTERM)
-    with suppress(subprocess.TimeoutExpired):
-        process.communicate(timeout=_GRACE_S)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    # Files and not pipes: a pipe stays open as long as any child of the process, such as an engine's core.
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, stdout=out, stderr=errors, start_new_session=True)
+        try:
+            process.wait(timeout_s)
+        except BaseException:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_GRACE_S)
+            raise
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        out.seek(0)
+        errors.seek(0)
+        return subprocess.CompletedProcess(command, process.returncode, out.read(), errors.read())

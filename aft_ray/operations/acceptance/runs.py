@@ -19,7 +19,6 @@ from aft_ray.config.run import parse_config
 from aft_ray.operations.acceptance.machine import gpu_count
 from aft_ray.operations.acceptance.models import write_character_tokenizer, write_random_model
 from aft_ray.operations.acceptance.outcome import Figure, NotAccepted, Skipped
-from aft_ray.operations.acceptance.process import run_to_end
 from aft_ray.planning.plan.architecture import Architecture
 
 # The vocabulary is that of `models.write_character_tokenizer`.
@@ -94,7 +93,7 @@ def _run(
         config.write_text(dump_config(parse_config(tree)))
         command = [sys.executable, "-m", "aft_ray.cli", "train", str(config)]
         try:
-            done = run_to_end(command, _TIMEOUT_S)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             raise NotAccepted(f"the run did not end within {_TIMEOUT_S:.0f} s") from None
         if done.returncode:

@@ -180,14 +180,18 @@ def _run_steps(directory: Path, config: RunConfig, model: Architecture) -> tuple
     return seconds / _STEPS, stats.tokens
 
 
+def allocated_bytes(planned: TrainingMemory) -> float:
+    """The part of a worker's planned memory that torch's allocator counts: all but the reserve."""
+    return planned.device - sum(line.value for line in planned.lines if "training_reserve" in line.how)
+
+
 def _memory_figure(planned: TrainingMemory, gpu: bool) -> Figure:
-    """The peak of torch's allocator, which the plan's reserve for CUDA, NCCL and fragmentation lies outside of."""
+    """The peak of torch's allocator. The plan's reserve for CUDA, NCCL and fragmentation lies outside of it."""
     import torch
 
     if not gpu:
         return Figure("peak memory", "not measured: torch counts it on GPUs only")
-    reserve = sum(line.value for line in planned.lines if "training_reserve" in line.how)
-    expected, peak = planned.device - reserve, torch.cuda.max_memory_allocated()
+    expected, peak = allocated_bytes(planned), torch.cuda.max_memory_allocated()
     name = f"peak memory {peak / GB:.1f} GB, planned {expected / GB:.1f} GB, off by"
     return Figure(name, peak / expected - 1, limit=MEMORY_LIMIT)
 
