@@ -42,6 +42,11 @@ def describe_machine() -> dict[str, str]:
     described |= {name: version for name, version in versions().items() if version}
     if rows := nvidia_smi():
         described["driver"] = rows[0]["driver"]
+    if gpu_count():
+        import torch
+
+        described["CUDA"] = str(torch.version.cuda)
+        described["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
     return described
 
 
