@@ -6,6 +6,7 @@ import contextlib
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
 from aft_ray.operations.probe import nvidia_smi, versions
 from aft_ray.planning.plan.hardware import NODES, NodeType
@@ -45,8 +46,9 @@ def describe_machine() -> dict[str, str]:
     if gpu_count():
         import torch
 
+        nccl: Any = torch.cuda.nccl  # without types
         described["CUDA"] = str(torch.version.cuda)
-        described["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
+        described["NCCL"] = ".".join(map(str, nccl.version()))
     return described
 
 
