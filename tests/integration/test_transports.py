@@ -96,9 +96,10 @@ def test_from_storage_to_engines_on_the_train_workers_gpus_one_side_works_at_a_t
     order = [(event["event"], event["version"]) for event in events(shared, "published", "evaluated", "sampled")]
     assert order == [("published", 0), ("evaluated", 0), ("sampled", 0), ("published", 1), ("evaluated", 1)]
     assert [event["round"] for event in events(shared, "trained")] == [0, 1]
-    # vLLM logs this on the CPU for each call: one to sleep while round 1 was trained, and two to wake its parts.
+    # vLLM logs this on the CPU for each call: two to sleep, while round 1 was trained and after its version was
+    # evaluated, and two to wake its parts in between.
     log = shared.read_bytes("logs/sampler-0.log").decode()
-    assert log.count("sleep mode is not supported on CPU") == 1 + 2
+    assert log.count("sleep mode is not supported on CPU") == 2 + 2
 
 
 def test_a_broadcast_to_an_engine_of_two_processes_though_one_of_them_is_killed(tiny_model, plain, tmp_path):
