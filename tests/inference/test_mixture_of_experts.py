@@ -15,7 +15,7 @@ from aft_ray.weights.export import layout_of, live_parameters
 from aft_ray.weights.receive_plan import BroadcastOffer, FromBroadcast, FromDirectory
 
 PROMPT, RESPONSE = [7, 8, 9, 10, 11, 12], [9, 10, 14, 30, 31, 1]
-DEADLINE = 120
+DEADLINE = 60
 
 
 # The first runs in every CI; all of them give what `run/preflight.py` admits.
@@ -74,9 +74,7 @@ def test_an_engine_updated_by_a_broadcast_scores_as_transformers(lab):
     for model in models:
         layout, sender = layout_of(model, torch.float32, 30_000), GlooSender(DEADLINE)
         group = BroadcastGroup(1, (Receiver("sampler 0", 1),))
-        sending = threading.Thread(
-            target=stream, args=(live_parameters(model, True), layout, sender, group, float(DEADLINE))
-        )
+        sending = threading.Thread(target=stream, args=(live_parameters(model), layout, sender, group, float(DEADLINE)))
         sending.start()
         plan = FromBroadcast(BroadcastOffer("127.0.0.1", sender.port, layout), 1, 2)
         engine.update_weights(plan.calls(DEADLINE), lambda phase: None).result(DEADLINE)
