@@ -34,7 +34,8 @@ def config(questions: int = 64, samplers: int = 4, *, rounds: int = 4, staleness
             "model": {"name": "unused"},
             "data": {"arithmetic": {"train_size": questions}},
             "rounds": {"count": rounds, "max_staleness": staleness, "evaluate_every": 0},
-            "sampling": {"samplers": samplers, "k": 4, "batch_size": 4, "max_num_seqs": 128} | sections.pop("sampling", {}),
+            "sampling": {"samplers": samplers, "k": 4, "batch_size": 4, "max_num_seqs": 128}
+            | sections.pop("sampling", {}),
             "training": {"groups_per_step": 16, "max_failures": 1000} | sections.pop("training", {}),
             **sections,
         }
