@@ -282,7 +282,7 @@ def test_a_call_within_a_deadline_raises_what_the_call_raises():
 def test_the_gpu_builds_consumer_passes_the_same_tests():
     environment = os.environ | {"PYTHONPATH": os.environ["AFT_RAY_GPU_VLLM"]}
     del environment["AFT_RAY_GPU_VLLM"]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "passed" in done.stdout
