@@ -39,8 +39,10 @@ import time
 for name in {modules!r}:
     sys.modules[name] = None
 from aft_ray.operations.acceptance.suite import Setting, chosen, run_here
-for check in chosen({names!r}):
-    print("outcome " + run_here(check, Setting(small=True)).as_json())
+from aft_ray.operations.acceptance.training import process_group
+with process_group():
+    for check in chosen({names!r}):
+        print("outcome " + run_here(check, Setting(small=True)).as_json())
 assert not [name for name in sys.modules if name.partition(".")[0] in ("ray", "vllm") and sys.modules[name]]
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=400)

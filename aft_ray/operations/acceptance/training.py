@@ -159,10 +159,16 @@ def _write_adapter(work: Work) -> Path:
 
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
-    """A process group with this process as its only rank, on the first GPU if there is one."""
+    """A process group with this process as its only rank, on the first GPU if there is one.
+
+    A group that exists is used and kept: DeepSpeed cannot be given a second one in the same process.
+    """
     import torch.distributed
 
     dist: Any = torch.distributed  # its stores have no types
+    if dist.is_initialized():
+        yield
+        return
     os.environ.update({"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"})
     dist.init_process_group("nccl" if _device() == "cuda" else "gloo", rank=0, world_size=1, store=dist.HashStore())
     try:
