@@ -32,6 +32,7 @@ def lab(request, tmp_path_factory):
         str(directories[0]), (1,), "float32", CONTEXT, 32, gpu=False, kv_cache_gib=0.25, receives_broadcasts=True
     )
     engine = Engine(spec)
+    engine.fresh = engine._exclusive(lambda llm: llm.collective_rpc("held_digests")).result(DEADLINE)
     yield engine, models, directories
     engine.close()
 
@@ -64,9 +65,7 @@ def test_an_updated_engine_holds_bit_for_bit_what_a_fresh_one_holds(lab):
     assert held[2] == held[0]
     different = {name for name, digest in held[0][0].items() if held[1][0][name] != digest}
     assert any("experts" in name for name in different)
-    fresh = Engine(EngineSpec(str(directories[0]), (1,), "float32", CONTEXT, 32, gpu=False, kv_cache_gib=0.25))
-    assert fresh._exclusive(lambda llm: llm.collective_rpc("held_digests")).result(DEADLINE) == held[0]
-    fresh.close()
+    assert held[0] == engine.fresh
 
 
 def test_an_engine_updated_by_a_broadcast_scores_as_transformers(lab):
