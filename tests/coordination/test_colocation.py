@@ -126,6 +126,7 @@ class FakeTraining:
         self.config, self.coordinator, self.memory, self.plan = config, coordinator, memory, plan
         self.trained = 0  # the last round whose checkpoint is durable
         self.starts, self.current = 0, None
+        self.incarnations: dict[int, Incarnation] = {}  # of each thread
         self.errors: list[BaseException] = []
         self.thread = threading.Thread(target=self.fit, daemon=True)
 
@@ -141,18 +142,20 @@ class FakeTraining:
             ]
             for worker in workers:
                 worker.start()
-            for worker in workers:
-                worker.join()
+            while any(worker.is_alive() for worker in workers) and not self.current.ended.wait(0.05):
+                pass
+            time.sleep(0.2)
             # Ray Train starts the workers again when the processes before have ended, and their memory is free.
             holders = [f"worker {rank} of {self.current.name}" for rank in range(GPUS)]
             ray.get(self.memory.free_of.remote(holders))
-            if all(result == "finished" for result in results):
+            if all(result == "finished" for result in results) and not self.current.ended.is_set():
                 return
             if any(isinstance(result, PeerFailed) for result in results):
                 return
             self.errors += [result for result in results if isinstance(result, AssertionError)]
 
     def work(self, rank, incarnation, results) -> None:
+        self.incarnations[threading.get_ident()] = incarnation
         try:
             self.rounds(rank, incarnation)
             results[rank] = "finished"
@@ -277,6 +280,13 @@ class Run:
         def placement(rank, workers):
             return WorkerPlacement(rank, workers, "node", (), run.training.current.name)
 
+        def call_unless_killed(method, *arguments):
+            run.training.incarnations[threading.get_ident()].check()
+            result = call(method, *arguments)
+            run.training.incarnations[threading.get_ident()].check()
+            return result
+
+        monkeypatch.setattr(lending, "call", call_unless_killed)
         monkeypatch.setattr(lending, "offload_states", offload)
         monkeypatch.setattr(lending, "release_memory", lambda device: None)
         monkeypatch.setattr(lending, "worker_placement", placement)
@@ -353,3 +363,48 @@ def test_a_sampler_that_dies_while_the_workers_train_starts_in_the_samplers_turn
 
     run.colocation.release = release_and_kill
     run.go()
+
+
+def test_workers_that_die_while_the_next_round_is_sampled_wait_before_they_train_again(monkeypatch, tmp_path):
+    """The round before has no durable checkpoint yet, so that the new workers train it again."""
+
+    def kill_workers(run) -> None:
+        run.training.kill()
+        while run.training.starts < 2:
+            time.sleep(0.05)
+        time.sleep(0.5)
+
+    plan = {(1, "checkpoint is late"): True}
+    run = Run(monkeypatch, tmp_path, plan=plan, during={2: kill_workers})
+    run.go()
+    assert run.training.starts == 2
+
+
+@pytest.mark.parametrize("what", ["training", "published"])
+def test_workers_whose_training_fails_start_again(monkeypatch, tmp_path, what):
+    run = Run(monkeypatch, tmp_path, plan={(2, what): True, (2, "checkpoint is late"): True})
+    run.go()
+    assert run.training.starts == 2
+
+
+def test_workers_that_die_in_the_last_evaluation_train_after_it(monkeypatch, tmp_path):
+    evaluated = threading.Event()
+
+    def evaluate(run) -> None:
+        evaluated.set()
+        while run.training.starts < 2:
+            time.sleep(0.05)
+        time.sleep(0.5)
+
+    plan = {(ROUNDS, "evaluated"): evaluated, (ROUNDS, "checkpoint is late"): True}
+    run = Run(monkeypatch, tmp_path, plan=plan, evaluate=evaluate)
+    run.go()
+    assert run.training.starts == 2
+    assert run.training.trained == ROUNDS
+
+
+def test_an_update_that_fails_ends_the_run_in_the_samplers_turn(monkeypatch, tmp_path):
+    run = Run(monkeypatch, tmp_path, plan={(1, "model"): "refused"})
+    with pytest.raises(WeightUpdateFailed):
+        run.go()
+    assert run.overlaps == []
