@@ -63,7 +63,7 @@ class Update:
 
 
 class Trainer:
-    """Train worker 0 with the whole model, as in `training/weight_publisher.py`, without DeepSpeed."""
+    """Train worker 0 with the whole model, as in `training/publication/weight_publisher.py`, without DeepSpeed."""
 
     def __init__(self, model: str, dtype: str, bucket_mib: int, gpu: bool, directory: str, coordinator: Any) -> None:
         import torch
@@ -71,8 +71,8 @@ class Trainer:
         from transformers import AutoModelForCausalLM
 
         from aft_ray.storage.run_dir import RunDir
-        from aft_ray.training.model_writer import ModelWriter
-        from aft_ray.training.weight_publisher import CoordinatorControl
+        from aft_ray.training.publication.model_writer import ModelWriter
+        from aft_ray.training.publication.weight_publisher import CoordinatorControl
         from aft_ray.weights.broadcast.sender import Broadcast
         from aft_ray.weights.publish import ObjectStore, SharedStorage
 

@@ -7,16 +7,13 @@ Read `worker` first: it has the order of a round. What it calls, in that order:
     padding           what padding attends to
     deepspeed         the engine that holds the model and the optimizer
     deepspeed_config  its configuration, with the keys that the user adds
-    process_groups    the timeout of all process groups
+    process_groups    the timeout of all process groups, and work that all ranks do in the background
     schedule          objective, passes and learning rate of a round
     batching          the plan of the round: which rank trains which groups in which step
     collate           groups as padded tensors
     step              one optimiser step: scores, loss, gradients (the losses are in `aft_ray.objectives`)
-    weight_publisher  the new weights as a version that the samplers load
-    checkpoint        the training state that a restart continues from
-    scratch           the directory of a node where it is written first, and its room
-    offload           the training state out of GPU memory while colocated samplers use the GPU
-    lending           when that happens, and when the state comes back
+    publication       the new weights as a version that the samplers load: probes, publisher, model directory
+    state             the training state: checkpoint, scratch directory, offload for colocated samplers
 
 Only this package imports DeepSpeed.
 """

@@ -38,14 +38,14 @@ from aft_ray.storage.records import Group
 from aft_ray.storage.run_dir import LOGS, RunDir, RunDirError
 from aft_ray.tasks.dataset import load_tokenizer
 from aft_ray.training import batching, deepspeed, step
-from aft_ray.training.checkpoint import CheckpointFailed, CheckpointWriter, fetched_state
 from aft_ray.training.collate import collate
-from aft_ray.training.lending import GpuLender
 from aft_ray.training.loading import LoadingError
-from aft_ray.training.model_writer import ModelWriteFailed, Writing
+from aft_ray.training.publication.model_writer import ModelWriteFailed, Writing
+from aft_ray.training.publication.weight_publisher import WeightPublisher, build_transport
 from aft_ray.training.schedule import RoundSchedule, round_schedule
-from aft_ray.training.scratch import check_scratch
-from aft_ray.training.weight_publisher import WeightPublisher, build_transport
+from aft_ray.training.state.checkpoint import CheckpointFailed, CheckpointWriter, fetched_state
+from aft_ray.training.state.lending import GpuLender
+from aft_ray.training.state.scratch import check_scratch
 
 # Errors that starting the workers again cannot repair. The message of each is one sentence for the user.
 _NOT_RETRIED = (

@@ -27,7 +27,7 @@ from aft_ray.sampling.sampler_handles import SamplerHandles
 from aft_ray.sampling.sampler_pool import SamplerPool
 from aft_ray.storage.ledger import Ledger
 from aft_ray.storage.run_dir import RunDir
-from aft_ray.training import lending
+from aft_ray.training.state import lending
 from aft_ray.weights.version_manifest import VersionManifest, WeightUpdateFailed
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_here"), pytest.mark.timeout(180)]

@@ -16,7 +16,7 @@ from aft_ray.inference.engine_spec import EngineSpec
 from aft_ray.inference.request_parameters import Prompt, SamplingSpec
 from aft_ray.inference.versioned_engine import VersionedEngine
 from aft_ray.storage.records import Group, Question
-from aft_ray.training.probes import choose_probes, score_probes
+from aft_ray.training.publication.probes import choose_probes, score_probes
 from aft_ray.weights.version_manifest import VersionManifest, WeightUpdateFailed
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}  # the defaults of a run

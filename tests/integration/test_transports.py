@@ -26,7 +26,7 @@ from aft_ray.sampling.broadcast import broadcast_version
 from aft_ray.sampling.sampler_pool import SamplerPool
 from aft_ray.storage.ledger import Ledger
 from aft_ray.storage.run_dir import RunDir
-from aft_ray.training.weight_publisher import CoordinatorControl
+from aft_ray.training.publication.weight_publisher import CoordinatorControl
 from aft_ray.weights.broadcast.sender import Broadcast
 from aft_ray.weights.version_manifest import read_version_manifest
 

@@ -13,7 +13,7 @@ import pytest
 from slow_storage import CountedStorage
 
 from aft_ray.storage.run_dir import RunDir, RunDirError
-from aft_ray.training.checkpoint import Place, files_to_fetch
+from aft_ray.training.state.checkpoint import Place, files_to_fetch
 
 RANKS, OF_NODE, SHARD, COMMON = 16, 8, 40_000, 60_000
 PLACES = [Place(rank, RANKS, rank % OF_NODE, OF_NODE) for rank in range(RANKS)]

@@ -18,7 +18,7 @@ from aft_ray.config.run import ModelConfig, TrainingConfig
 from aft_ray.objectives import build_objective
 from aft_ray.training import deepspeed
 from aft_ray.training.collate import collate
-from aft_ray.training.offload import offload_states
+from aft_ray.training.state.offload import offload_states
 from aft_ray.training.step import train_step
 
 CPU = torch.device("cpu")

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from aft_ray.config.run import ModelConfig, TrainingConfig
 from aft_ray.coordination.broadcast_group import BroadcastGroup, Receiver
 from aft_ray.storage.run_dir import RunDir, RunDirError
-from aft_ray.training import deepspeed, model_writer
+from aft_ray.training import deepspeed
+from aft_ray.training.publication import model_writer
 from aft_ray.weights.broadcast.buckets import DIGESTS, receive
 from aft_ray.weights.broadcast.gloo_group import GlooGroup
 from aft_ray.weights.broadcast.rendezvous import connect_store

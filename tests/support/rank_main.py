@@ -18,9 +18,9 @@ from aft_ray.objectives import build_objective
 from aft_ray.storage.run_dir import RunDir
 from aft_ray.training import deepspeed, step
 from aft_ray.training.batching import StepTotals
-from aft_ray.training.checkpoint import CheckpointWriter, fetched_state
 from aft_ray.training.collate import collate
 from aft_ray.training.loading import load_model
+from aft_ray.training.state.checkpoint import CheckpointWriter, fetched_state
 from aft_ray.weights.adapter import is_adapter
 from aft_ray.weights.export import LayerPass, write_adapter, write_model
 

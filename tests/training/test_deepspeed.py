@@ -18,7 +18,7 @@ from aft_ray.config.run import TrainingConfig
 from aft_ray.training.collate import collate
 from aft_ray.training.loading import load_model
 from aft_ray.training.lora import add_adapters, load_adapter
-from aft_ray.training.scratch import state_bytes, trained_parameters
+from aft_ray.training.state.scratch import state_bytes, trained_parameters
 from aft_ray.training.step import micro_loss
 from aft_ray.weights.export import write_adapter
 

@@ -9,18 +9,16 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from aft_ray.config.run import RunConfig
 from aft_ray.storage.room import check_room
-from aft_ray.storage.run_dir import RunDir, RunDirError
-from aft_ray.training.loading import LoadingError
+from aft_ray.storage.run_dir import RunDir
+from aft_ray.training.process_groups import raise_on_every_rank
 
 WAY_OUT = "set TMPDIR on every node, before Ray starts there, to a directory with more room"
 # What a shard has beside its tensors, such as names and padding, as a share of it.
@@ -84,20 +82,3 @@ def trained_parameters(config: RunConfig) -> int:
         if config.lora is not None:
             add_adapters(model, config.lora, config.model.name)
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-
-
-def raise_on_every_rank(work: Callable[[], Any]) -> None:
-    """Calls `work` on every rank. An error of one rank is raised on all, so that no rank waits for another.
-
-    Raises:
-        LoadingError: a rank raised LoadingError or RunDirError; the message is that of the first one.
-    """
-    message = None
-    try:
-        work()
-    except (LoadingError, RunDirError) as error:
-        message = str(error)
-    messages: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, message)
-    for failure in filter(None, messages):
-        raise LoadingError(failure)

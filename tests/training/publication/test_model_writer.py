@@ -4,8 +4,8 @@ from concurrent.futures import Future
 
 import pytest
 
-from aft_ray.training import model_writer
-from aft_ray.training.model_writer import ModelWriteFailed, Writing
+from aft_ray.training.publication import model_writer
+from aft_ray.training.publication.model_writer import ModelWriteFailed, Writing
 
 
 def test_a_directory_that_takes_too_long_is_named_after_a_line_in_the_log(monkeypatch, capfd):

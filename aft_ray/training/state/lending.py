@@ -13,7 +13,7 @@ import torch
 from aft_ray.cluster.colocated_placement import WorkerPlacement
 from aft_ray.config.run import RunConfig
 from aft_ray.coordination.coordinator import call
-from aft_ray.training.offload import OffloadedStates, offload_states, release_memory, worker_placement
+from aft_ray.training.state.offload import OffloadedStates, offload_states, release_memory, worker_placement
 
 
 class GpuLender:

@@ -15,7 +15,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,8 @@ from aft_ray.storage.room import check_room
 from aft_ray.storage.run_dir import RunDir
 from aft_ray.storage.stored_files import StoredFile
 from aft_ray.training import deepspeed
-from aft_ray.training.scratch import WAY_OUT, raise_on_every_rank, scratch_directory
+from aft_ray.training.process_groups import BackgroundGroup, RankFailed, raise_on_every_rank
+from aft_ray.training.state.scratch import WAY_OUT, scratch_directory
 
 
 class CheckpointFailed(RuntimeError):
@@ -42,8 +42,7 @@ class CheckpointWriter:
 
     def __init__(self, run_dir: RunDir, rank: int, timeout_s: float, coordinator: Any) -> None:
         self._run_dir, self._rank, self._timeout_s, self._coordinator = run_dir, rank, timeout_s, coordinator
-        # A process group of its own, because training uses the default one in the meantime.
-        self._process_group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        self._group = BackgroundGroup(timeout_s)
         self._scratch = scratch_directory(run_dir, "checkpoint") / str(rank)
         self._round = 0
         self._saving: Future[None] | None = None
@@ -72,19 +71,20 @@ class CheckpointWriter:
 
         def upload(checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
             try:
-                written = self._gather(self._run_dir.add_files(checkpoint.path, path))
-                if written is not None:
-                    self._run_dir.write_manifest(path, written)
+                self._upload(checkpoint.path, path)
+                if self._rank == 0:
                     on_durable()
-                shutil.rmtree(self._scratch)
-                with contextlib.suppress(OSError):  # other ranks of the node may still have files there
-                    self._scratch.parent.rmdir()
-            except BaseException as error:
-                reason = (str(error).splitlines() or [repr(error)])[0]
-                failure = CheckpointFailed(f"the checkpoint of round {round_number} could not be saved: {reason}")
-                saving.set_exception(failure)
-                call(self._coordinator.fail, str(failure))
+            except RankFailed as error:
+                failure = CheckpointFailed(f"the checkpoint of round {round_number} could not be saved: {error}")
+                try:
+                    call(self._coordinator.fail, str(failure))
+                finally:
+                    saving.set_exception(failure)
                 raise failure from error
+            except BaseException as error:
+                # When another rank has ended, the workers are started again: that does not end the run.
+                saving.set_exception(error)
+                raise
             saving.set_result(None)
             return ray.train.Checkpoint(f"{storage.experiment_fs_path}/{name}", storage.storage_filesystem)
 
@@ -97,15 +97,31 @@ class CheckpointWriter:
             delete_local_checkpoint_after_upload=False,  # `upload` deletes it: the next save uses the same directory
         )
 
-    def _gather(self, written: list[StoredFile]) -> list[StoredFile] | None:
-        """The files that all ranks have written, on rank 0; None on the others. Names the rank that does not come."""
-        dist.monitored_barrier(self._process_group, timeout=timedelta(seconds=self._timeout_s))
-        of_all: list[list[StoredFile]] | None = [[]] * dist.get_world_size() if self._rank == 0 else None
-        dist.gather_object(written, of_all, group=self._process_group)
-        return None if of_all is None else [file for files in of_all for file in files]
+    def _upload(self, source: str, path: str) -> None:
+        """Copies the files of every rank to the run directory, which is complete then; frees the scratch directory.
+
+        Raises:
+            RankFailed: it failed on a rank.
+            RuntimeError: another rank ended, or did not come in time.
+        """
+        written = self._group.on_all_ranks(lambda: self._run_dir.add_files(source, path))
+
+        def complete() -> None:
+            if self._rank == 0:
+                self._run_dir.write_manifest(path, [file for files in written for file in files])
+
+        self._group.on_all_ranks(complete)
+        shutil.rmtree(self._scratch)
+        with contextlib.suppress(OSError):  # other ranks of the node may still have files there
+            self._scratch.parent.rmdir()
 
     def wait(self) -> None:
-        """Waits until nothing is being saved. Raises CheckpointFailed if the save failed or missed its deadline."""
+        """Waits until nothing is being saved.
+
+        Raises:
+            CheckpointFailed: the save failed, or missed its deadline.
+            RuntimeError: another rank ended meanwhile.
+        """
         if self._saving is None:
             return
         try:

@@ -14,19 +14,16 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
-
-import torch.distributed as dist
+from typing import Any
 
 from aft_ray.coordination.coordinator import call
 from aft_ray.storage.run_dir import RunDir
 from aft_ray.storage.stored_files import StoredFile
+from aft_ray.training.process_groups import BackgroundGroup, RankFailed
 from aft_ray.weights.export import store_file
 from aft_ray.weights.shard_file import ShardFile
 
-T = TypeVar("T")
 # Seconds of waiting after which a worker says in its log what it waits for.
 _QUIET_S = 30.0
 
@@ -67,8 +64,7 @@ class ModelWriter:
 
     def __init__(self, run_dir: RunDir, rank: int, timeout_s: float, coordinator: Any) -> None:
         self._run_dir, self._rank, self._timeout_s, self._coordinator = run_dir, rank, timeout_s, coordinator
-        # A process group of its own, because training uses the default one in the meantime.
-        self._process_group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        self._group = BackgroundGroup(timeout_s)
         self.writing: Writing | None = None
 
     def start(
@@ -99,7 +95,11 @@ class ModelWriter:
                     on_durable()
             except BaseException as error:
                 failure = error
-                if time.monotonic() - started >= self._timeout_s:
+                if isinstance(error, RankFailed):
+                    failure = ModelWriteFailed(
+                        f"the model directory of version {version} could not be written: {error}"
+                    )
+                elif time.monotonic() - started >= self._timeout_s:
                     failure = ModelWriteFailed(_too_late(version, self._timeout_s))
                 try:
                     # When another rank has ended, the workers are started again: that does not end the run.
@@ -143,28 +143,9 @@ class ModelWriter:
                 of_layers = [file for of_rank in written for file in of_rank]
                 self._run_dir.write_manifest(path, [*of_layers, *described])
 
-        self._on_all_ranks(version, delete_incomplete)
-        written = self._on_all_ranks(version, write_files)
-        self._on_all_ranks(version, complete)
-
-    def _on_all_ranks(self, version: int, work: Callable[[], T]) -> list[T]:
-        """Calls `work` on every rank; returns what it returned on each.
-
-        Raises:
-            ModelWriteFailed: on every rank, if it failed on any.
-            RuntimeError: another rank ended, or did not come in time.
-        """
-        outcome: tuple[T | None, str | None]
-        try:
-            outcome = work(), None
-        except Exception as error:
-            outcome = None, (str(error).splitlines() or [repr(error)])[0]
-        dist.monitored_barrier(self._process_group, timeout=timedelta(seconds=self._timeout_s))
-        outcomes: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(outcomes, outcome, group=self._process_group)
-        if reason := next((reason for _, reason in outcomes if reason is not None), None):
-            raise ModelWriteFailed(f"the model directory of version {version} could not be written: {reason}")
-        return [result for result, _ in outcomes]
+        self._group.on_all_ranks(delete_incomplete)
+        written = self._group.on_all_ranks(write_files)
+        self._group.on_all_ranks(complete)
 
 
 def _too_late(version: int, timeout_s: float) -> str:

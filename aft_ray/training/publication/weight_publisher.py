@@ -29,8 +29,8 @@ from aft_ray.storage.records import Group
 from aft_ray.storage.run_dir import RunDir
 from aft_ray.tasks.response_end import response_ends
 from aft_ray.training.deepspeed import gathered
-from aft_ray.training.model_writer import ModelWriter, Writing
-from aft_ray.training.probes import choose_probes, score_probes
+from aft_ray.training.publication.model_writer import ModelWriter, Writing
+from aft_ray.training.publication.probes import choose_probes, score_probes
 from aft_ray.weights.broadcast.sender import Broadcast, BroadcastFailed, BroadcastStats
 from aft_ray.weights.export import LayerPass, describe_model, write_adapter
 from aft_ray.weights.publish import ObjectStore, Publication, SharedStorage, Transport, WithoutEngines

@@ -5,7 +5,7 @@ import torch
 from tiny_families import build, score
 
 from aft_ray.storage.records import Candidate, Group, Question, Verdict
-from aft_ray.training.probes import MAX_PROBE_TOKENS, MAX_RESPONSE_TOKENS, choose_probes, score_probes
+from aft_ray.training.publication.probes import MAX_PROBE_TOKENS, MAX_RESPONSE_TOKENS, choose_probes, score_probes
 
 
 def group(prompt: int, reference: int, *candidates: int) -> Group:
