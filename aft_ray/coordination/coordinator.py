@@ -47,7 +47,7 @@ class PeerFailed(RuntimeError):
 
 
 @dataclass(slots=True)
-class _Meeting:
+class _Rendezvous:
     """Of one version: the train workers that wait to broadcast it, and, once it is settled, the answer to all of them.
 
     Attributes:
@@ -90,7 +90,7 @@ class Coordinator:
         self._objects: dict[int, dict[int, dict[str, Any]]] = {}  # version -> rank -> references by name
         self._requested = -1  # the oldest version that the driver may still load into the samplers
         self._offered: int | None = None  # the version whose broadcast train worker 0 offers now
-        self._meetings: dict[int, _Meeting] = {}
+        self._rendezvous: dict[int, _Rendezvous] = {}
         self._gpus = GpuTurns()
         self._events: list[dict[str, Any]] = []
         self._failure: str | None = None
@@ -116,8 +116,8 @@ class Coordinator:
             self._end_offer()
             if manifest.broadcast is not None:
                 self._offered = manifest.version
-                if self._meeting(manifest.version).settled:  # the version is offered again
-                    self._meetings[manifest.version] = _Meeting()
+                if self._rendezvous_of(manifest.version).settled:  # the version is offered again
+                    self._rendezvous[manifest.version] = _Rendezvous()
             if manifest.durable:
                 self._durable.add(manifest.version)
             if self._newest is None or manifest.version >= self._newest.version:
@@ -139,9 +139,9 @@ class Coordinator:
             self._objects.clear()
             self._was_requested.clear()
             self._end_offer()
-            for meeting in self._meetings.values():
-                meeting.settle(None)
-            self._meetings.clear()
+            for rendezvous in self._rendezvous.values():
+                rendezvous.settle(None)
+            self._rendezvous.clear()
 
         await self._change(change)
 
@@ -222,19 +222,19 @@ class Coordinator:
             PeerFailed: training has failed.
         """
         version = group.version
-        meeting = self._meeting(version)
+        rendezvous = self._rendezvous_of(version)
 
         def stands() -> bool:
-            return self._offered == version and self._meetings.get(version) is meeting and not meeting.settled
+            return self._offered == version and self._rendezvous.get(version) is rendezvous and not rendezvous.settled
 
         if stands() and group.receivers:
-            await self._reached(lambda: not stands() or meeting.complete, timeout_s)
+            await self._reached(lambda: not stands() or rendezvous.complete, timeout_s)
         if not stands():
             return f"the train workers do not offer the broadcast of version {version} any more"
-        come = meeting.complete
+        come = rendezvous.complete
 
         def change() -> None:
-            meeting.settle(group if come and group.receivers else None)
+            rendezvous.settle(group if come and group.receivers else None)
             self._end_offer()
 
         await self._change(change)
@@ -263,23 +263,23 @@ class Coordinator:
         Raises:
             PeerFailed: the run has failed.
         """
-        meeting = self._meeting(version)
+        rendezvous = self._rendezvous_of(version)
 
         def arrive() -> None:
-            meeting.workers = workers
-            meeting.ranks.add(rank)
+            rendezvous.workers = workers
+            rendezvous.ranks.add(rank)
 
         await self._change(arrive)
-        await self._reached(lambda: meeting.settled or self._passed_over(version), timeout_s)
+        await self._reached(lambda: rendezvous.settled or self._passed_over(version), timeout_s)
 
         def leave() -> None:
-            if not meeting.settled:
-                meeting.settle(None)
+            if not rendezvous.settled:
+                rendezvous.settle(None)
                 if self._offered == version:
                     self._offered = None
 
         await self._change(leave)
-        return meeting.group
+        return rendezvous.group
 
     async def release_gpus(self, round_number: int, placement: WorkerPlacement) -> None:
         """Records that a train worker has released its GPUs to the samplers until the round is ready."""
@@ -384,9 +384,9 @@ class Coordinator:
         await self.check()
         return True
 
-    def _meeting(self, version: int) -> _Meeting:
-        """The meeting of a version. A train worker may come before the version is published."""
-        return self._meetings.setdefault(version, _Meeting())
+    def _rendezvous_of(self, version: int) -> _Rendezvous:
+        """The rendezvous of a version. A train worker may come before the version is published."""
+        return self._rendezvous.setdefault(version, _Rendezvous())
 
     def _passed_over(self, version: int) -> bool:
         """Whether the driver takes a later version, or reads the directory of this one."""
@@ -395,7 +395,7 @@ class Coordinator:
     def _end_offer(self) -> None:
         """Ends the offer that stands, if any. The train workers that wait for an announcement wait no longer."""
         if self._offered is not None:
-            self._meeting(self._offered).settle(None)
+            self._rendezvous_of(self._offered).settle(None)
             self._offered = None
 
 

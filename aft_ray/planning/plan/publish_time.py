@@ -46,7 +46,7 @@ class Sizes:
     Attributes:
         weights: The model directory.
         adapter: The LoRA adapter; 0 without one.
-        checkpoint: The training state: weights, float32 master weights and Adam's moments.
+        checkpoint: The training state: float32 weights and Adam's moments, and with ZeRO 1 and 2 the weights again.
     """
 
     weights: float
@@ -61,7 +61,9 @@ def sizes(config: RunConfig, model: Architecture) -> Sizes:
     if config.lora is not None:
         adapter = model.lora_parameters(config.lora.rank, config.lora.targets)
     trained = adapter or model.parameters
-    return Sizes(width * model.parameters, width * adapter, (width + 12) * trained)
+    # As `training/state/scratch.py` counts them: bfloat16 trains at stage 1 or above; stage 3 saves no second weights.
+    stage = max(config.training.zero_stage, 1) if width == 2 else config.training.zero_stage
+    return Sizes(width * model.parameters, width * adapter, (12 + (width if stage in {1, 2} else 0)) * trained)
 
 
 def publish_time(
