@@ -7,6 +7,7 @@ Read `worker` first: it has the order of a round. What it calls, in that order:
     padding           what padding attends to
     deepspeed         the engine that holds the model and the optimizer
     deepspeed_config  its configuration, with the keys that the user adds
+    deepspeed_import  deepspeed itself, set up
     process_groups    the timeout of all process groups, and work that all ranks do in the background
     schedule          objective, passes and learning rate of a round
     batching          the plan of the round: which rank trains which groups in which step

@@ -7,8 +7,6 @@ less than `training.timeout_s`; DeepSpeed writes nothing to stdout.
 from __future__ import annotations
 
 import contextlib
-import logging
-import os
 import re
 import subprocess
 import sys
@@ -20,6 +18,7 @@ import torch
 
 from aft_ray.config.run import LoraConfig, ModelConfig, TrainingConfig
 from aft_ray.training.deepspeed_config import ds_config as ds_config
+from aft_ray.training.deepspeed_import import import_deepspeed
 from aft_ray.training.loading import LoadingError, load_model
 from aft_ray.training.lora import add_adapters, load_adapter
 from aft_ray.training.process_groups import set_default_timeout
@@ -170,16 +169,3 @@ def gathered(parameters: Sequence[torch.nn.Parameter]) -> contextlib.AbstractCon
         list(parameters), modifier_rank=None
     )
     return context
-
-
-def import_deepspeed() -> Any:
-    """The deepspeed module, set up for the CPU where there is no GPU, and with its logger away from stdout."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
-
-    # Its logger writes to stdout. Without handlers its records go to the root logger, like those of this process.
-    logger = logging.getLogger("DeepSpeed")
-    logger.handlers.clear()
-    logger.propagate = True
-    return deepspeed

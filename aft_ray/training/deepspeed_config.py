@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from aft_ray.config.run import ConfigError, TrainingConfig
+from aft_ray.training.deepspeed_import import import_deepspeed
 
 _BUCKET = 50_000_000  # elements; DeepSpeed's default of 5e8 takes gigabytes of buffers on every rank
 
@@ -84,8 +85,6 @@ def check_options(training: TrainingConfig, dtype: str) -> None:
     if not training.deepspeed:
         return
     from pydantic import ValidationError
-
-    from aft_ray.training.deepspeed import import_deepspeed
 
     version = import_deepspeed().__version__
     from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError

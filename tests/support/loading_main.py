@@ -17,6 +17,7 @@ from safetensors import safe_open
 
 from aft_ray.config.run import TrainingConfig
 from aft_ray.training import deepspeed as engines
+from aft_ray.training.deepspeed_import import import_deepspeed
 from aft_ray.training.loading import LoadingError, load_model
 
 
@@ -65,7 +66,7 @@ def main(rank: int, port: str, work: Path) -> None:
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_RANK": str(rank)}
     dist.init_process_group("gloo", rank=rank, world_size=2)
-    engines.import_deepspeed()
+    import_deepspeed()
     outcomes = {}
     # The first model is small, so that imports are complete before a large one is measured.
     for directory in sorted(work.iterdir()):

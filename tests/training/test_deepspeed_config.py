@@ -8,8 +8,9 @@ import torch
 
 from aft_ray.config.loader import parse_section
 from aft_ray.config.run import ConfigError, TrainingConfig
-from aft_ray.training.deepspeed import _optimizer, import_deepspeed
+from aft_ray.training.deepspeed import _optimizer
 from aft_ray.training.deepspeed_config import check_options, config_lines, ds_config
+from aft_ray.training.deepspeed_import import import_deepspeed
 
 GPU = {"gpus_per_worker": 1, "workers": 8}
 
