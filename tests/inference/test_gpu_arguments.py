@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from gpu_build import needs_gpu_build, unpacked_vllm
 from tiny import LENGTH, tiny_config
 
 from aft_ray.cluster.colocated_placement import EnginePlacement
@@ -23,8 +24,7 @@ from aft_ray.sampling.sampler_pool import sampler_engine_spec
 from jobs.tiny_model import build_tiny_model
 
 ROOT = Path(__file__).parents[2]
-WHEELS = Path(os.environ.get("GPU_WHEELS", str(ROOT / ".gpu-wheels")))
-BUILDS = ("installed", "gpu")
+BUILDS = ("installed", pytest.param("gpu", marks=needs_gpu_build))
 LORA = {"rank": 12, "targets": ["q_proj", "down_proj"]}
 ZERO_2 = {"zero_stage": 2, "gpus_per_worker": 1}
 RUNS = {
@@ -67,9 +67,7 @@ def spec_of(run: str):
 @functools.cache
 def configured(build: str, card: str) -> dict:
     """By run, what vLLM makes of its engine; with "service" for the context of vLLM's server."""
-    path = [] if build == "installed" else [str(unpacked) for unpacked in sorted(WHEELS.glob("vllm-*/"))]
-    if build == "gpu" and not path:
-        pytest.skip(f"the build for GPUs is not in {WHEELS}; `make check-gpu` puts it there")
+    path = [] if build == "installed" else [str(unpacked_vllm())]
     runs = [(run, "LLM_CLASS") for run in RUNS] + [("plain", "OPENAI_API_SERVER")]
     specs = [({**asdict(spec_of(run)), "lora": LORA if run == "adapters" else None}, context) for run, context in runs]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*path, str(ROOT)])}

@@ -1,7 +1,6 @@
 """The comparison with the real wheels of the GPU build, and the service's application built against them.
 
-They run where the environment variable AFT_RAY_GPU_WHEELS names a directory with the wheels, as `make check-gpu` keeps
-it. No GPU is needed.
+They run where `make check-gpu` has put the wheels. No GPU is needed.
 """
 
 import os
@@ -9,11 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+from gpu_build import WHEELS, needs_gpu_build, unpacked_vllm
 
 ROOT = Path(__file__).parents[2]
-WHEELS = os.environ.get("AFT_RAY_GPU_WHEELS", "")
-pytestmark = pytest.mark.skipif(not WHEELS, reason="AFT_RAY_GPU_WHEELS names no directory with the GPU wheels")
+pytestmark = needs_gpu_build
 
 # Builds the service's application of a model, without GPUs and for one; then reads the arguments of its engine in a Ray
 # task of the engine's runtime environment that imports Ray's modules first, as Ray does it for GPUs.
@@ -41,15 +39,14 @@ for gpus in 0, 1:
 
 
 def test_nothing_that_is_used_differs_in_the_gpu_build():
-    check = [sys.executable, str(ROOT / "tools/check_gpu_signatures.py"), "--wheels", WHEELS]
+    check = [sys.executable, str(ROOT / "tools/check_gpu_signatures.py"), "--wheels", str(WHEELS)]
     done = subprocess.run(check, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "handled   class    vllm.entrypoints.launchers.cli_args.FrontendArgs" in done.stdout
 
 
 def test_the_application_and_the_arguments_of_its_engine_are_built_with_the_gpu_build(tiny_model):
-    unpacked = next(path for path in Path(WHEELS).resolve().glob("vllm-*") if path.is_dir())
-    path = os.pathsep.join([str(unpacked), str(ROOT)])
+    path = os.pathsep.join([str(unpacked_vllm()), str(ROOT)])
     environment = os.environ | {"PYTHONPATH": path, "VLLM_LOGGING_LEVEL": "ERROR"}
     done = subprocess.run(
         [sys.executable, "-c", BUILD, str(tiny_model)], env=environment, capture_output=True, text=True

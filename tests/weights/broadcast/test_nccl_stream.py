@@ -2,7 +2,7 @@
 
 There is no GPU here: CUDA streams and NCCL are fakes (`support/fake_nccl.py`) with gloo under them. All else is real:
 our sender, buckets and engine, and vLLM's engine and consumer. They are those of the CPU build. The same tests run
-against the GPU build's when AFT_RAY_GPU_VLLM is the directory of its unpacked wheel.
+against the GPU build's where `make check-gpu` has unpacked it.
 """
 
 import os
@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import fake_nccl
@@ -18,6 +19,7 @@ import pytest
 import torch
 import vllm
 import vllm.model_executor.model_loader.mtp_validation  # vLLM's engine imports it when it receives, which takes seconds
+from gpu_build import needs_gpu_build, unpacked_vllm
 
 from aft_ray.coordination.broadcast_group import BroadcastGroup, Receiver
 from aft_ray.inference.vllm_worker import transfer_engines
@@ -32,6 +34,7 @@ CPU = torch.device("cpu")
 WAIT_S, SHORT_S = 30.0, 1.0
 GROUP = BroadcastGroup(5, (Receiver("sampler 0", 2), Receiver("sampler 1", 1)))
 MIXED = [(3,), (7, 5), (1,), (129, 33), (2, 3, 4), (), (64,), (5000,), (9, 1)]  # odd sizes; one of 20 KB
+RUNS_AGAINST_GPU_BUILD = unpacked_vllm() in Path(vllm.__file__).resolve().parents
 ORDERED_CONSUMER = not vllm.__version__.startswith("0.32.")  # 0.32 does not order loads after earlier receives
 
 
@@ -278,10 +281,10 @@ def test_a_call_within_a_deadline_raises_what_the_call_raises():
     assert call_within(WAIT_S, lambda: 7, print, "late") == 7
 
 
-@pytest.mark.skipif("AFT_RAY_GPU_VLLM" not in os.environ, reason="AFT_RAY_GPU_VLLM names no unpacked GPU wheel of vLLM")
+@needs_gpu_build
+@pytest.mark.skipif(RUNS_AGAINST_GPU_BUILD, reason="these are the tests against the build for GPUs")
 def test_the_gpu_builds_consumer_passes_the_same_tests():
-    environment = os.environ | {"PYTHONPATH": os.environ["AFT_RAY_GPU_VLLM"]}
-    del environment["AFT_RAY_GPU_VLLM"]
+    environment = os.environ | {"PYTHONPATH": str(unpacked_vllm())}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
