@@ -161,5 +161,6 @@ def test_an_engine_takes_at_once_what_vllm_thinks_right_for_the_card(build, card
     assert default_max_num_seqs(NODES[node], True, 1) == sampler[1]  # what the plan counts with
 
 
+@needs_gpu_build
 def test_the_builds_are_two():
     assert configured("gpu", "h100")["vllm"] > configured("installed", "h100")["vllm"]
