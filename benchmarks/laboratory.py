@@ -248,9 +248,10 @@ class Laboratory:
         from aft_ray.inference.engine import Engine
         from aft_ray.inference.engine_spec import EngineSpec
 
-        (model,) = list(self.directory.glob("seed*/vft-model"))[:1]
         return Engine(
-            EngineSpec(str(model), (_tokenizer().eos_token_id,), "float32", 160, 128, gpu=False, kv_cache_gib=0.5)
+            EngineSpec(
+                str(self._some_model()), (_tokenizer().eos_token_id,), "float32", 160, 128, gpu=False, kv_cache_gib=0.5
+            )
         )
 
     def _sample_groups(self, seed: int) -> list[Group]:
@@ -291,10 +292,14 @@ class Laboratory:
 
     @cached_property
     def _test_questions(self) -> list[Group]:
-        """The test questions. They depend only on the settings."""
+        """The test questions. They depend only on the settings, and every model has the same tokenizer."""
         from aft_ray.tasks.dataset import tokenize_split
 
-        return tokenize_split(self._config(0, Path()), "test", _tokenizer()).groups
+        return tokenize_split(self._config(0, self._some_model()), "test", _tokenizer()).groups
+
+    def _some_model(self) -> Path:
+        """The VFT model of any seed that is prepared."""
+        return next(self.directory.glob("seed*/vft-model"))
 
     def _measure(self) -> dict[str, Any]:
         """Metrics on the test questions, and for each question whether its answers were right."""

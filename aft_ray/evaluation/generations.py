@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aft_ray.config.messages import first_line
 from aft_ray.config.run import ConfigError, RunConfig
 from aft_ray.evaluation.answers import AnsweredQuestion, Response, response_from_candidate
 from aft_ray.evaluation.statistics.bootstrap import finite_or_none
@@ -140,7 +141,7 @@ def _read_groups(path: Path) -> list[AnsweredQuestion]:
         try:
             groups = table_to_groups(pq.read_table(file))
         except (OSError, ValueError, pa.ArrowException) as error:
-            raise ConfigError(f"{file} cannot be read as a file of groups: {str(error).splitlines()[0]}") from error
+            raise ConfigError(f"{file} cannot be read as a file of groups: {first_line(error)}") from error
         for group in groups:
             one, samples = group.question, [response_from_candidate(candidate) for candidate in group.candidates]
             answered[one.id] = AnsweredQuestion(one.id, None, samples, one.task, one.text, one.gold)

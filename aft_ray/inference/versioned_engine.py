@@ -18,6 +18,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from aft_ray.config.messages import first_line
 from aft_ray.inference.update_phases import PhaseTimeout, UpdatePhases
 from aft_ray.weights.receive_plan import RECOVERABLE_PHASES, EngineCall, Phase
 from aft_ray.weights.version_manifest import VersionManifest, WeightsMissed, WeightUpdateFailed
@@ -228,8 +229,7 @@ def receive_weights(client: BlockingClient, calls: Iterator[EngineCall], enter_p
 
 def _reason(error: Exception) -> str:
     """What a worker process said, without the stack frames that torch adds, and without vLLM's words around it."""
-    first_line = (str(error).strip() or repr(error)).splitlines()[0]
-    return _OTHER_PROCESS.sub("", first_line)
+    return _OTHER_PROCESS.sub("", first_line(error))
 
 
 def _located(problem: object, rank: int, processes: int) -> str:

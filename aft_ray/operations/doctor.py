@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from aft_ray.cluster.compat import free_resources_by_node, session_parent
+from aft_ray.config.messages import first_line
 from aft_ray.config.run import ConfigError, RunConfig
 from aft_ray.operations import probe as probe_module
 from aft_ray.operations.checks import check_all
@@ -233,9 +234,9 @@ def collect_replies(references: Mapping[Key, Any], timeout_s: float) -> dict[Key
         try:
             found[name] = ray.get(reference)
         except RayTaskError as error:
-            found[name] = NoReply((str(error.cause).splitlines() or [type(error.cause).__name__])[0], False)
+            found[name] = NoReply(first_line(error.cause), False)
         except RayError as error:
-            found[name] = NoReply((str(error).splitlines() or [type(error).__name__])[0], True)
+            found[name] = NoReply(first_line(error), True)
     return found
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from aft_ray.cluster.compat import upload_filter
+from aft_ray.config.messages import first_line
 from aft_ray.config.run import ConfigError, RunConfig, load_config
 from aft_ray.operations.upload import EXCLUDES, checkout, measure_upload, upload_limit
 from aft_ray.storage.run_dir import RunDir
@@ -142,7 +143,7 @@ def _job_status(submission: Submission) -> int:
     try:
         info = JobSubmissionClient(submission.address).get_job_info(submission.id)
     except (RuntimeError, ConnectionError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise SubmissionFailed(f"job {submission.id} was not accepted by {submission.address}: {reason}") from error
     if info.status == JobStatus.SUCCEEDED:
         return 0

@@ -17,6 +17,8 @@ from urllib.parse import parse_qs, urlsplit
 
 import pyarrow.fs as pafs
 
+from aft_ray.config.messages import first_line
+
 # The manifest of a complete directory; `aft_ray.storage.directories` defines what it contains.
 MANIFEST = "MANIFEST.json"
 TEMPORARY_SUFFIX = ".tmp"
@@ -63,7 +65,7 @@ class FileStore:
             try:
                 self._filesystem, self._root = pafs.FileSystem.from_uri(_with_delayed_open(self.uri()))
             except (ValueError, OSError) as error:
-                raise RunDirError(f"cannot use the run directory {uri}: {_first_line(error)}") from error
+                raise RunDirError(f"cannot use the run directory {uri}: {first_line(error)}") from error
 
     def __reduce__(self) -> tuple[type[FileStore], tuple[str, Any]]:
         return type(self), (self.uri(), self._given_filesystem)
@@ -259,7 +261,7 @@ def explain_errors(where: str) -> Iterator[None]:
             ) from error
         if error.errno is None:  # pyarrow raises these for the errors of an object store
             raise RunDirError(
-                f"cannot use {where}: {_first_line(error)}; check the name, the network and the credentials of this "
+                f"cannot use {where}: {first_line(error)}; check the name, the network and the credentials of this "
                 "machine, and start again, nothing that was finished is lost"
             ) from error
         raise
@@ -280,7 +282,3 @@ def _with_delayed_open(uri: str) -> str:
     if not uri.startswith("s3:") or "allow_delayed_open" in uri:
         return uri
     return f"{uri}{'&' if '?' in uri else '?'}allow_delayed_open=true"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from aft_ray.config.messages import first_line
 from aft_ray.config.run import ConfigError, RunConfig
 from aft_ray.storage.run_dir import local_model
 
@@ -47,9 +48,7 @@ def load_model_config(config: RunConfig) -> Any:
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=config.model.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"model.name={name} cannot be read as a model: {str(error).strip().splitlines()[0]}"
-        ) from error
+        raise ConfigError(f"model.name={name} cannot be read as a model: {first_line(error)}") from error
 
 
 def _looks_like_a_path(name: str) -> bool:

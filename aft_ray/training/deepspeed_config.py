@@ -10,6 +10,7 @@ import difflib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from aft_ray.config.messages import first_line
 from aft_ray.config.run import ConfigError, TrainingConfig
 from aft_ray.training.deepspeed_import import import_deepspeed
 
@@ -104,7 +105,7 @@ def check_options(training: TrainingConfig, dtype: str) -> None:
         AssertionError,
         RuntimeError,
     ) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise ConfigError(f"DeepSpeed {version} refuses training.deepspeed: {reason}") from None
     for path, siblings in options.unread(training.deepspeed):
         raise ConfigError(_unknown(path, siblings, version))

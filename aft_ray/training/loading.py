@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from aft_ray.config.messages import first_line
 from aft_ray.training.padding import use_padding_mask
 
 _INDEX_FILE, _SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
@@ -264,7 +265,7 @@ def _by_layer(assignments: list[_Assignment]) -> Iterator[list[_Assignment]]:
 
 
 def _unreadable(file: Path, error: Exception) -> str:
-    return f"{file} cannot be read: {str(error).splitlines()[0]}"
+    return f"{file} cannot be read: {first_line(error)}"
 
 
 def _missing_tensors(path: str | Path, names: list[str], model: Any) -> str:

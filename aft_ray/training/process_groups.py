@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from aft_ray.config.messages import first_line
 from aft_ray.storage.run_dir import RunDirError
 from aft_ray.training.loading import LoadingError
 
@@ -63,7 +64,7 @@ class BackgroundGroup:
         try:
             outcome = work(), None
         except Exception as error:
-            outcome = None, (str(error).splitlines() or [repr(error)])[0]
+            outcome = None, first_line(error)
         dist.monitored_barrier(self._process_group, timeout=self._timeout)
         outcomes: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(outcomes, outcome, group=self._process_group)

@@ -13,6 +13,7 @@ from typing import ClassVar, Protocol
 
 import torch
 
+from aft_ray.config.messages import first_line
 from aft_ray.coordination.broadcast_group import BroadcastGroup
 from aft_ray.weights.broadcast.buckets import Layout, ProcessGroup, Wait, send
 from aft_ray.weights.broadcast.gloo_group import GlooGroup
@@ -262,5 +263,5 @@ class _PhaseErrors:
         return wait_with_named_errors
 
     def _failure(self, phase: str, error: Exception) -> BroadcastFailed:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        reason = first_line(error)
         return BroadcastFailed(f"the stream of version {self._version} failed in phase {phase!r}: {reason}")
