@@ -259,7 +259,9 @@ def published(config, version):
 def test_wrong_weights_are_refused_and_the_right_version_is_loaded_after_them(overlapped, pool):
     right = published(overlapped, 2)
     wrong = replace(right, probes=tuple(replace(probe, score=probe.score + 0.01) for probe in right.probes))
-    with pytest.raises(WeightUpdateFailed, match=r"sampler 0 scores .* version 2 .* 0\.01 .*\(tolerance 0\.0001\)"):
+    with pytest.raises(
+        WeightUpdateFailed, match=r"sampler 0 scores .* version 2 .* 0\.01 .* weights.tolerance \(0\.0001;"
+    ):
         pool.load(wrong)
     with pytest.raises(WeightUpdateFailed, match="nan"):
         pool.load(replace(right, probes=(replace(right.probes[0], score=float("nan")), *right.probes[1:])))

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -179,8 +178,9 @@ def fetched_state(run_dir: RunDir, path: str, timeout_s: float) -> Iterator[Fetc
     universal = saved_by not in (None, place.ranks)
     shared = run_dir.staging() if universal else None
     leads = place.rank == 0 if shared else place.local_rank == 0
-    name = scratch_directory(run_dir, "resume").name
-    root = Path(shared or tempfile.gettempdir(), name)
+    directory = scratch_directory(run_dir, "resume")
+    # Nodes may share their scratch directory, so its name has the first rank of the node.
+    root = Path(shared, directory.name) if shared else Path(f"{directory}-{place.rank - place.local_rank}")
     try:
         raise_on_every_rank(lambda: _prepare(root, run_dir, files, place, universal) if leads else None)
         wanted = files_to_fetch(files, place, universal, shared is not None)
