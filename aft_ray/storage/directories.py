@@ -27,6 +27,7 @@ from aft_ray.storage.files import (
     explain_errors,
     fsync,
     is_temporary,
+    new_local_file,
     temporary_sibling,
 )
 from aft_ray.storage.stored_files import HashedFile, StoredFile
@@ -61,19 +62,8 @@ class DirectoryStore(FileStore):
                 with self._filesystem.open_output_stream(self.full_path(where)) as stream:
                     yield HashedFile(name, stream)
                 return
-            target = self.local_path(where)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            temporary = temporary_sibling(target)
-            try:
-                with open(temporary, "xb") as file:
-                    yield HashedFile(name, file)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(temporary, target)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
-            fsync(target.parent)
+            with new_local_file(self.local_path(where)) as file:
+                yield HashedFile(name, file)
 
     def add_files(self, local_dir: str | os.PathLike[str], path: str) -> list[StoredFile]:
         """Copies the files below a local directory into `path`, to which other processes may add files as well.

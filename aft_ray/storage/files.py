@@ -213,13 +213,17 @@ class FileStore:
                 self.delete(f"{path}/{name}")
 
 
-def write_atomically(target: Path, data: bytes) -> None:
-    """Writes a whole local file through a temporary file beside it. It is durable when this returns."""
+@contextlib.contextmanager
+def new_local_file(target: Path) -> Iterator[Any]:
+    """Opens a temporary file beside `target`, which takes its name and is durable after the context.
+
+    Nothing is left when the context ends with an exception.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_sibling(target)
     try:
         with open(temporary, "xb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
@@ -227,6 +231,12 @@ def write_atomically(target: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     fsync(target.parent)
+
+
+def write_atomically(target: Path, data: bytes) -> None:
+    """Writes a whole local file through a temporary file beside it. It is durable when this returns."""
+    with new_local_file(target) as file:
+        file.write(data)
 
 
 def temporary_sibling(target: Path) -> Path:

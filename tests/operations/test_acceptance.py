@@ -16,7 +16,12 @@ from local_cluster import local_cluster
 from torch.utils.flop_counter import FlopCounterMode
 
 from aft_ray.operations.acceptance import machine, reference, speed, suite
-from aft_ray.operations.acceptance.models import GroupShape, random_groups, write_character_tokenizer
+from aft_ray.operations.acceptance.models import (
+    GroupShape,
+    random_groups,
+    transformers_config,
+    write_character_tokenizer,
+)
 from aft_ray.operations.acceptance.outcome import Figure, Outcome, from_json, judge
 from aft_ray.operations.acceptance.process import run_to_end
 from aft_ray.operations.acceptance.reference import Steps, compare
@@ -199,20 +204,10 @@ def test_names_are_unique_and_every_check_can_be_chosen():
 
 
 def test_model_flops_are_those_that_torch_counts():
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     sizes = replace(SMALL_MODEL, hidden=128, intermediate=256, heads=2, kv_heads=1, vocabulary=512)
-    config = AutoConfig.for_model(
-        "llama",
-        vocab_size=sizes.vocabulary,
-        hidden_size=sizes.hidden,
-        intermediate_size=sizes.intermediate,
-        num_hidden_layers=sizes.layers,
-        num_attention_heads=sizes.heads,
-        num_key_value_heads=sizes.kv_heads,
-        head_dim=sizes.head_size,
-    )
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_config(transformers_config(sizes), attn_implementation="eager")
     row, rows = 48, 3
     with FlopCounterMode(display=False) as counter:
         loss = model(input_ids=torch.zeros(rows, row, dtype=torch.long), use_cache=False).logits.sum()

@@ -7,6 +7,16 @@ from aft_ray.storage.records import Candidate, Group, Question, Verdict
 from aft_ray.training.batching import group_size, plan_pass
 
 VOCABULARY, PAD = 64, 0
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+}
 POISON = 63  # Only `poisoned_group` has this token.
 
 
@@ -16,18 +26,7 @@ def write_tiny_llama(directory, *, tied=False, poisoned=False):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=128,
-        tie_word_embeddings=tied,
-        initializer_range=0.2,
-        pad_token_id=PAD,
-    )
+    config = LlamaConfig(**SIZES, tie_word_embeddings=tied, pad_token_id=PAD)
     model = LlamaForCausalLM(config)
     if poisoned:
         model.get_input_embeddings().weight.data[POISON] = float("nan")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from training_helpers import PAD, VOCABULARY, random_groups, write_tiny_llama
+from training_helpers import PAD, SIZES, random_groups, write_tiny_llama
 from transformers import AttentionMaskInterface, AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask, sdpa_mask
 
@@ -19,18 +19,7 @@ OBJECTIVE = build_objective("aft_boundary")
 def write_windowed(directory):
     """Writes a random model whose queries see 4 tokens at most, fewer than a row can have of padding."""
     torch.manual_seed(1)
-    config = MistralConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=128,
-        sliding_window=4,
-        initializer_range=0.2,
-    )
-    MistralForCausalLM(config).save_pretrained(directory)
+    MistralForCausalLM(MistralConfig(**SIZES, sliding_window=4)).save_pretrained(directory)
     return directory
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from aft_ray.planning.plan.architecture import Architecture
 from aft_ray.storage.records import Candidate, Group, Question, Verdict
@@ -22,18 +23,11 @@ class GroupShape:
     response: tuple[int, int]
 
 
-def write_random_model(directory: Path, sizes: Architecture, device: str, spread: float = 0.02, seed: int = 0) -> Path:
-    """Writes a model of Llama's architecture with random bfloat16 weights.
+def transformers_config(sizes: Architecture, **options: Any) -> Any:
+    """The config of transformers for a model of these sizes; `options` are further keys of it."""
+    from transformers import AutoConfig
 
-    Args:
-        device: where the weights are drawn.
-        spread: the standard deviation of the weights.
-    """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    torch.manual_seed(seed)
-    config = AutoConfig.for_model(
+    return AutoConfig.for_model(
         sizes.family,
         vocab_size=sizes.vocabulary,
         hidden_size=sizes.hidden,
@@ -44,11 +38,22 @@ def write_random_model(directory: Path, sizes: Architecture, device: str, spread
         head_dim=sizes.head_size,
         max_position_embeddings=sizes.context,
         tie_word_embeddings=sizes.tied,
-        initializer_range=spread,
-        pad_token_id=PAD,
-        bos_token_id=None,
-        eos_token_id=EOS,
+        **options,
     )
+
+
+def write_random_model(directory: Path, sizes: Architecture, device: str, spread: float = 0.02, seed: int = 0) -> Path:
+    """Writes a model of Llama's architecture with random bfloat16 weights.
+
+    Args:
+        device: where the weights are drawn.
+        spread: the standard deviation of the weights.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    config = transformers_config(sizes, initializer_range=spread, pad_token_id=PAD, bos_token_id=None, eos_token_id=EOS)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(directory)

@@ -48,7 +48,8 @@ def check_scratch(config: RunConfig, run_dir: RunDir) -> None:
             shutil.rmtree(scratch_directory(run_dir, "checkpoint"), ignore_errors=True)
             first = dist.get_rank()  # Ray Train numbers the workers of a node one after the other
             ranks = range(first, first + int(os.environ["LOCAL_WORLD_SIZE"]))
-            needed = sum(state_bytes(config, trained_parameters(config), rank, dist.get_world_size()) for rank in ranks)
+            parameters = trained_parameters(config)
+            needed = sum(state_bytes(config, parameters, rank, dist.get_world_size()) for rank in ranks)
             check_room(tempfile.gettempdir(), needed, "the training state that a round's workers write", WAY_OUT)
 
     raise_on_every_rank(check)
