@@ -32,6 +32,7 @@ _KEYS = (
         "activation_checkpointing",
         "recompute grad_checkpointing gradient_checkpointing enable_gradient_checkpointing",
     ),
+    ("checkpoint_every_s", "save_steps save_interval save_freq checkpoint_interval checkpoint_every save_every"),
     ("keep_checkpoints", "save_total_limit max_checkpoints"),
     ("", "optimizer scheduler lr_scheduler lr_scheduler_type betas"),
     # the objective and the reward

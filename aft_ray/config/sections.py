@@ -220,6 +220,9 @@ class TrainingConfig(Section):
     offload_parameters: bool = Field(False, description="ZeRO 3: weights in CPU memory until a layer needs them")
     activation_checkpointing: bool = Field(False, description="recompute activations: less memory, a third slower")
     max_failures: Natural = Field(2, description="times the worker group is restarted from its last checkpoint")
+    checkpoint_every_s: float = Field(
+        1800, ge=0, description="seconds between training states saved inside a round; 0: only after each round"
+    )
     keep_checkpoints: Positive = Field(2, description="training states kept; models of all rounds are kept")
     timeout_s: Seconds = Field(3600, description="deadline of a wait for another worker, seconds")
     deepspeed: dict[str, JsonValue] = Field(

@@ -24,6 +24,7 @@ _HARDWARE_KEYS = frozenset(
         "offload_optimizer",
         "offload_parameters",
         "activation_checkpointing",
+        "checkpoint_every_s",
     )
 )
 
