@@ -1,0 +1,416 @@
+"""Attention over packed rows, as an attention implementation of transformers named `aft_packed`.
+
+In a row (`training.packing`) a prompt token sees the past of its prompt; a response token sees its whole prompt and the
+past of its own response. A model that was loaded with this implementation takes `model(**packed_inputs(row))`; called
+as any other model, it computes what transformers' SDPA does.
+
+What a model says about its masks keeps its meaning: transformers hands its mask function to `_packed_mask`, and here it
+is evaluated on the positions of tokens instead of their columns, so a sliding window counts tokens of one response.
+
+On the CPU attention runs block by block and no mask is larger than the block that it is for. On CUDA it is
+FlexAttention with a block mask, which has not run on a GPU here: the tests compare its masks with those of the CPU and
+run the same function uncompiled.
+
+Invariants: the output of a token does not depend on other responses or groups of its row; an argument that would change
+the output and is not known here is refused. Nothing is kept between calls but compiled functions, since activation
+checkpointing calls again from another thread.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from aft_ray.training.packing import PackedPrompt, PackedRow
+
+PACKED = "aft_packed"
+
+Layout = tuple[PackedPrompt, ...]
+# (batch, head, position of the query, position of the key) -> whether the query sees the key. The arguments broadcast.
+MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+# Layers in which a token sees tokens of its past, and nothing passes from column to column otherwise.
+_ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+# Arguments that models pass to every attention implementation and that do not change the output of a packed row:
+# what a model returns beside it, and what the mask function says already.
+_WITHOUT_EFFECT = {
+    "is_causal", "layer_idx", "logits_to_keep", "num_items_in_batch", "output_attentions", "output_hidden_states",
+    "output_router_logits", "position_ids", "return_dict", "sliding_window", "use_cache",
+}  # fmt: skip
+
+
+class PackedAttentionError(ValueError):
+    """A model asks for an attention that packed rows do not have. The message is one sentence."""
+
+
+def packed_inputs(row: PackedRow) -> dict[str, Any]:
+    """The keyword arguments with which a model computes a row.
+
+    The attention mask has a 1 for each column. Without it transformers would look for sequences in the positions, wait
+    for the device to do so, and keep the responses of a group from seeing their prompt.
+    """
+    return {
+        "input_ids": row.input_ids,
+        "position_ids": row.position_ids,
+        "attention_mask": torch.ones_like(row.input_ids),
+        "packed_layout": row.layout,
+        "use_cache": False,
+    }
+
+
+def cannot_share_prompts(model: Any) -> str | None:
+    """Why a model cannot compute packed rows, as the end of a sentence; None if nothing is known that keeps it from it.
+
+    It is a matter of the model's structure. Whether packed rows give the scores of plain rows is for a test to show.
+    """
+    name, config = type(model).__name__, model.config.get_text_config()
+    if not model._supports_attention_backend:
+        return f"{name} does not take attention functions of others"
+    kinds = set(getattr(config, "layer_types", None) or []) - _ATTENTION_LAYERS
+    if kinds:
+        return f"{name} has layers of the kind {sorted(kinds)[0]}"
+    if any(isinstance(module, torch.nn.Conv1d) for module in model.modules()):
+        return f"{name} has convolutions over the columns of a row"
+    if getattr(config, "alibi", False) or getattr(config, "position_embedding_type", None) == "alibi":
+        return f"{name} adds a bias of the distance between columns (ALiBi)"
+    if any(parameter.rpartition(".")[2] == "sinks" for parameter, _ in model.named_parameters()):
+        return f"{name} has attention sinks"
+    if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", False):
+        return f"{name} is not causal"
+    if config._attn_implementation != PACKED:
+        return f"the attention implementation is {config._attn_implementation}"
+    return None
+
+
+def register() -> None:
+    """Makes `aft_packed` known to transformers. It may be called again."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(PACKED, packed_attention)
+    AttentionMaskInterface.register(PACKED, _packed_mask)
+
+
+class PackedMask:
+    """What transformers says about the mask of one kind of layer in one forward pass; the layers share it.
+
+    The layout of the row is known only to the attention function, so the mask itself is made there, once.
+
+    Attributes:
+        arguments: those of a mask interface of transformers.
+    """
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        self.arguments = arguments
+        self._dense: list[Tensor | None] = []
+        self._blocks: tuple[Layout, Any] | None = None
+
+    def dense(self) -> Tensor | None:
+        """The mask of plain rows, as transformers' SDPA takes it."""
+        from transformers.masking_utils import sdpa_mask
+
+        if not self._dense:
+            self._dense.append(sdpa_mask(**self.arguments))
+        return self._dense[0]
+
+    def function(self, layout: Layout) -> MaskFunction | None:
+        """The mask function; None where it is causal and nothing else over the positions of a row.
+
+        Raises:
+            PackedAttentionError: it depends on columns.
+        """
+        from transformers.masking_utils import causal_mask_function
+
+        arguments = self.arguments
+        if arguments.get("attention_mask") is None or arguments.get("use_vmap") or arguments.get("q_offset"):
+            raise PackedAttentionError("a packed row takes the arguments that packed_inputs() gives, and no others")
+        window = arguments.get("local_size")
+        if arguments["mask_function"] is causal_mask_function or (window is not None and _longest(layout) <= window):
+            return None
+        function: MaskFunction = arguments["mask_function"]
+        return function
+
+    def blocks(self, layout: Layout, device: torch.device) -> Any:
+        """FlexAttention's block mask of a row, made on the first call."""
+        if self._blocks is None or self._blocks[0] != layout:
+            self._blocks = (layout, block_mask(layout, self.function(layout), device))
+        return self._blocks[1]
+
+
+def _packed_mask(**arguments: Any) -> PackedMask:
+    return PackedMask(arguments)
+
+
+@torch.compiler.disable
+def packed_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: PackedMask | Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    packed_layout: Layout | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """The attention function that transformers calls in each layer.
+
+    Args:
+        query: [batch, heads, columns, width]; a packed row has batch 1.
+        key, value: [batch, heads or a divisor of it, columns, width].
+        packed_layout: the layout of a packed row; None for plain rows.
+
+    Returns:
+        [batch, columns, heads, width], and None for the attention weights.
+
+    Raises:
+        PackedAttentionError: the layer passes an argument that is not known here.
+    """
+    if packed_layout is None:
+        return _plain_attention(module, query, key, value, attention_mask, dropout, scaling, softcap, others)
+    if changing := sorted(name for name, given in others.items() if given is not None and name not in _WITHOUT_EFFECT):
+        raise PackedAttentionError(f"{type(module).__name__} passes {changing[0]}, which packed rows do not have")
+    if not isinstance(attention_mask, PackedMask):
+        raise PackedAttentionError(f"{type(module).__name__} does not use the mask that was made for packed rows")
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
+    if query.is_cuda and not dropout:
+        blocks = attention_mask.blocks(packed_layout, query.device)
+        return flex(query, key, value, blocks, scaling, softcap).transpose(1, 2), None
+    mask = attention_mask.function(packed_layout)
+    same_width = query.shape[-1] == value.shape[-1]
+    if mask is None and not dropout and softcap is None and same_width and query.device.type == "cpu":
+        return _SharedPrompts.apply(query, key, value, packed_layout, scaling), None
+    return _attend_in_blocks(query, key, value, packed_layout, mask, dropout, scaling, softcap), None
+
+
+def _plain_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: PackedMask | Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    softcap: float | None,
+    others: dict[str, Any],
+) -> tuple[Tensor, None]:
+    """What transformers' SDPA computes; and, unlike it, with soft-capping, and no attention sinks left out."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if others.get("s_aux") is not None:
+        raise PackedAttentionError(f"{type(module).__name__} has attention sinks; set attn_implementation to eager")
+    dense = attention_mask.dense() if isinstance(attention_mask, PackedMask) else attention_mask
+    if softcap is None:
+        return sdpa_attention_forward(module, query, key, value, dense, dropout, scaling, **others)
+    if dense is None:
+        columns = query.shape[2], key.shape[2]
+        dense = torch.ones(columns, dtype=torch.bool, device=query.device).tril(columns[1] - columns[0])
+    out = _attend(query, key, value, dense, dropout, scaling or query.shape[-1] ** -0.5, softcap)
+    return out.transpose(1, 2).contiguous(), None
+
+
+# ---- CPU ----
+
+
+class _SharedPrompts(torch.autograd.Function):
+    """Full causal attention of a packed row in two parts, each a kernel that needs no mask.
+
+    Every prompt and every response attends to its own past, and all responses of a group together attend to their
+    prompt. The log-sum-exp of both parts says how the outputs of a response are to be weighted. The kernel's backward
+    takes the weighted output and the joint log-sum-exp, and then computes the exact gradient of its part.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float) -> Tensor:
+        attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        outs: list[Tensor] = []
+        sums: list[Tensor] = []
+        for q, k, v in zip(*(_own_parts(x, layout) for x in (query, key, value)), strict=True):
+            out, logsumexp = attend(q, k, v, 0.0, True, scale=scaling)
+            outs.append(out.transpose(1, 2))
+            sums.append(logsumexp.transpose(1, 2))
+        joint_out = torch.cat(outs, dim=1)
+        joint_sum = torch.cat(sums, dim=1)
+        for prompt, own in _answered(layout):
+            out, logsumexp = attend(query[:, :, own], key[:, :, prompt], value[:, :, prompt], 0.0, False, scale=scaling)
+            own_sum, shared_sum = joint_sum[:, own], logsumexp.transpose(1, 2)
+            share = torch.sigmoid(shared_sum - own_sum).unsqueeze(-1).to(out.dtype)
+            joint_out[:, own] = joint_out[:, own].lerp(out.transpose(1, 2), share)
+            joint_sum[:, own] = torch.logaddexp(own_sum, shared_sum)
+        ctx.save_for_backward(query, key, value, joint_out, joint_sum)
+        ctx.layout, ctx.scaling = layout, scaling
+        return joint_out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, logsumexp = ctx.saved_tensors
+        layout, scaling = ctx.layout, ctx.scaling
+        differentiate = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        given = (grads[0].transpose(1, 2), query, key, value, out.transpose(1, 2), logsumexp.transpose(1, 2))
+        parts = [
+            [part.transpose(1, 2) for part in differentiate(*one, 0.0, True, scale=scaling)]
+            for one in zip(*(_own_parts(x, layout) for x in given), strict=True)
+        ]
+        grad_query, grad_key, grad_value = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+        for prompt, own in _answered(layout):
+            grad, q, k, v, o, s = given
+            dq, dk, dv = differentiate(
+                grad[:, :, own], q[:, :, own], k[:, :, prompt], v[:, :, prompt], o[:, :, own], s[:, :, own],
+                0.0, False, scale=scaling,
+            )  # fmt: skip
+            grad_query[:, own] += dq.transpose(1, 2)
+            grad_key[:, prompt] += dk.transpose(1, 2)
+            grad_value[:, prompt] += dv.transpose(1, 2)
+        return grad_query.transpose(1, 2), grad_key.transpose(1, 2), grad_value.transpose(1, 2), None, None
+
+
+def _own_parts(tensor: Tensor, layout: Layout) -> tuple[Tensor, ...]:
+    """The columns (dimension 2) of each prompt and response that has any."""
+    return tensor.split([columns for one in layout for columns in (one.tokens, *one.responses) if columns], dim=2)
+
+
+def _answered(layout: Layout) -> Iterator[tuple[slice, slice]]:
+    """The columns of each prompt and those of all its responses, for the prompts whose responses have any."""
+    for one in layout:
+        first = one.start + one.tokens
+        if one.stop > first:
+            yield slice(one.start, first), slice(first, one.stop)
+
+
+def _attend_in_blocks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    mask: MaskFunction | None,
+    dropout: float,
+    scaling: float,
+    softcap: float | None,
+) -> Tensor:
+    """Attention of any kind, prompt by prompt and response by response. Returns [1, columns, heads, width]."""
+    parts = iter(zip(*(_own_parts(x, layout) for x in (query, key, value)), strict=True))
+    outs = []
+    for one in layout:
+        q, prompt_key, prompt_value = next(parts)
+        visible = block_of_mask(mask, 0, one.tokens, query.device)
+        outs.append(_attend(q, prompt_key, prompt_value, visible, dropout, scaling, softcap))
+        for columns in filter(None, one.responses):
+            q, k, v = next(parts)
+            visible = block_of_mask(mask, one.tokens, one.tokens + columns, query.device)
+            k, v = torch.cat((prompt_key, k), dim=2), torch.cat((prompt_value, v), dim=2)
+            outs.append(_attend(q, k, v, visible, dropout, scaling, softcap))
+    return torch.cat([out.transpose(1, 2) for out in outs], dim=1)
+
+
+def block_of_mask(mask: MaskFunction | None, first: int, stop: int, device: torch.device) -> Tensor:
+    """What the tokens at the positions [first, stop) see of [0, stop): [stop - first, stop] bool."""
+    queries = torch.arange(first, stop, device=device)[:, None]
+    keys = torch.arange(stop, device=device)[None, :]
+    if mask is None:
+        return keys <= queries
+    zero = torch.zeros((), dtype=torch.int64, device=device)
+    return mask(zero, zero, queries, keys).expand(stop - first, stop)
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: float, scaling: float, softcap: float | None
+) -> Tensor:
+    """Attention under a mask that broadcasts to [batch, heads, queries, keys], in heads: [batch, heads, queries, width]."""
+    if softcap is None:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling, enable_gqa=True
+        )
+    shared = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(shared, dim=1), value.repeat_interleave(shared, dim=1)
+    scores = softcap * torch.tanh(query @ key.transpose(2, 3) * (scaling / softcap))
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    return F.dropout(weights, dropout) @ value
+
+
+# ---- CUDA ----
+
+
+def mask_mod(layout: Layout, mask: MaskFunction | None, device: torch.device) -> MaskFunction:
+    """FlexAttention's mask function of a row: whether the query of one column sees the key of another."""
+    group: list[int] = []
+    segment: list[int] = []
+    position: list[int] = []
+    for index, one in enumerate(layout):
+        for number, columns in enumerate((one.tokens, *one.responses)):
+            first = one.tokens if number else 0
+            group += [index] * columns
+            segment += [number] * columns
+            position += range(first, first + columns)
+    # Number 0 is the prompt, which all tokens of its group see.
+    groups, segments, positions = torch.tensor([group, segment, position], dtype=torch.int32).to(
+        device, non_blocking=True
+    )
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        of_key = segments[key]
+        related = (groups[query] == groups[key]) & ((of_key == 0) | (of_key == segments[query]))
+        at_query, at_key = positions[query], positions[key]
+        return related & (at_key <= at_query if mask is None else mask(batch, head, at_query, at_key))
+
+    return sees
+
+
+def block_mask(layout: Layout, mask: MaskFunction | None, device: torch.device) -> Any:
+    """FlexAttention's block mask of a row. It is compiled on CUDA, where the dense mask is then never in memory."""
+    columns = layout[-1].stop
+    create = _compiled_create_block_mask() if device.type == "cuda" else _create_block_mask()
+    return create(mask_mod(layout, mask, device), None, None, columns, columns, device)
+
+
+def flex(query: Tensor, key: Tensor, value: Tensor, blocks: Any, scaling: float, softcap: float | None) -> Tensor:
+    """FlexAttention of a row. Returns [1, heads, columns, width]."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    attend: Any = _compiled_flex_attention() if query.is_cuda else flex_attention
+    return attend(
+        query,
+        key,
+        value,
+        score_mod=None if softcap is None else _cap(softcap),
+        block_mask=blocks,
+        scale=scaling,
+        enable_gqa=True,
+    )
+
+
+def _cap(softcap: float) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
+    def capped(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    return capped
+
+
+def _create_block_mask() -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    return create_block_mask
+
+
+@functools.cache
+def _compiled_create_block_mask() -> Any:
+    return torch.compile(_create_block_mask(), dynamic=True)
+
+
+@functools.cache
+def _compiled_flex_attention() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def _longest(layout: Layout) -> int:
+    """Tokens of the longest prompt with one of its responses."""
+    return max(one.tokens + max(one.responses, default=0) for one in layout)
