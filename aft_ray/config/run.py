@@ -15,6 +15,7 @@ from aft_ray.config.loader import parse_section, read_yaml
 from aft_ray.config.objectives import ObjectiveConfig as ObjectiveConfig
 from aft_ray.config.section import ConfigError as ConfigError
 from aft_ray.config.section import Natural, Section
+from aft_ray.config.sections import AdaptiveConfig as AdaptiveConfig
 from aft_ray.config.sections import ClusterConfig as ClusterConfig
 from aft_ray.config.sections import EvaluationConfig as EvaluationConfig
 from aft_ray.config.sections import FeedbackConfig as FeedbackConfig
@@ -87,6 +88,8 @@ class RunConfig(Section):
                 f"objective.name={self.objective.name} compares candidates, so sampling.k must be at least 2, "
                 f"not {self.sampling.k}"
             )
+        if self.sampling.adaptive is not None:
+            self._check_adaptive(self.sampling.adaptive)
         if self.sampling.max_tokens >= self.model.max_length:
             raise ConfigError(
                 f"sampling.max_tokens ({self.sampling.max_tokens}) leaves no room for a prompt in "
@@ -101,6 +104,20 @@ class RunConfig(Section):
             )
         self._check_placement()
         return self
+
+    def _check_adaptive(self, adaptive: AdaptiveConfig) -> None:
+        if not self.objective.spec.ranks_candidates:
+            why = (
+                "trains on every right candidate, also of a question without wrong ones"
+                if self.objective.spec.uses_candidates
+                else "samples nothing"
+            )
+            raise ConfigError(f"objective.name={self.objective.name} {why}, so sampling.adaptive must be none")
+        if adaptive.initial_k > self.sampling.k:
+            raise ConfigError(
+                f"sampling.adaptive.initial_k ({adaptive.initial_k}) is more than sampling.k ({self.sampling.k}), the "
+                f"most candidates of a question; lower the first or raise the second"
+            )
 
     def _check_placement(self) -> None:
         sampling, training, weights = self.sampling, self.training, self.weights

@@ -142,7 +142,10 @@ class SamplingConfig(Section):
 
     renamed_keys: ClassVar[dict[str, str]] = {"max_parked": "max_failed"}
 
-    k: Positive = Field(6, description="candidates per question")
+    k: Positive = Field(6, description="candidates per question; with adaptive, the most")
+    adaptive: AdaptiveConfig | None = Field(
+        None, description="ask for more candidates only where they are needed; none: k for every question"
+    )
     temperature: float = Field(1.0, gt=0, le=2, description="sampling temperature; scores are always at temperature 1")
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling")
     max_tokens: Positive = Field(256, description="longest response, tokens, end-of-sequence included")
@@ -163,6 +166,24 @@ class SamplingConfig(Section):
     kv_cache_gib: float = Field(1.0, gt=0, description="KV cache of a CPU engine, GiB")
     gpu_memory_utilization: float | None = Field(
         None,
+class AdaptiveConfig(Section):
+    """How many candidates a question gets below sampling.k, and which questions a round leaves out."""
+
+    initial_k: Positive = Field(2, description="candidates that every question gets; sampling.k is the most")
+    step: Positive = Field(
+        2, description="further candidates at a time, while the verdicts on those of a question are all the same"
+    )
+    skip_after: Natural = Field(
+        2,
+        description="rounds in a row in which every answer to a question was right, after which a round may leave it "
+        "out; 0: every round asks every question",
+    )
+    ask_probability: float = Field(
+        0.5, gt=0, lt=1, description="probability of being asked after skip_after such rounds; its power after more"
+    )
+    min_ask_probability: float = Field(0.1, gt=0, le=1, description="the probability of being asked is never lower")
+
+
         gt=0,
         le=1,
         description="share of the engine's GPU memory that it uses; none: 0.9, or 0.8 with colocate, where the train "

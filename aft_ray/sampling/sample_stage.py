@@ -1,7 +1,10 @@
 """The stage of the pipeline that samples: it forwards small batches to the long-lived samplers.
 
-Invariant: every question that enters the stage leaves it once, with candidates of the policy version that was asked
-for, or with the reason why it failed.
+With `sampling.adaptive` it labels the candidates of a batch and samples more for the questions that need more, until
+none does or may have more.
+
+Invariants: every question that enters the stage leaves it once, with candidates of the policy version that was asked
+for, or with the reason why it failed. The first candidates of a question are the same, however many it gets.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import pyarrow as pa
@@ -19,14 +22,32 @@ from aft_ray.cluster.remote_errors import traceback_message
 from aft_ray.config.run import SamplingConfig
 from aft_ray.inference.request_parameters import Prompt, SamplingSpec
 from aft_ray.inference.versioned_engine import WrongVersion
+from aft_ray.sampling.adaptive import needs_more, next_candidates
 from aft_ray.sampling.sampler import RefusedQuestion
 from aft_ray.sampling.sampler_handles import SamplerHandles
 from aft_ray.sampling.sampler_health import SamplerHealth, reason_of
 from aft_ray.storage.records import GROUP_SCHEMA, Candidate, Group, groups_to_table, table_to_groups
+from aft_ray.verify.label import label_groups
+from aft_ray.verify.process_pool import AnswerReader, shared_verifier
 from aft_ray.weights.version_manifest import VersionManifest, WeightUpdateFailed
 
 # The columns that the stage adds: why a question failed (null: it did not), and how often it was tried.
 FAILURE, ATTEMPTS = "failure", "attempts"
+
+
+@dataclass(frozen=True, slots=True)
+class Growth:
+    """How groups get more candidates than `SampleJob.spec.k` while all verdicts on them are the same.
+
+    Args:
+        step: candidates that a group gets at a time.
+        most: candidates that a group has at most.
+        tasks: the tasks of the run by the names in `Question.task`, which read the answers.
+    """
+
+    step: int
+    most: int
+    tasks: Mapping[str, AnswerReader]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +58,7 @@ class SampleJob:
         manifest: the version that must answer, which a sampler that was restarted loads first; None: whatever the
             samplers were started with.
         purpose: together with the run's seed and the question it fixes the candidates.
+        growth: None: every question gets `spec.k` candidates.
     """
 
     samplers: SamplerHandles
@@ -45,6 +67,7 @@ class SampleJob:
     sampling: SamplingConfig
     seed: int
     purpose: str
+    growth: Growth | None = None
 
     @property
     def version(self) -> int | None:
@@ -93,14 +116,12 @@ class SampleStage:
             self._health = job.samplers.health()
             self._health.watch()
         groups = table_to_groups(batch)
-        answers = await self._attempt(job, self._health, groups)
-        answers = await asyncio.gather(
-            *(self._retry(job, self._health, group, answer) for group, answer in zip(groups, answers, strict=True))
-        )
+        answers = await self._sample(job, self._health, groups)
+        if job.growth is not None:
+            answers = await self._grow(job, job.growth, self._health, answers)
         failed = [answer if isinstance(answer, _Failed) else None for answer in answers]
         table = groups_to_table(
-            replace(group, candidates=[] if isinstance(answer, _Failed) else answer)
-            for group, answer in zip(groups, answers, strict=True)
+            group if isinstance(answer, _Failed) else answer for group, answer in zip(groups, answers, strict=True)
         )
         table = table.append_column(FAILURE, pa.array([one.reason if one else None for one in failed], pa.string()))
         return table.append_column(ATTEMPTS, pa.array([one.attempts if one else 1 for one in failed], pa.int32()))
@@ -109,6 +130,40 @@ class SampleStage:
         """Ends the watch over the samplers. In a run, the process of the stage ends with the pipeline."""
         if self._health is not None:
             await self._health.close()
+
+    async def _grow(
+        self, job: SampleJob, growth: Growth, health: SamplerHealth, answers: list[Group | _Failed]
+    ) -> list[Group | _Failed]:
+        """The answers with more candidates where the first ones are not enough.
+
+        The last candidates of a group that may have no more decide nothing, so they stay without a label here.
+        """
+        result, count = dict(enumerate(answers)), job.spec.k
+        # The groups that may grow, by their index in the batch. Each of them has `count` candidates.
+        growing = {index: answer for index, answer in result.items() if not isinstance(answer, _Failed)}
+        while growing and (more := next_candidates(count, growth.most, growth.step)):
+            # In a thread, because it waits for the processes of the verifier, and other batches must go on.
+            labelled = await asyncio.to_thread(label_groups, list(growing.values()), growth.tasks, shared_verifier())
+            growing = dict(zip(growing, labelled, strict=True))
+            result |= growing
+            growing = {index: group for index, group in growing.items() if needs_more(group.candidates)}
+            if growing:
+                job, count = replace(job, spec=replace(job.spec, k=more)), count + more
+                added = await self._sample(job, health, list(growing.values()))
+                result |= zip(growing, added, strict=True)
+                growing = {index: group for index in growing if not isinstance(group := result[index], _Failed)}
+        return list(result.values())
+
+    async def _sample(self, job: SampleJob, health: SamplerHealth, groups: Sequence[Group]) -> list[Group | _Failed]:
+        """The groups with `job.spec.k` more candidates each; for some, why their question failed."""
+        answers = await self._attempt(job, health, groups)
+        answers = await asyncio.gather(
+            *(self._retry(job, health, group, answer) for group, answer in zip(groups, answers, strict=True))
+        )
+        return [
+            answer if isinstance(answer, _Failed) else replace(group, candidates=[*group.candidates, *answer])
+            for group, answer in zip(groups, answers, strict=True)
+        ]
 
     async def _retry(
         self, job: SampleJob, health: SamplerHealth, group: Group, answer: list[Candidate] | _Failed
@@ -124,7 +179,11 @@ class SampleStage:
         self, job: SampleJob, health: SamplerHealth, groups: Sequence[Group]
     ) -> list[list[Candidate] | _Failed]:
         prompts = [
-            Prompt(group.prompt_token_ids, question_seed(job.seed, job.purpose, group.question.id)) for group in groups
+            Prompt(
+                group.prompt_token_ids,
+                question_seed(job.seed, job.purpose, group.question.id) + len(group.candidates),
+            )
+            for group in groups
         ]
         index = min(sorted(await health.wait_for_minimum()), key=lambda i: self._load[i])
         self._load[index] += len(prompts)

@@ -2,6 +2,9 @@
 
     read → sample (`sample_stage.py`, asynchronous, through the long-lived samplers) → label and reward → write
 
+With `sampling.adaptive` the sampling stage labels candidates too, to see which questions need more of them; what it has
+labelled is not verified again.
+
 Invariant: every group leaves the pipeline once, with candidates or with the reason why its question failed.
 """
 
@@ -24,7 +27,7 @@ from aft_ray.config.run import RunConfig, SamplingConfig
 from aft_ray.inference.request_parameters import SamplingSpec
 from aft_ray.sampling.counts import SampleCounts, count_groups
 from aft_ray.sampling.judge_actor import RemoteJudge
-from aft_ray.sampling.sample_stage import SampleJob, SampleStage, split_failed
+from aft_ray.sampling.sample_stage import Growth, SampleJob, SampleStage, split_failed
 from aft_ray.sampling.sampler_health import SamplersFailed
 from aft_ray.sampling.sampler_pool import SamplerPool
 from aft_ray.storage.group_files import GroupFile, write_group_file
@@ -54,8 +57,9 @@ class WrittenGroups:
 
 
 def sampling_spec(sampling: SamplingConfig) -> SamplingSpec:
-    """How the candidates of a round are sampled."""
-    return SamplingSpec(sampling.k, sampling.temperature, sampling.top_p, sampling.max_tokens)
+    """How the candidates of a round are sampled that every question gets."""
+    k = sampling.k if sampling.adaptive is None else sampling.adaptive.initial_k
+    return SamplingSpec(k, sampling.temperature, sampling.top_p, sampling.max_tokens)
 
 
 def sample_round(
@@ -73,7 +77,11 @@ def sample_round(
         groups: groups of one round without candidates, at least one.
     """
     round_number = groups[0].round
-    sampled = _sampled_groups(config, pool, manifest, groups, sampling_spec(config.sampling), f"round {round_number}")
+    adaptive, growth = config.sampling.adaptive, None
+    if adaptive is not None:
+        growth = Growth(adaptive.step, config.sampling.k, build_tasks(config))
+    spec, purpose = sampling_spec(config.sampling), f"round {round_number}"
+    sampled = _sampled_groups(config, pool, manifest, groups, spec, purpose, growth)
     written = sampled.map_batches(
         _label_and_write,
         batch_size=config.sampling.groups_per_file,
@@ -122,14 +130,16 @@ def _sampled_groups(
     groups: Sequence[Group],
     spec: SamplingSpec,
     purpose: str,
+    growth: Growth | None = None,
 ) -> ray.data.Dataset:
     """The groups after the sampling stage: with candidates, or with the reason why their question failed."""
     _silence_ray_data()
     size, in_flight = data_flow(config.sampling, len(pool.actors))
+    job = SampleJob(pool.handles(), manifest, spec, config.sampling, config.seed, purpose, growth)
     batches = [groups_to_table(groups[start : start + size]) for start in range(0, len(groups), size)]
     return dataset_from_blocks(batches).map_batches(
         SampleStage,
-        fn_kwargs={"job": SampleJob(pool.handles(), manifest, spec, config.sampling, config.seed, purpose)},
+        fn_kwargs={"job": job},
         # One block is one batch; many of them are in flight through the one actor of this stage.
         batch_size=None,
         batch_format="pyarrow",

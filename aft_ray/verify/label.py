@@ -1,6 +1,7 @@
 """Labels the candidates of groups with the answer of each, the verdict on it, and its binary reward.
 
-Invariant: a failure of the verifier makes a candidate undecided, with a reason, and never wrong.
+Invariants: a failure of the verifier makes a candidate undecided, with a reason, and never wrong; a candidate that is
+labelled already is not verified again.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ def label_groups(groups: Sequence[Group], tasks: Mapping[str, AnswerReader], ver
     """`groups` with the answer, verdict, reason and reward of every candidate.
 
     The reward is 1.0 for a right answer and 0.0 otherwise. All candidates are verified in one call, because large
-    calls cost the verifier least.
+    calls cost the verifier least. Those that have been labelled before stay as they are.
 
     Args:
         tasks: The tasks of the run by the names in `Question.task`.
@@ -28,10 +29,13 @@ def label_groups(groups: Sequence[Group], tasks: Mapping[str, AnswerReader], ver
         VerificationRequest(tasks[group.question.task], candidate.text, group.question.gold)
         for group in groups
         for candidate in group.candidates
+        if not is_labelled(candidate)
     ]
     results = iter(verifier.verify(requests))
 
     def labelled(candidate: Candidate) -> Candidate:
+        if is_labelled(candidate):
+            return candidate
         result = next(results)
         return replace(
             candidate,
@@ -42,3 +46,8 @@ def label_groups(groups: Sequence[Group], tasks: Mapping[str, AnswerReader], ver
         )
 
     return [replace(group, candidates=[labelled(candidate) for candidate in group.candidates]) for group in groups]
+
+
+def is_labelled(candidate: Candidate) -> bool:
+    """Whether a candidate has a verdict. An undecided one that was verified has a reason."""
+    return candidate.verdict is not Verdict.UNDECIDED or bool(candidate.reason)
