@@ -22,6 +22,7 @@ import pyarrow.fs as pafs
 
 from aft_ray.storage.files import (
     MANIFEST,
+    DamagedFile,
     FileStore,
     RunDirError,
     explain_errors,
@@ -150,14 +151,19 @@ class DirectoryStore(FileStore):
         return self.exists(f"{path}/{MANIFEST}")
 
     def read_manifest(self, path: str) -> list[StoredFile]:
-        """The files of a complete directory. Raises RunDirError when it was never completed, or is corrupted."""
+        """The files of a complete directory.
+
+        Raises:
+            RunDirError: the directory was never completed.
+            DamagedFile: its manifest is corrupted.
+        """
         if not self.is_complete(path):
             raise RunDirError(f"{self.uri(path)} has no {MANIFEST}: it does not exist or was never completed")
         try:
             files = self.read_json(f"{path}/{MANIFEST}")["files"]
             return [StoredFile(str(name), entry["size"], entry["sha256"]) for name, entry in files.items()]
-        except (RunDirError, KeyError, TypeError, AttributeError):
-            raise RunDirError(f"{self.uri(path)}/{MANIFEST} is corrupted") from None
+        except (DamagedFile, KeyError, TypeError, AttributeError):
+            raise DamagedFile(f"{self.uri(path)}/{MANIFEST} is corrupted") from None
 
     def verify_manifest(self, path: str) -> list[str]:
         """Compares every file with the manifest.
@@ -195,7 +201,7 @@ class DirectoryStore(FileStore):
         On a mounted filesystem they are read once and `target` gets links to them; else they are downloaded.
 
         Raises:
-            RunDirError: a file is missing or damaged; the message names it.
+            DamagedFile: a file is missing or damaged.
         """
 
         def fetch(file: StoredFile) -> None:
@@ -208,7 +214,7 @@ class DirectoryStore(FileStore):
             else:
                 problem = self._download(path, file, local)
             if problem is not None:
-                raise RunDirError(problem)
+                raise DamagedFile(problem)
 
         _for_each(fetch, files)
 

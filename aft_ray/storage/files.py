@@ -36,6 +36,10 @@ class RunDirError(RuntimeError):
     """A run directory that cannot be used. The message is one sentence for the user."""
 
 
+class DamagedFile(RunDirError):
+    """A file is not the one that was written, or a file of a complete directory is missing. The message names it."""
+
+
 class FileStore:
     """A directory on a local disk or on an object store, and the files below it. It can be pickled.
 
@@ -112,11 +116,11 @@ class FileStore:
             return bytes(stream.read())
 
     def read_json(self, path: str) -> Any:
-        """The value in a JSON file. Raises FileNotFoundError, and RunDirError when the file is not JSON."""
+        """The value in a JSON file. Raises FileNotFoundError, and DamagedFile when the file is not JSON."""
         try:
             return json.loads(self.read_bytes(path))
         except ValueError as error:
-            raise RunDirError(f"{self.uri(path)} is corrupted: {error}") from error
+            raise DamagedFile(f"{self.uri(path)} is corrupted: {error}") from error
 
     def read_lines(self, path: str) -> list[str]:
         """The lines of a file that `append_line` writes, oldest first; empty when there is no file."""

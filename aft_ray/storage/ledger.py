@@ -45,11 +45,12 @@ class SampledRound:
 
 @dataclass(frozen=True)
 class CheckpointRecord:
-    """A durable training state, `step` optimiser steps into `round`.
+    """A durable training state, after `step` optimiser steps of `round`.
 
     Attributes:
         checkpoint: its directory, relative to the run directory.
-        complete: whether the training of the round is done.
+        complete: whether these are all steps of the round, and the version that it publishes is durable.
+        metrics: what was measured in these steps.
     """
 
     round: int
@@ -57,6 +58,11 @@ class CheckpointRecord:
     checkpoint: str
     complete: bool
     metrics: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def next_round(self) -> int:
+        """The round that training continues with from this state."""
+        return self.round + 1 if self.complete else self.round
 
 
 @dataclass(frozen=True)
@@ -213,9 +219,13 @@ class Ledger:
             raise RunDirError(f"{self.run_dir.uri(record.checkpoint)} has no manifest, so it is no checkpoint yet")
         self._append("training", "trained", asdict(record))
 
-    def last_checkpoint(self) -> CheckpointRecord | None:
-        """The latest training state whose directory still exists."""
-        newest_first = reversed(self._checkpoints)
+    def last_checkpoint(self, damaged: Collection[str] = ()) -> CheckpointRecord | None:
+        """The latest training state whose directory still exists: after a round, or inside one.
+
+        Args:
+            damaged: directories that are left out.
+        """
+        newest_first = (record for record in reversed(self._checkpoints) if record.checkpoint not in damaged)
         return next((record for record in newest_first if self.run_dir.is_complete(record.checkpoint)), None)
 
     def checkpoints(self) -> list[CheckpointRecord]:
@@ -229,11 +239,13 @@ class Ledger:
     def first_untrained_round(self, has_vft: bool) -> int:
         """The round that training starts or resumes with; one more than the last round when all are trained.
 
+        A round that has a training state in it, and none after it, is resumed after the steps of that state.
+
         Args:
             has_vft: Whether the run has a round 0, the supervised fine-tuning.
         """
         last = self.last_checkpoint()
-        return last.round + 1 if last else (0 if has_vft else 1)
+        return last.next_round if last else (0 if has_vft else 1)
 
     # ── entries ──────────────────────────────────────────────────────────────────────────────────────────────────
 

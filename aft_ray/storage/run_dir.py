@@ -11,12 +11,14 @@ from contextlib import AbstractContextManager
 from aft_ray.storage.directories import DirectoryStore
 from aft_ray.storage.driver_lock import driver_lock, lock_holder
 from aft_ray.storage.files import MANIFEST as MANIFEST
+from aft_ray.storage.files import DamagedFile as DamagedFile
 from aft_ray.storage.files import RunDirError as RunDirError
 from aft_ray.storage.lease import HeldLock
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 LEDGER = "ledger"
+ROUNDS = "rounds"
 EVALUATIONS = "evaluations"
 LOGS = "logs"
 TENSORBOARD = "tensorboard"
@@ -27,15 +29,22 @@ class RunDir(DirectoryStore):
 
     def round(self, number: int) -> str:
         """The directory of a round."""
-        return f"rounds/{number:04d}"
+        return f"{ROUNDS}/{number:04d}"
 
     def groups(self, round: int) -> str:
         """The directory of the group files of a round."""
         return f"{self.round(round)}/groups"
 
-    def checkpoint(self, round: int) -> str:
-        """The directory of the sharded training state after a round."""
-        return f"{self.round(round)}/checkpoint"
+    def checkpoint(self, round: int, step: int | None = None) -> str:
+        """The directory of the sharded training state after a round, or after so many of its optimiser steps."""
+        return f"{self.round(round)}/checkpoint" + ("" if step is None else f"-{step:06d}")
+
+    def checkpoints(self) -> list[str]:
+        """The directories of all training states that are there, complete or not."""
+        rounds = [f"{ROUNDS}/{name}" for name in self.listdir(ROUNDS) if name.isdigit()]
+        return [
+            f"{path}/{name}" for path in rounds for name in self.listdir(path) if name.partition("-")[0] == "checkpoint"
+        ]
 
     def model(self, round: int) -> str:
         """The Hugging Face model directory of the version that a round publishes."""

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from aft_ray.config.messages import first_line
-from aft_ray.storage.run_dir import RunDirError
+from aft_ray.storage.run_dir import DamagedFile, RunDirError
 from aft_ray.training.loading import LoadingError
 
 T = TypeVar("T")
@@ -23,6 +23,10 @@ T = TypeVar("T")
 
 class RankFailed(RuntimeError):
     """What several ranks did together failed on one of them. The message is the first line of that rank's error."""
+
+
+class DamagedState(LoadingError):
+    """A training state has a file that is missing or damaged. The message names the file."""
 
 
 def set_default_timeout(timeout_s: float) -> None:
@@ -77,14 +81,16 @@ def raise_on_every_rank(work: Callable[[], Any]) -> None:
     """Calls `work` on every rank. An error of one rank is raised on all, so that no rank waits for another.
 
     Raises:
-        LoadingError: a rank raised LoadingError or RunDirError; the message is that of the first one.
+        DamagedState: all ranks that failed raised DamagedFile; the message is that of the first one.
+        LoadingError: a rank raised LoadingError or another RunDirError; the message is that of the first one.
     """
-    message = None
+    failure: tuple[bool, str] | None = None
     try:
         work()
     except (LoadingError, RunDirError) as error:
-        message = str(error)
-    messages: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, message)
-    for failure in filter(None, messages):
-        raise LoadingError(failure)
+        failure = isinstance(error, DamagedFile), str(error)
+    gathered: list[tuple[bool, str] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, failure)
+    failures = sorted(filter(None, gathered), key=lambda one: one[0])  # damage comes last
+    for damaged, message in failures[:1]:
+        raise DamagedState(message) if damaged else LoadingError(message)
