@@ -30,11 +30,20 @@ _KEYS = (
     ("offload_optimizer", "offload_optim optimizer_offload"),
     (
         "activation_checkpointing",
-        "recompute grad_checkpointing gradient_checkpointing enable_gradient_checkpointing",
+        "recompute grad_checkpointing gradient_checkpointing enable_gradient_checkpointing activation_checkpoint "
+        "selective_activation_checkpointing",
     ),
     ("checkpoint_every_s", "save_steps save_interval save_freq checkpoint_interval checkpoint_every save_every"),
     ("keep_checkpoints", "save_total_limit max_checkpoints"),
-    ("", "optimizer scheduler lr_scheduler lr_scheduler_type betas"),
+    ("schedule", "scheduler lr_scheduler lr_scheduler_type lr_schedule lr_decay_style decay_type warmup_style"),
+    (
+        "min_learning_rate_ratio",
+        "min_lr min_lr_ratio min_lr_rate min_lr_factor learning_rate_floor lr_floor lr_min min_learning_rate eta_min",
+    ),
+    ("training.optimizer", "optimizer optim optimizer_type optimizer_name optim_type"),
+    ("betas", "beta1 beta2 adam_beta1 adam_beta2 adam_betas optim_betas"),
+    ("eps", "epsilon adam_epsilon adam_eps"),
+    ("compile", "torch_compile use_torch_compile compile_model enable_compile"),
     # the objective and the reward
     ("objective.name", "loss loss_type algorithm algo"),
     ("objective.name feedback.kind weights.transport", "type"),
@@ -113,6 +122,10 @@ _KEYS = (
     # LoRA
     ("lora.rank", "r lora_r"),
     ("lora.targets", "target_modules"),
+    (
+        "lora.quantize",
+        "load_in_4bit load_in_8bit quantization quantization_bit quantize_base bnb_4bit_quant_type qlora",
+    ),
     # the service
     ("api_key_env keys_file keys_env", "api_key"),
     ("keys_file keys_env", "api_keys"),

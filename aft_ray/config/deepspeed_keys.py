@@ -19,10 +19,10 @@ _OWNED = {
     "managed_gradient_accumulation": "training.tokens_per_microbatch",
     "gradient_clipping": "training.max_grad_norm",
     "zero_optimization.compute_grad_norm": "training.max_grad_norm",
-    "optimizer": "training.learning_rate and training.weight_decay",
+    "optimizer": "training.optimizer",
     "zero_allow_untested_optimizer": "training.offload_optimizer",
     "zero_force_ds_cpu_optimizer": "training.offload_optimizer",
-    "scheduler": "training.learning_rate and training.warmup",
+    "scheduler": "training.schedule",
     "bf16": "model.dtype",
     "fp16": "model.dtype",
     "amp": "model.dtype",
@@ -38,6 +38,7 @@ _OWNED = {
     "zero_optimization.offload_param.nvme_path": "training.offload_parameters",
     "zero_optimization.cpu_offload_param": "training.offload_parameters",
     "activation_checkpointing": "training.activation_checkpointing",
+    "compile": "training.compile",
     "checkpoint": "training.keep_checkpoints",
     "datastates_ckpt": "training.keep_checkpoints",
     "nebula": "training.keep_checkpoints",
@@ -71,7 +72,6 @@ _REFUSED = {
     **dict.fromkeys(
         (
             "autotuning",
-            "compile",
             "compression_training",
             "hybrid_engine",
             "quantize_training",

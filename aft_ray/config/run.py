@@ -146,6 +146,8 @@ class RunConfig(Section):
             raise ConfigError(
                 "weights.transport=lora publishes an adapter and there is none; set lora.rank, or another transport"
             )
+        if self.lora is not None and self.lora.quantize != "none":
+            self._check_quantized(self.lora.quantize)
         if weights.transport == "nccl":
             self._check_broadcast()
         if sampling.colocate and self.rounds.max_staleness > 0:
@@ -155,6 +157,20 @@ class RunConfig(Section):
             )
         if sampling.colocate:
             self._check_colocation()
+
+    def _check_quantized(self, numbers: str) -> None:
+        if self.training.zero_stage == 3:
+            raise ConfigError(
+                f"lora.quantize={numbers} needs training.zero_stage of at most 2, not 3: DeepSpeed would cut the "
+                f"packed weights into shards and lose the scales that belong to them; 4-bit weights of 70B are 35 GB, "
+                f"so every worker can hold them whole"
+            )
+        if self.weights.transport == "lora":
+            raise ConfigError(
+                f"weights.transport=lora lets the engines keep the weights as they were before lora.quantize="
+                f"{numbers}, and on those the adapter is another policy than the trained one; use object_store or "
+                f"checkpoint, which publish the quantized weights merged with the adapter"
+            )
 
     def _check_colocation(self) -> None:
         sampling, training = self.sampling, self.training

@@ -46,7 +46,7 @@ def bandwidth_needed(config: RunConfig) -> BandwidthNeed | None:
     most = LARGE_MODEL_GB_S * moved / 3
     if weights >= LARGE_MODEL:
         return BandwidthNeed(most, training.workers, f"ZeRO-3 moves {moved:g} x {gigabytes(weights)} in every pass")
-    factor = (6 if config.lora is None else 4) + (2 if training.activation_checkpointing else 0)
+    factor = (6 if config.lora is None else 4) + (2 if training.activation_checkpointing == "full" else 0)
     flops = factor * model.parameters * training.tokens_per_microbatch
     seconds = flops / (NODES["h100-80gb"].gpu_tflops * 1e12 * PlanAssumptions().mfu)
     why = (

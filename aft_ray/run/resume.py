@@ -25,6 +25,7 @@ _HARDWARE_KEYS = frozenset(
         "offload_parameters",
         "activation_checkpointing",
         "checkpoint_every_s",
+        "compile",
     )
 )
 

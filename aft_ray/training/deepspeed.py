@@ -57,7 +57,7 @@ def build_engine(
         add_adapters(module, lora, str(path))
     if adapter is not None:
         load_adapter(module, adapter)
-    if training.activation_checkpointing:
+    if training.activation_checkpointing != "none":
         module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     with contextlib.redirect_stdout(sys.stderr):  # it prints when it compiles its operations
         optimizer = _optimizer([p for p in module.parameters() if p.requires_grad], training)

@@ -45,6 +45,13 @@ def message(parse, tree: dict, key: str) -> str:
         ("training.grad_clip", "training.max_grad_norm"),
         ("training.gradient_checkpointing", "training.activation_checkpointing"),
         ("training.zero", "training.zero_stage"),
+        ("training.lr_scheduler_type", "training.schedule"),
+        ("actor.optim.min_lr_ratio", "training.min_learning_rate_ratio"),
+        ("training.optim", "training.optimizer"),
+        ("training.adam_beta2", "training.betas"),
+        ("training.adam_epsilon", "training.eps"),
+        ("training.torch_compile", "training.compile"),
+        ("lora.load_in_4bit", "lora.quantize"),
         ("epochs", "vft.epochs or training.epochs"),
         ("training.num_epochs", "training.epochs"),
         ("num_rounds", "rounds.count"),
@@ -140,7 +147,7 @@ def test_a_wrong_key_of_a_service_is_answered_with_the_keys_that_fit(key, meant)
     assert message(parse_serve_config, {"model": "m"}, key) == f"unknown key {key}; did you mean {meant}?"
 
 
-@pytest.mark.parametrize("key", ["wandb.project", "sampling.top_k", "training.optimizer", "nodes", "zzzz", "port"])
+@pytest.mark.parametrize("key", ["wandb.project", "sampling.top_k", "nodes", "zzzz", "port"])
 def test_a_key_without_a_counterpart_gets_no_misleading_answer(key):
     assert message(parse_config, RUN, key) == f"unknown key {key}; `aft-ray keys` lists the known ones"
 

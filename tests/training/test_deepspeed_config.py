@@ -145,7 +145,7 @@ def test_what_the_installed_deepspeed_does_not_take_is_refused(given, sentence):
         ({"deepspeed": {"train_batch_size": 64}}, "train_batch_size is what training.groups_per_step sets; remove it"),
         ({"deepspeed": {"gradient_clipping": 1}}, "gradient_clipping is what training.max_grad_norm sets"),
         ({"deepspeed": {"bf16": {"enabled": True}}}, "training.deepspeed.bf16 is what model.dtype sets"),
-        ({"deepspeed": {"optimizer": {"type": "Lion"}}}, "optimizer is what training.learning_rate and training.weig"),
+        ({"deepspeed": {"optimizer": {"type": "Lion"}}}, "optimizer is what training.optimizer sets"),
         (
             {"deepspeed": {"zero_optimization": {"stage": 3}}},
             "zero_optimization.stage is what training.zero_stage sets",

@@ -31,12 +31,12 @@ _WARM_UP, _STEPS = 2, 5
 # The ways to train a model on one GPU, the fastest first: the first that the plan says fits is taken.
 _WAYS: Mapping[str, Mapping[str, Any]] = {
     "ZeRO-3": {"training": {"zero_stage": 3}},
-    "ZeRO-3, activation checkpointing": {"training": {"zero_stage": 3, "activation_checkpointing": True}},
+    "ZeRO-3, activation checkpointing": {"training": {"zero_stage": 3, "activation_checkpointing": "full"}},
     "ZeRO-3, activation checkpointing, offloaded optimizer": {
-        "training": {"zero_stage": 3, "activation_checkpointing": True, "offload_optimizer": True}
+        "training": {"zero_stage": 3, "activation_checkpointing": "full", "offload_optimizer": True}
     },
     "LoRA of rank 16, ZeRO-3, activation checkpointing": {
-        "training": {"zero_stage": 3, "activation_checkpointing": True},
+        "training": {"zero_stage": 3, "activation_checkpointing": "full"},
         "lora": {"rank": 16},
     },
 }
@@ -209,5 +209,5 @@ def _mfu_figures(config: RunConfig, model: Architecture, rate: float, gpu: bool)
     used = mfu(flops, rate, node.gpu_tflops * 1e12)
     # `aft-ray plan` counts the forward pass that activation checkpointing repeats.
     passes = 2 if config.lora is not None else 3
-    planned = used * (passes + config.training.activation_checkpointing) / passes
+    planned = used * (passes + (config.training.activation_checkpointing == "full")) / passes
     return [Figure("MFU", used), Figure("for the plan: --assume mfu=", planned)]

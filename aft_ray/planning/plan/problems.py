@@ -93,7 +93,7 @@ def _trainer_way_out(planner: Planner, workers: int) -> str:
     """The fewest changes of the config that make training fit."""
     config = planner.config
     training = config.training
-    changes = {"zero_stage": 3, "activation_checkpointing": True, "offload_optimizer": True, "offload_parameters": True}
+    changes = {"zero_stage": 3, "activation_checkpointing": "full", "offload_optimizer": True, "offload_parameters": True}
     changes["tokens_per_microbatch"] = max(1024, training.tokens_per_microbatch // 4)
     possible = {key: value for key, value in changes.items() if getattr(training, key) != value}
     ways = []

@@ -176,7 +176,7 @@ class TimeModel:
         in_a_pass = max(1, int(training.tokens_per_microbatch // group))
         passes = -(-groups // in_a_pass)
         # A backward pass costs two forward passes; with frozen weights only one, as their gradients are not needed.
-        factor = (2 if config.lora is not None else 3) + (1 if training.activation_checkpointing else 0)
+        factor = (2 if config.lora is not None else 3) + (1 if training.activation_checkpointing == "full" else 0)
         forward = self._forward_flops(length, work.response / work.row)
         computing = groups * group * factor * forward / (peak.flops * assumptions.mfu)
         moved, how = self._communicated_bytes(workers, passes)

@@ -188,7 +188,7 @@ def _activations(config: RunConfig, model: Architecture, work: Workload, workers
     tokens, source = microbatch_tokens(config, workers)
     longest, width = config.model.max_length, 2 if half else 4
     layer = activation_bytes(model, longest, half)
-    if config.training.activation_checkpointing:
+    if config.training.activation_checkpointing == "full":
         saved = float(width * model.hidden * model.layers * tokens)
         how = f"{tokens:,} tokens ({source}) x {model.layers} layers x {width} x {model.hidden:,}: layer inputs"
     else:
@@ -202,7 +202,7 @@ def _activations(config: RunConfig, model: Architecture, work: Workload, workers
     logits = 12 * model.vocabulary * responses + (8 if half else 12) * model.hidden * tokens
     # Backward: gradients of the two factors in the MLP and of the product, whose input is not needed any more.
     gradients = 2 * width * model.intermediate + width * model.hidden
-    recomputed = layer if config.training.activation_checkpointing else 0.0
+    recomputed = layer if config.training.activation_checkpointing == "full" else 0.0
     what = "a layer recomputed and its gradients" if recomputed else "the gradients of a layer"
     temporary = {
         f"logits: {responses:,.0f} response tokens x {model.vocabulary:,} x 12 bytes, and the last norm": logits,

@@ -41,7 +41,7 @@ def config_of(**sections):
             "workers": 24,
             "gpus_per_worker": 1,
             "zero_stage": 3,
-            "activation_checkpointing": True,
+            "activation_checkpointing": "full",
             "groups_per_step": 144,
             "tokens_per_microbatch": 8192,
         },
@@ -99,8 +99,8 @@ def test_stage_2_of_a_large_model_is_refused_with_the_arithmetic_and_a_way_out()
     [
         {"zero_stage": 2},
         {"workers": 8},
-        {"activation_checkpointing": False, "tokens_per_microbatch": 16384},
-        {"workers": 12, "tokens_per_microbatch": 65536, "activation_checkpointing": False},
+        {"activation_checkpointing": "none", "tokens_per_microbatch": 16384},
+        {"workers": 12, "tokens_per_microbatch": 65536, "activation_checkpointing": "none"},
     ],
 )
 def test_every_way_out_that_is_named_fits(training):
@@ -239,7 +239,7 @@ def configs(draw):
         training={
             "workers": draw(st.integers(1, 20)),
             "zero_stage": stage,
-            "activation_checkpointing": draw(st.booleans()),
+            "activation_checkpointing": draw(st.sampled_from(["none", "selective", "full"])),
             "offload_optimizer": draw(st.booleans()),
             "groups_per_step": draw(st.integers(20, 64)),
         },
