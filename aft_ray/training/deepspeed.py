@@ -52,7 +52,13 @@ def build_engine(
     deepspeed = import_deepspeed()
     set_default_timeout(training.timeout_s)
     config = ds_config(training, model.dtype) | {"checkpoint": {"load_universal": universal}}
-    module = load_model(path, model.dtype, trust_remote_code=model.trust_remote_code, config=config)
+    module = load_model(
+        path,
+        model.dtype,
+        trust_remote_code=model.trust_remote_code,
+        config=config,
+        attn_implementation=training.attn_implementation,
+    )
     if lora is not None:
         add_adapters(module, lora, str(path))
     if adapter is not None:

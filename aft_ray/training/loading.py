@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from aft_ray.config.messages import first_line
-from aft_ray.training.padding import use_padding_mask
+from aft_ray.training.packed_attention import use_packed_attention
 
 _INDEX_FILE, _SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 # The layer of a tensor: "model.layers.11." of "model.layers.11.mlp.up_proj.weight".
@@ -41,7 +41,12 @@ class _Assignment:
 
 
 def load_model(
-    path: str | Path, dtype: str, *, trust_remote_code: bool = False, config: dict[str, Any] | None = None
+    path: str | Path,
+    dtype: str,
+    *,
+    trust_remote_code: bool = False,
+    config: dict[str, Any] | None = None,
+    attn_implementation: str = "packed",
 ) -> Any:
     """The causal language model of a directory or of the hub, in training mode.
 
@@ -50,19 +55,53 @@ def load_model(
         dtype: "float32" or "bfloat16".
         config: DeepSpeed's configuration. With ZeRO-3 the weights are partitioned as they are created, so no rank holds
             the whole model; all ranks must call this together then.
+        attn_implementation: "packed", or a name of transformers' implementations. A model that cannot compute packed
+            rows has the implementation that transformers takes by itself, and `cannot_share_prompts` says why.
 
     Raises:
-        LoadingError: the files do not fit the model, or are not safetensors.
+        LoadingError: the files do not fit the model, or are not safetensors; or the model does not have the attention.
     """
+    check_attention(attn_implementation)
+    try:
+        model = _load(path, dtype, trust_remote_code, config, _of_transformers(attn_implementation))
+    except (ImportError, ValueError) as error:
+        if "flash" not in attn_implementation and "flex" not in attn_implementation:
+            raise
+        raise LoadingError(f"training.attn_implementation={attn_implementation}: {first_line(error)}") from error
+    if attn_implementation == "packed":
+        use_packed_attention(model)
+    return model.train()
+
+
+def check_attention(attn_implementation: str) -> None:
+    """Raises LoadingError when transformers does not know a value of `training.attn_implementation`."""
+    from transformers import AttentionInterface
+
+    known = ("packed", "eager", *(name for name in AttentionInterface().valid_keys() if "|" not in name))
+    # A name with a slash is a kernel on the hub, which transformers gets when it loads the model.
+    if attn_implementation not in known and "/" not in attn_implementation:
+        raise LoadingError(
+            f"training.attn_implementation={attn_implementation} is not known to transformers; use one of "
+            f"{', '.join(known)}"
+        )
+
+
+def _of_transformers(attn_implementation: str) -> str | None:
+    """What transformers is to use while it loads a model; None leaves the choice to it."""
+    return None if attn_implementation == "packed" else attn_implementation
+
+
+def _load(
+    path: str | Path, dtype: str, trust_remote_code: bool, config: dict[str, Any] | None, attention: str | None
+) -> Any:
     from transformers import AutoModelForCausalLM
 
-    use_padding_mask()
     if config is not None and config["zero_optimization"]["stage"] == 3:
-        return _load_partitioned(_local_directory(path), dtype, trust_remote_code, config).train()
+        return _load_partitioned(_local_directory(path), dtype, trust_remote_code, config, attention)
     model, report = AutoModelForCausalLM.from_pretrained(
         path,
         dtype=getattr(torch, dtype),
-        attn_implementation="sdpa",
+        attn_implementation=attention,
         use_safetensors=True,
         trust_remote_code=trust_remote_code,
         output_loading_info=True,
@@ -72,10 +111,12 @@ def load_model(
         raise LoadingError(_missing_tensors(path, missing, model))
     if unexpected := sorted(report["unexpected_keys"]):
         raise LoadingError(_unexpected_tensors(path, unexpected, model))
-    return model.train()
+    return model
 
 
-def _load_partitioned(directory: Path, dtype: str, trust_remote_code: bool, config: dict[str, Any]) -> Any:
+def _load_partitioned(
+    directory: Path, dtype: str, trust_remote_code: bool, config: dict[str, Any], attention: str | None
+) -> Any:
     import deepspeed
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
@@ -90,7 +131,7 @@ def _load_partitioned(directory: Path, dtype: str, trust_remote_code: bool, conf
         model = AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=getattr(torch, dtype),
-            attn_implementation="sdpa",
+            attn_implementation=attention,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
         )
@@ -101,7 +142,7 @@ def _load_partitioned(directory: Path, dtype: str, trust_remote_code: bool, conf
         model = AutoModelForCausalLM.from_config(
             architecture,
             dtype=getattr(torch, dtype),
-            attn_implementation="sdpa",
+            attn_implementation=attention,
             trust_remote_code=trust_remote_code,
         )
     _recompute_buffers(model, architecture, trust_remote_code)
@@ -123,7 +164,7 @@ def _recompute_buffers(model: Any, architecture: Any, trust_remote_code: bool) -
 
     with no_init_weights(), _parameters_without_memory():
         computed = AutoModelForCausalLM.from_config(
-            architecture, dtype=model.dtype, attn_implementation="sdpa", trust_remote_code=trust_remote_code
+            architecture, dtype=model.dtype, trust_remote_code=trust_remote_code
         )
     saved = model.state_dict().keys()
     for name, buffer in computed.named_buffers():

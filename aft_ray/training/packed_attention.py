@@ -65,10 +65,25 @@ def packed_inputs(row: PackedRow) -> dict[str, Any]:
 
 
 def cannot_share_prompts(model: Any) -> str | None:
-    """Why a model cannot compute packed rows, as the end of a sentence; None if nothing is known that keeps it from it.
+    """Why a model cannot compute packed rows, as a clause; None if nothing is known that keeps it from doing so.
 
-    It is a matter of the model's structure. Whether packed rows give the scores of plain rows is for a test to show.
+    It looks at the model's structure. That packed rows give the scores of plain rows is for a comparison to show.
     """
+    reason = _structural_reason(model)
+    config = model.config.get_text_config()
+    if reason is None and config._attn_implementation != PACKED:
+        return f"its attention implementation is {config._attn_implementation}"
+    return reason
+
+
+def use_packed_attention(model: Any) -> None:
+    """Gives a model this attention, if its structure permits it. It needs no weights, so they may be partitioned."""
+    register()
+    if _structural_reason(model) is None:
+        model.set_attn_implementation(PACKED)
+
+
+def _structural_reason(model: Any) -> str | None:
     name, config = type(model).__name__, model.config.get_text_config()
     if not model._supports_attention_backend:
         return f"{name} does not take attention functions of others"
@@ -83,8 +98,6 @@ def cannot_share_prompts(model: Any) -> str | None:
         return f"{name} has attention sinks"
     if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", False):
         return f"{name} is not causal"
-    if config._attn_implementation != PACKED:
-        return f"the attention implementation is {config._attn_implementation}"
     return None
 
 
@@ -92,7 +105,9 @@ def register() -> None:
     """Makes `aft_packed` known to transformers. It may be called again."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    AttentionInterface.register(PACKED, packed_attention)
+    # Dynamo, which would trace every layout anew, calls it as it is; FlexAttention is compiled by itself.
+    opaque: Any = torch.compiler.disable(packed_attention)  # type: ignore[no-untyped-call]
+    AttentionInterface.register(PACKED, opaque)
     AttentionMaskInterface.register(PACKED, _packed_mask)
 
 
@@ -146,7 +161,6 @@ def _packed_mask(**arguments: Any) -> PackedMask:
     return PackedMask(arguments)
 
 
-@torch.compiler.disable
 def packed_attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -186,7 +200,8 @@ def packed_attention(
     mask = attention_mask.function(packed_layout)
     same_width = query.shape[-1] == value.shape[-1]
     if mask is None and not dropout and softcap is None and same_width and query.device.type == "cpu":
-        return _SharedPrompts.apply(query, key, value, packed_layout, scaling), None
+        shared: Any = _SharedPrompts.apply  # type: ignore[no-untyped-call]
+        return shared(query, key, value, packed_layout, scaling), None
     return _attend_in_blocks(query, key, value, packed_layout, mask, dropout, scaling, softcap), None
 
 
@@ -201,14 +216,15 @@ def _plain_attention(
     softcap: float | None,
     others: dict[str, Any],
 ) -> tuple[Tensor, None]:
-    """What transformers' SDPA computes; and, unlike it, with soft-capping, and no attention sinks left out."""
+    """What transformers' SDPA computes. Unlike it, this honours soft-capping and refuses attention sinks."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if others.get("s_aux") is not None:
         raise PackedAttentionError(f"{type(module).__name__} has attention sinks; set attn_implementation to eager")
     dense = attention_mask.dense() if isinstance(attention_mask, PackedMask) else attention_mask
     if softcap is None:
-        return sdpa_attention_forward(module, query, key, value, dense, dropout, scaling, **others)
+        out, _ = sdpa_attention_forward(module, query, key, value, dense, dropout, scaling, **others)
+        return out, None
     if dense is None:
         columns = query.shape[2], key.shape[2]
         dense = torch.ones(columns, dtype=torch.bool, device=query.device).tril(columns[1] - columns[0])
@@ -274,7 +290,9 @@ class _SharedPrompts(torch.autograd.Function):
 
 def _own_parts(tensor: Tensor, layout: Layout) -> tuple[Tensor, ...]:
     """The columns (dimension 2) of each prompt and response that has any."""
-    return tensor.split([columns for one in layout for columns in (one.tokens, *one.responses) if columns], dim=2)
+    columns = [columns for one in layout for columns in (one.tokens, *one.responses) if columns]
+    parts: tuple[Tensor, ...] = tensor.split(columns, dim=2)  # type: ignore[no-untyped-call]
+    return parts
 
 
 def _answered(layout: Layout) -> Iterator[tuple[slice, slice]]:
@@ -323,7 +341,7 @@ def block_of_mask(mask: MaskFunction | None, first: int, stop: int, device: torc
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: float, scaling: float, softcap: float | None
 ) -> Tensor:
-    """Attention under a mask that broadcasts to [batch, heads, queries, keys], in heads: [batch, heads, queries, width]."""
+    """Attention, [batch, heads, queries, width], under a mask that broadcasts to [batch, heads, queries, keys]."""
     if softcap is None:
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling, enable_gqa=True
@@ -358,7 +376,8 @@ def mask_mod(layout: Layout, mask: MaskFunction | None, device: torch.device) ->
         of_key = segments[key]
         related = (groups[query] == groups[key]) & ((of_key == 0) | (of_key == segments[query]))
         at_query, at_key = positions[query], positions[key]
-        return related & (at_key <= at_query if mask is None else mask(batch, head, at_query, at_key))
+        seen: Tensor = related & (at_key <= at_query if mask is None else mask(batch, head, at_query, at_key))
+        return seen
 
     return sees
 
@@ -375,7 +394,7 @@ def flex(query: Tensor, key: Tensor, value: Tensor, blocks: Any, scaling: float,
     from torch.nn.attention.flex_attention import flex_attention
 
     attend: Any = _compiled_flex_attention() if query.is_cuda else flex_attention
-    return attend(
+    out: Tensor = attend(
         query,
         key,
         value,
@@ -384,6 +403,7 @@ def flex(query: Tensor, key: Tensor, value: Tensor, blocks: Any, scaling: float,
         scale=scaling,
         enable_gqa=True,
     )
+    return out
 
 
 def _cap(softcap: float) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
