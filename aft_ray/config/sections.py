@@ -5,10 +5,12 @@ Invariant: each section checks only its own keys. Rules about several sections a
 
 from __future__ import annotations
 
+import logging
 from datetime import date
-from typing import ClassVar, Literal, Self
+from functools import cache
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import BeforeValidator, Field, JsonValue, model_validator
 
 from aft_ray.config.deepspeed_keys import check_deepspeed_keys
 from aft_ray.config.engine_arguments import CPU_ARGUMENTS, SAMPLER_ARGUMENTS, refuse_owned
@@ -35,6 +37,30 @@ _NOT_TEMPLATE_KWARGS = frozenset(
         "truncation",
     }
 )
+
+
+_logger = logging.getLogger(__name__)
+
+_Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _numbers(value: Any) -> Any:
+    """The parts of a list on the command line, such as `[0.9, 0.95]`, which arrives as a text."""
+    return value.strip("[]() ").split(",") if isinstance(value, str) else value
+
+
+def _checkpointing_mode(value: Any) -> Any:
+    """Today's value of `training.activation_checkpointing` for the one that earlier releases had."""
+    if not isinstance(value, bool):
+        return value
+    mode = "full" if value else "none"
+    _report_former_value(f"training.activation_checkpointing={str(value).lower()}", mode)
+    return mode
+
+
+@cache  # once in a process
+def _report_former_value(given: str, value: str) -> None:
+    _logger.warning("%s is now called %s; the old value is still understood in this release", given, value)
 
 
 class ModelConfig(Section):
@@ -137,12 +163,33 @@ class RoundsConfig(Section):
     timeout_s: Seconds = Field(86_400, description="deadline of a round's sampling or training, seconds")
 
 
+class AdaptiveConfig(Section):
+    """How many candidates a question gets below sampling.k, and which questions a round leaves out."""
+
+    initial_k: Positive = Field(2, description="candidates that every question gets; sampling.k is the most")
+    step: Positive = Field(
+        2, description="further candidates at a time, while the verdicts on those of a question are all the same"
+    )
+    skip_after: Natural = Field(
+        2,
+        description="rounds in a row in which every answer to a question was right, after which a round may leave it "
+        "out; 0: every round asks every question",
+    )
+    ask_probability: float = Field(
+        0.5, gt=0, lt=1, description="probability of being asked after skip_after such rounds; its power after more"
+    )
+    min_ask_probability: float = Field(0.1, gt=0, le=1, description="the probability of being asked is never lower")
+
+
 class SamplingConfig(Section):
     """How candidates are sampled, and which resources the samplers use."""
 
     renamed_keys: ClassVar[dict[str, str]] = {"max_parked": "max_failed"}
 
-    k: Positive = Field(6, description="candidates per question")
+    k: Positive = Field(6, description="candidates per question; with adaptive, the most")
+    adaptive: AdaptiveConfig | None = Field(
+        None, description="ask for more candidates only where they are needed; none: k for every question"
+    )
     temperature: float = Field(1.0, gt=0, le=2, description="sampling temperature; scores are always at temperature 1")
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling")
     max_tokens: Positive = Field(256, description="longest response, tokens, end-of-sequence included")
@@ -213,18 +260,40 @@ class TrainingConfig(Section):
     groups_per_step: Positive = Field(64, description="groups in one optimiser step, over all workers")
     tokens_per_microbatch: Positive = Field(16384, description="padded tokens in one forward pass of a worker")
     learning_rate: float = Field(2e-5, gt=0, description="peak learning rate")
-    warmup: float = Field(0.03, ge=0, lt=1, description="share of steps that warm up; linear decay to zero after")
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        "linear", description="learning rate after the warm-up, over all rounds; round 0 has a curve of its own"
+    )
+    warmup: float = Field(0.03, ge=0, lt=1, description="share of steps that warm up, linearly, to the peak")
+    min_learning_rate_ratio: float = Field(
+        0.0, ge=0, le=1, description="linear, cosine: where the learning rate ends, as a share of its peak"
+    )
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = Field(
+        "adamw",
+        description="AdamW with float32 states, or with bitsandbytes' 8-bit ones; paged: a GPU moves them to CPU "
+        "memory while it is full",
+    )
+    betas: Annotated[tuple[_Beta, _Beta], BeforeValidator(_numbers)] = Field(
+        (0.9, 0.999), description="decay of AdamW's two moments"
+    )
+    eps: float = Field(1e-8, gt=0, description="what AdamW adds to the root of the second moment")
     weight_decay: float = Field(0.0, ge=0, description="weight decay of AdamW")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
     offload_optimizer: bool = Field(False, description="ZeRO 1 to 3: optimizer state and step in CPU memory")
     offload_parameters: bool = Field(False, description="ZeRO 3: weights in CPU memory until a layer needs them")
-    activation_checkpointing: bool = Field(False, description="recompute activations: less memory, a third slower")
+    activation_checkpointing: Annotated[Literal["none", "selective", "full"], BeforeValidator(_checkpointing_mode)] = (
+        Field(
+            "none",
+            description="activations that are recomputed in the backward pass: none; selective: all but the results of "
+            "matrix products and attention; full: all but each layer's input, a third slower",
+        )
+    )
     attn_implementation: str = Field(
         "packed",
         min_length=1,
         description="packed: a prompt is computed once for all its responses, where the model can; or a name of "
         "transformers' implementations, such as sdpa, eager or flash_attention_2: a prompt is repeated per response",
     )
+    compile: bool = Field(False, description="torch.compile each decoder layer; needs a C++ compiler, on GPUs Triton")
     max_failures: Natural = Field(2, description="times the worker group is restarted from its last checkpoint")
     checkpoint_every_s: float = Field(
         1800, ge=0, description="seconds between training states saved inside a round; 0: only after each round"
@@ -234,6 +303,26 @@ class TrainingConfig(Section):
     deepspeed: dict[str, JsonValue] = Field(
         {}, description="further keys of DeepSpeed's configuration, merged into the run's; see docs/scale.md"
     )
+
+    @model_validator(mode="after")
+    def _check_optimizer(self) -> Self:
+        if self.schedule == "constant" and self.min_learning_rate_ratio:
+            raise ConfigError(
+                f"training.min_learning_rate_ratio={self.min_learning_rate_ratio:g} has no effect with "
+                f"training.schedule=constant, which never falls; remove one of the two"
+            )
+        if self.optimizer != "adamw" and self.offload_optimizer:
+            raise ConfigError(
+                f"training.optimizer={self.optimizer} does not go with training.offload_optimizer, since the step in "
+                f"CPU memory is DeepSpeed's own AdamW with float32 states; use training.optimizer=adamw, or leave the "
+                f"states on the GPU"
+            )
+        if self.optimizer == "paged_adamw_8bit" and not self.gpus_per_worker:
+            raise ConfigError(
+                "training.optimizer=paged_adamw_8bit moves states between a GPU and CPU memory and needs "
+                "training.gpus_per_worker=1; without a GPU use adamw_8bit"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_deepspeed(self) -> Self:
@@ -257,6 +346,10 @@ class LoraConfig(Section):
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
         min_length=1,
         description="names of the linear layers that get an adapter",
+    )
+    quantize: Literal["none", "nf4"] = Field(
+        "none",
+        description="QLoRA: keep the frozen weights of linear layers as 4-bit numbers (bitsandbytes); ZeRO 0 to 2",
     )
 
 
