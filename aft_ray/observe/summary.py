@@ -83,10 +83,11 @@ def state_lines(config: RunConfig, run_dir: RunDir) -> list[str]:
         return [f"finished: {last} rounds; the model is in {run_dir.uri(run_dir.model(last))}"]
     current = trained[-1] + 1 if trained else (0 if config.vft.epochs else 1)
     lines = [f"trained: {', '.join(map(str, trained)) or 'no round yet'} of rounds up to {last}"]
+    if (state := ledger.last_checkpoint()) and not state.complete:
+        lines.append(f"round {state.round}: trained up to step {state.step}, where its training state is saved")
     for number in range(current, last + 1):
-        files, failed = ledger.group_files(number), ledger.failed_questions(number)
-        if files or failed:
-            groups = sum(len(file.question_ids) for file in files)
+        groups, failed = ledger.count_groups(number), ledger.failed_questions(number)
+        if groups or failed:
             complete = " (complete)" if ledger.sampled(number) else ""
             lines.append(f"round {number}: {groups} groups sampled{complete}, {len(failed)} failed questions")
     if (busy := run_dir.in_use_by()) is None:

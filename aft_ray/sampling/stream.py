@@ -30,7 +30,7 @@ from aft_ray.sampling.judge_actor import RemoteJudge
 from aft_ray.sampling.sample_stage import Growth, SampleJob, SampleStage, split_failed
 from aft_ray.sampling.sampler_health import SamplersFailed
 from aft_ray.sampling.sampler_pool import SamplerPool
-from aft_ray.storage.group_files import GroupFile, write_group_file
+from aft_ray.storage.group_files import GroupFile, group_file_from_json, write_group_file
 from aft_ray.storage.ledger import FailedQuestion
 from aft_ray.storage.records import Group, groups_to_table
 from aft_ray.storage.run_dir import RunDir
@@ -166,16 +166,19 @@ def _label_and_write(
     labelled = label_groups(answered, tasks, shared_verifier())
     labelled = reward_groups(labelled, tasks, config.feedback, judge)
     file = write_group_file(run_dir, labelled) if labelled else None
-    written = WrittenGroups(file, tuple(failed), count_groups(labelled))
-    return pa.table({"written": pa.array([json.dumps(asdict(written))])})
+    written = {
+        "file": file.to_json() if file else None,
+        "failed": [asdict(one) for one in failed],
+        "counts": asdict(count_groups(labelled)),
+    }
+    return pa.table({"written": pa.array([json.dumps(written)])})
 
 
 def _from_row(row: dict[str, Any]) -> WrittenGroups:
     """The WrittenGroups of a row that `_label_and_write` returned."""
     fields = json.loads(row["written"])
-    file = fields["file"]
     return WrittenGroups(
-        file=GroupFile(**{**file, "question_ids": tuple(file["question_ids"])}) if file else None,
+        file=group_file_from_json(fields["file"]) if fields["file"] else None,
         failed=tuple(FailedQuestion(**failed) for failed in fields["failed"]),
         counts=SampleCounts(**fields["counts"]),
     )

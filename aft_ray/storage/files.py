@@ -10,7 +10,7 @@ import errno
 import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -114,6 +114,11 @@ class FileStore:
         """The contents of a file. Raises FileNotFoundError."""
         with explain_errors(self.uri(path)), self._filesystem.open_input_stream(self.full_path(path)) as stream:
             return bytes(stream.read())
+
+    def read_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """The bytes of a file from each start up to its end; fewer where the file ends. Raises FileNotFoundError."""
+        with explain_errors(self.uri(path)), self._filesystem.open_input_file(self.full_path(path)) as file:
+            return [file.read_at(end - start, start) for start, end in ranges]
 
     def read_json(self, path: str) -> Any:
         """The value in a JSON file. Raises FileNotFoundError, and DamagedFile when the file is not JSON."""

@@ -12,14 +12,29 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from aft_ray.storage.group_files import GroupFile, describe_uncommitted_file, read_group_file, verify_group_file
+import numpy as np
+
+from aft_ray.storage.committed_files import CommittedFiles
+from aft_ray.storage.group_files import (
+    GroupFile,
+    describe_uncommitted_file,
+    group_file_from_json,
+    outlines_of_file,
+    read_group_file,
+    verify_group_file,
+)
+from aft_ray.storage.id_column import id_column
+from aft_ray.storage.outlines import GroupOutline
 from aft_ray.storage.records import Group
 from aft_ray.storage.run_dir import LEDGER, RunDir, RunDirError
+
+# Entries that are in memory at once while the logs are read.
+_ENTRIES = 256
 
 
 @dataclass(frozen=True)
@@ -83,10 +98,10 @@ class Ledger:
         self.run_dir = run_dir
         self._seen: set[str] = set()
         self._next = {"sampling": 0, "training": 0}
-        self._files: dict[int, dict[str, GroupFile]] = {}
-        self._grouped: dict[int, dict[str, str]] = {}  # round → question id → path
+        self._files: dict[int, CommittedFiles] = {}
         self._failed: dict[int, dict[str, FailedQuestion]] = {}
         self._sampled: dict[int, SampledRound] = {}
+        self._skipped: dict[int, frozenset[str]] = {}
         self._versions: dict[int, int] = {}
         self._checkpoints: list[CheckpointRecord] = []
         self.corrupt_entries: list[str] = []  # URIs of the entries that were set aside
@@ -104,7 +119,8 @@ class Ledger:
         """
         self.refresh()
         voided, adopted, deleted = [], [], []
-        for file in self.group_files(round):
+        for path in self._committed(round).paths():
+            file = self._committed(round).get(path)
             if problem := verify_group_file(self.run_dir, file):
                 self._append("sampling", "void", {"round": round, "path": file.path})
                 self.run_dir.delete(file.path)
@@ -112,7 +128,7 @@ class Ledger:
         folder = self.run_dir.groups(round)
         for name in self.run_dir.listdir(folder):
             path = f"{folder}/{name}"
-            if path in self._files.get(round, {}) or not name.endswith(".parquet"):
+            if path in self._committed(round) or not name.endswith(".parquet"):
                 continue
             uncommitted = describe_uncommitted_file(self.run_dir, path, round, self.policy_version(round))
             if uncommitted and self.commit(uncommitted):
@@ -122,7 +138,7 @@ class Ledger:
                 deleted.append(f"{self.run_dir.uri(path)} was not recorded and is of no use: deleted")
         self.run_dir.delete_leftovers(folder)
         self.run_dir.delete_leftovers(LEDGER, prefix="sampling-")
-        return RoundAudit(round, len(self._grouped.get(round, {})), tuple(voided), tuple(adopted), tuple(deleted))
+        return RoundAudit(round, self._committed(round).groups, tuple(voided), tuple(adopted), tuple(deleted))
 
     def commit(self, file: GroupFile) -> bool:
         """Records a written group file.
@@ -131,11 +147,11 @@ class Ledger:
             False when one of its questions is in a committed file already. The file is deleted then, unless it is
             that committed file itself.
         """
-        if not set(file.question_ids).isdisjoint(self._grouped.get(file.round, {})):
-            if file.path not in self._files[file.round]:
+        if self._committed(file.round).has_any(file.question_ids):
+            if file.path not in self._committed(file.round):
                 self.run_dir.delete(file.path)
             return False
-        self._append("sampling", "group", asdict(file))
+        self._append("sampling", "group", file.to_json())
         return True
 
     def record_failed(self, failed: FailedQuestion) -> None:
@@ -146,6 +162,16 @@ class Ledger:
         """Makes the failed questions of a round pending again, which a resumed run does."""
         if self._failed.get(round):
             self._append("sampling", "unpark", {"round": round})
+
+    def record_skipped(self, round: int, question_ids: Collection[str]) -> None:
+        """Records which questions a round leaves out, before it asks the first one. They are not pending then.
+
+        Raises:
+            ValueError: It is recorded already.
+        """
+        if round in self._skipped:
+            raise ValueError(f"which questions round {round} leaves out is recorded already")
+        self._append("sampling", "skipped", {"round": round, "question_ids": sorted(question_ids)})
 
     def record_policy_version(self, round: int, version: int) -> None:
         """Records the policy version that samples a round, so that a resumed round uses the same weights.
@@ -170,17 +196,44 @@ class Ledger:
         return SampledRound(round, policy_version, groups, failed, stats)
 
     def pending(self, round: int, question_ids: Sequence[str]) -> list[str]:
-        """The questions that neither have a group nor have failed, in the given order."""
-        done = self._grouped.get(round, {}).keys() | self._failed.get(round, {}).keys()
-        return [id for id in question_ids if id not in done]
+        """The questions that neither have a group nor have failed nor are left out, in the given order."""
+        return [question_ids[index] for index in self.pending_indexes(round, question_ids)]
 
-    def group_files(self, round: int) -> list[GroupFile]:
+    def pending_indexes(self, round: int, question_ids: Sequence[str]) -> np.ndarray:
+        """Where the pending questions stand among the given ones, in ascending order, int64."""
+        ids = id_column(question_ids)
+        done = self._committed(round).mask(ids)
+        for others in (self._failed.get(round), self._skipped.get(round)):
+            if others:
+                done |= np.fromiter((id in others for id in ids), dtype=bool, count=len(ids))
+        return np.flatnonzero(~done)
+
+    def group_files(self, round: int) -> Iterator[GroupFile]:
         """The committed group files of a round, sorted by path."""
-        return sorted(self._files.get(round, {}).values(), key=lambda file: file.path)
+        return iter(self._committed(round))
+
+    def count_groups(self, round: int) -> int:
+        """The number of groups in the committed files of a round."""
+        return self._committed(round).groups
+
+    def outlines(self, round: int) -> Iterator[tuple[str, GroupOutline]]:
+        """Each question of a round that has a group, and the outline of the group, file by file.
+
+        A file that an earlier release recorded is read for it.
+
+        Raises:
+            RunDirError: Such a file is missing or corrupted.
+        """
+        for file in self._committed(round):
+            yield from zip(file.question_ids, outlines_of_file(self.run_dir, file), strict=True)
 
     def failed_questions(self, round: int) -> list[FailedQuestion]:
         """The failed questions of a round, sorted by question id."""
         return sorted(self._failed.get(round, {}).values(), key=lambda failed: failed.question_id)
+
+    def skipped(self, round: int) -> frozenset[str] | None:
+        """The questions that a round leaves out; None when that is not recorded."""
+        return self._skipped.get(round)
 
     def policy_version(self, round: int) -> int | None:
         """The policy version that samples a round; None when none is recorded."""
@@ -192,7 +245,10 @@ class Ledger:
         return sampled if sampled and (sampled.groups, sampled.failed) == self._counts(round) else None
 
     def _counts(self, round: int) -> tuple[int, int]:
-        return len(self._grouped.get(round, {})), len(self._failed.get(round, {}))
+        return self._committed(round).groups, len(self._failed.get(round, {}))
+
+    def _committed(self, round: int) -> CommittedFiles:
+        return self._files.setdefault(round, CommittedFiles())
 
     def read_groups(self, round: int, question_ids: Collection[str] | None = None) -> list[Group]:
         """The groups of a round, or those of some questions, sorted by question id.
@@ -201,15 +257,24 @@ class Ledger:
             RunDirError: A file is missing or corrupted.
             KeyError: A question has no group.
         """
-        grouped = self._grouped.get(round, {})
-        wanted = grouped.keys() if question_ids is None else set(question_ids)
-        if missing := sorted(wanted - grouped.keys()):
-            raise KeyError(f"round {round} has no group of {len(missing)} questions, among them {missing[0]!r}")
+        wanted = None if question_ids is None else set(question_ids)
         groups: list[Group] = []
-        for path in sorted({grouped[id] for id in wanted}):
-            file_groups = read_group_file(self.run_dir, self._files[round][path])
-            groups += [group for group in file_groups if group.question.id in wanted]
+        for file in self._committed(round):
+            if wanted is None or not wanted.isdisjoint(file.question_ids):
+                read = read_group_file(self.run_dir, file)
+                groups += [group for group in read if wanted is None or group.question.id in wanted]
+        if wanted is not None and (missing := sorted(wanted - {group.question.id for group in groups})):
+            raise KeyError(f"round {round} has no group of {len(missing)} questions, among them {missing[0]!r}")
         return sorted(groups, key=lambda group: group.question.id)
+
+    def iter_groups(self, round: int) -> Iterator[list[Group]]:
+        """The groups of a round, one file after the other, so that not all are in memory.
+
+        Raises:
+            RunDirError: A file is missing or corrupted.
+        """
+        for file in self._committed(round):
+            yield read_group_file(self.run_dir, file)
 
     # ── training: written by rank 0 ──────────────────────────────────────────────────────────────────────────────
 
@@ -260,11 +325,12 @@ class Ledger:
                 if name.endswith(".json") and name not in self._seen:
                     new.append(name)
         with ThreadPoolExecutor(16) as pool:  # an object store takes tens of milliseconds for each entry
-            entries = list(pool.map(self._read_entry, new))
-        for name, entry in zip(new, entries, strict=True):
-            self._seen.add(name)
-            if entry is not None:
-                self._replay(entry["kind"], entry["body"])
+            for start in range(0, len(new), _ENTRIES):  # all entries at once would be a million questions as objects
+                names = new[start : start + _ENTRIES]
+                for name, entry in zip(names, pool.map(self._read_entry, names), strict=True):
+                    self._seen.add(name)
+                    if entry is not None:
+                        self._replay(entry["kind"], entry["body"])
 
     def _append(self, log: str, kind: str, body: dict[str, Any]) -> None:
         body = json.loads(json.dumps(body))  # the form in which it will be read: keys are strings, sequences are lists
@@ -298,22 +364,20 @@ class Ledger:
     def _replay(self, kind: str, body: dict[str, Any]) -> None:
         """Applies an entry to the state. Files keep the names of the first release: `park`, `unpark`, `parked`."""
         round = body["round"]
-        grouped, files = self._grouped.setdefault(round, {}), self._files.setdefault(round, {})
         if kind == "group":
-            file = GroupFile(round, body["path"], body["sha256"], tuple(body["question_ids"]))
-            if set(file.question_ids).isdisjoint(grouped):  # the first commit of a question counts
-                files[file.path] = file
-                grouped.update(dict.fromkeys(file.question_ids, file.path))
+            file = group_file_from_json(body)
+            if self._committed(round).add(file):  # the first commit of a question counts
                 for id in file.question_ids:
                     self._failed.get(round, {}).pop(id, None)
         elif kind == "void":
-            for id in files.pop(body["path"]).question_ids if body["path"] in files else ():
-                del grouped[id]
+            self._committed(round).remove(body["path"])
         elif kind == "park":
-            if body["question_id"] not in grouped:
+            if not self._committed(round).has_any([body["question_id"]]):
                 self._failed.setdefault(round, {})[body["question_id"]] = FailedQuestion(**body)
         elif kind == "unpark":
             self._failed.pop(round, None)
+        elif kind == "skipped":
+            self._skipped.setdefault(round, frozenset(body["question_ids"]))
         elif kind == "policy_version":
             self._versions[round] = body["version"]
         elif kind == "sampled":

@@ -84,6 +84,22 @@ class Group:
         return len({c.reward for c in self.candidates if c.verdict is not Verdict.UNDECIDED}) > 1
 
 
+def training_mask(group: Group) -> list[bool]:
+    """Which candidates may be trained on, one entry per candidate.
+
+    Left out are candidates with an undecided verdict, without tokens, or with the tokens of an earlier candidate: a
+    response that was sampled twice must not count double.
+    """
+    seen: set[tuple[int, ...]] = set()
+    mask = []
+    for candidate in group.candidates:
+        tokens = tuple(candidate.token_ids)
+        mask.append(bool(tokens) and candidate.verdict is not Verdict.UNDECIDED and tokens not in seen)
+        if mask[-1]:
+            seen.add(tokens)
+    return mask
+
+
 QUESTION_TYPE = pa.struct(
     [
         pa.field("id", pa.string(), nullable=False),

@@ -26,7 +26,7 @@ def test_a_run_of_the_version_before_is_continued(old_run):
     assert before.trained_rounds() == [0, 1]
     # The driver was killed between writing this file and recording it.
     (kept,) = old_run.listdir(old_run.groups(2))
-    assert before.group_files(2) == []
+    assert before.count_groups(2) == 0
     with Reporter(old_run, Console(file=StringIO())) as reporter:
         assert run(read_config(old_run), reporter) is True
     ledger = Ledger(old_run)
