@@ -31,7 +31,8 @@ def read_events(run_dir: RunDir) -> list[dict[str, Any]]:
 def rounds_table(events: Iterable[dict[str, Any]]) -> Table:
     """One row per round: time of sampling and training, time spent waiting, and quality.
 
-    If a round was repeated after a failure, its last event counts.
+    `k` is the mean number of candidates of a question, and `skipped` are the questions that the round left out. If a
+    round was repeated after a failure, its last event counts.
     """
     sampled: dict[int, dict[str, Any]] = {}
     trained: dict[int, dict[str, Any]] = {}
@@ -42,8 +43,8 @@ def rounds_table(events: Iterable[dict[str, Any]]) -> Table:
             rows[event["version" if event["event"] == "evaluated" else "round"]] = event
     table = Table(title="rounds")
     for column in (
-        "round", "policy", "groups", "signal", "pass rate", "score right", "score wrong", "loss",
-        "sampling", "tokens/s", "waited", "training", "tokens/s", "waited", "publish", "validation",
+        "round", "policy", "groups", "skipped", "k", "signal", "pass rate", "score right", "score wrong", "loss",
+        "sampling", "tokens", "tokens/s", "waited", "training", "tokens/s", "waited", "publish", "validation",
     ):  # fmt: skip
         table.add_column(column, justify="right", no_wrap=True)
     for number in sorted(sampled.keys() | trained.keys()):
@@ -53,12 +54,15 @@ def rounds_table(events: Iterable[dict[str, Any]]) -> Table:
             str(number),
             _cell(sampling.get("version"), "d"),
             _cell(sampling.get("groups", training.get("groups")), "d"),
+            _cell(sampling.get("skipped"), "d"),
+            _cell(sampling.get("candidates"), ".1f"),
             _cell(sampling.get("signal"), ".0%"),
             _cell(sampling.get("pass_rate"), ".1%"),
             _cell(sampling.get("right_score"), ".3f"),
             _cell(sampling.get("wrong_score"), ".3f"),
             _cell(training.get("loss"), ".4f"),
             _cell(sampling.get("seconds"), ".0f", " s"),
+            _cell(sampling.get("tokens"), ",d"),
             _cell(sampling.get("tokens_per_s"), ",.0f"),
             _cell(sampling.get("waited_s"), ".0f", " s"),
             _cell(training.get("train_s"), ".0f", " s"),
@@ -87,9 +91,13 @@ def state_lines(config: RunConfig, run_dir: RunDir) -> list[str]:
         lines.append(f"round {state.round}: trained up to step {state.step}, where its training state is saved")
     for number in range(current, last + 1):
         groups, failed = ledger.count_groups(number), ledger.failed_questions(number)
-        if groups or failed:
+        skipped = ledger.skipped(number) or ()
+        if groups or failed or skipped:
             complete = " (complete)" if ledger.sampled(number) else ""
-            lines.append(f"round {number}: {groups} groups sampled{complete}, {len(failed)} failed questions")
+            lines.append(
+                f"round {number}: {groups} groups sampled{complete}, {len(failed)} failed questions"
+                + (f", {len(skipped)} skipped" if skipped else "")
+            )
     if (busy := run_dir.in_use_by()) is None:
         lines.append("no driver is running; run the same command again to continue")
     else:

@@ -13,22 +13,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 from aft_ray.config.sections import AdaptiveConfig
 from aft_ray.storage.records import Candidate, Verdict
-
-
-@dataclass(frozen=True, slots=True)
-class VerdictCounts:
-    """The verdicts on the candidates that a question got in one round: how many were decided, and how many right."""
-
-    right: int
-    decided: int
-
-    @property
-    def all_right(self) -> bool:
-        return 0 < self.decided == self.right
 
 
 def needs_more(candidates: Iterable[Candidate]) -> bool:
@@ -50,30 +37,37 @@ def next_candidates(count: int, most: int, step: int) -> int:
     return max(0, min(step, most - count))
 
 
+def all_right(right: int, decided: int) -> bool:
+    """Whether a question was answered right in a round by every candidate on which there is a verdict."""
+    return 0 < decided == right
+
+
 def streaks(
-    rounds: Iterable[Mapping[str, VerdictCounts]], question_ids: Collection[str], longest: int
+    rounds: Iterable[Iterable[tuple[str, bool]]], question_ids: Collection[str], longest: int
 ) -> dict[str, int]:
-    """For each question: in how many of the latest rounds that asked it all its decided candidates were right.
+    """For each question: in how many of the latest rounds that asked it every answer was right.
 
     Args:
-        rounds: what earlier rounds found, by question id, the latest first. A question that a round did not ask is not
-            in it, and its streak goes on in the round before. No more rounds are taken than are needed.
+        rounds: the questions that earlier rounds asked, each with what `all_right` says of it; the latest round first.
+            If a round did not ask a question, its streak goes on in the round before. No more rounds are taken than
+            are needed.
         longest: where counting ends.
 
     Returns:
         The streaks of at least 1.
     """
     found: dict[str, int] = {}
-    open_ids = set(question_ids)
+    unfinished = set(question_ids)
     for results in rounds:
-        if not open_ids:
+        for id, is_right in results:
+            if id not in unfinished:
+                continue
+            if is_right:
+                found[id] = found.get(id, 0) + 1
+            if not is_right or found[id] == longest:
+                unfinished.discard(id)
+        if not unfinished:
             break
-        for id in open_ids & results.keys():
-            length = found.get(id, 0)
-            if results[id].all_right:
-                found[id] = length + 1
-            if not results[id].all_right or found[id] == longest:
-                open_ids.discard(id)
     return found
 
 

@@ -32,6 +32,10 @@ class SampleCounts:
         return SampleCounts(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
 
     @property
+    def candidates(self) -> int:
+        return self.right + self.wrong + self.undecided
+
+    @property
     def pass_rate(self) -> float:
         """Share of right candidates among those that the verifier decided."""
         return self.right / max(1, self.right + self.wrong)

@@ -1,7 +1,7 @@
 """The sampling of one round: each of its questions is answered, labelled and recorded in the ledger exactly once.
 
 Invariants: a question that is in the ledger already is not asked again; a round is closed only when each of its
-questions has a group or is recorded as failed, and not too many have failed.
+questions has a group, or is recorded as failed or as skipped, and not too many have failed.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from ray.exceptions import RayError
 
 from aft_ray.cluster.remote_errors import traceback_message
 from aft_ray.config.run import RunConfig
+from aft_ray.sampling.adaptive import all_right, longest_streak, questions_to_skip, streaks
 from aft_ray.sampling.counts import SampleCounts, count_groups
 from aft_ray.sampling.judge_actor import RemoteJudge
 from aft_ray.sampling.stream import WrittenGroups
@@ -76,20 +77,22 @@ class RoundSampling:
         """
         wanted = questions_of_round(self.config, self.questions, round_number)
         self._open(round_number)
+        asked = self._without_skipped(round_number, wanted)
         groups = [
             replace(group, policy_version=manifest.version, candidates=[])
-            for group in self._pending(round_number, wanted)
+            for group in self._pending(round_number, asked)
         ]
         started = self.clock()
-        counts = self._record(round_number, manifest, groups, len(wanted))
+        counts = self._record(round_number, manifest, groups, len(asked))
         seconds = self.clock() - started
-        self._check_complete(round_number, wanted)
+        self._check_complete(round_number, asked)
         if self.ledger.sampled(round_number):
             return  # the round was sampled completely before the run was resumed
         tokens_per_s = counts.tokens / max(seconds, 1e-9)
-        if len(groups) < len(wanted):  # the ledger had some of them before the run was resumed
+        if len(groups) < len(asked):  # the ledger had some of them before the run was resumed
             counts = count_groups(self.ledger.read_groups(round_number))
-        self._close(round_number, manifest.version, _statistics(counts, seconds, waited_s, tokens_per_s))
+        skipped = len(wanted) - len(asked)
+        self._close(round_number, manifest.version, _statistics(counts, skipped, seconds, waited_s, tokens_per_s))
 
     def write_references(self, round_number: int) -> None:
         """Records a round that trains on reference responses alone: its groups have no candidates.
@@ -114,6 +117,26 @@ class RoundSampling:
         self.ledger.retry_failed(round_number)
         for sentence in (*audit.voided, *audit.adopted, *audit.deleted):
             self.reporter.say(f"round {round_number}: {sentence}")
+
+    def _without_skipped(self, round_number: int, wanted: list[Group]) -> list[Group]:
+        """The questions of a round without those that `sampling.adaptive` leaves out of it.
+
+        The decision is recorded in the ledger, so that a resumed run takes the same one.
+        """
+        adaptive = self.config.sampling.adaptive
+        if adaptive is None or not adaptive.skip_after:
+            return wanted
+        if (skipped := self.ledger.skipped(round_number)) is None:
+            ids = [group.question.id for group in wanted]
+            earlier = (
+                ((id, all_right(one.right, one.decided)) for id, one in self.ledger.outlines(number))
+                for number in range(round_number - 1, 0, -1)
+            )
+            lengths = streaks(earlier, ids, longest_streak(adaptive))
+            least = self.config.training.groups_per_step
+            skipped = frozenset(questions_to_skip(ids, lengths, adaptive, self.config.seed, round_number, least))
+            self.ledger.record_skipped(round_number, skipped)
+        return [group for group in wanted if group.question.id not in skipped]
 
     def _pending(self, round_number: int, wanted: list[Group]) -> list[Group]:
         """The questions of the round that the ledger does not have yet."""
@@ -179,14 +202,24 @@ class RoundSampling:
             f"round {round_number}: sampled {closed.groups} groups with version {version} in "
             f"{statistics['seconds']:.0f} s ({statistics['tokens_per_s']:,.0f} tokens/s, waited "
             f"{statistics['waited_s']:.0f} s), {statistics['pass_rate']:.1%} right, {statistics['signal']:.0%} of "
-            "groups with a signal" + (f", {closed.failed} questions failed" if closed.failed else "")
+            "groups with a signal"
+            + (f", {statistics['candidates']:.1f} candidates a question" if self.config.sampling.adaptive else "")
+            + (f", {statistics['skipped']} questions skipped" if statistics["skipped"] else "")
+            + (f", {closed.failed} questions failed" if closed.failed else "")
         )
 
 
-def _statistics(counts: SampleCounts, seconds: float, waited_s: float, tokens_per_s: float) -> dict[str, Any]:
-    """The fields of a `sampled` event. Scores are nats per token, means over candidates."""
+def _statistics(
+    counts: SampleCounts, skipped: int, seconds: float, waited_s: float, tokens_per_s: float
+) -> dict[str, Any]:
+    """The fields of a `sampled` event. Scores are nats per token, means over candidates.
+
+    `skipped` are questions that the round left out; `candidates` is the mean number of a question that it asked.
+    """
     return {
         "groups": counts.groups,
+        "skipped": skipped,
+        "candidates": counts.candidates / max(1, counts.groups),
         "seconds": seconds,
         "waited_s": waited_s,
         "tokens": counts.tokens,
