@@ -17,7 +17,7 @@ from aft_ray.storage.group_files import GroupFile, group_file_from_json
 from aft_ray.storage.id_column import IdColumn, id_column
 
 # Questions that are looked up in a dictionary before they are merged into the sorted arrays.
-_RECENT = 1 << 15
+_RECENT = 1 << 14
 
 
 class CommittedFiles:
@@ -118,10 +118,13 @@ class CommittedFiles:
             self._merge()
 
     def _merge(self) -> None:
-        hashes = np.concatenate([self._hashes, np.fromiter(self._recent, np.int64, len(self._recent))])
-        numbers = np.concatenate([self._numbers, np.fromiter(self._recent.values(), np.int32, len(self._recent))])
+        hashes = np.fromiter(self._recent, np.int64, len(self._recent))
+        numbers = np.fromiter(self._recent.values(), np.int32, len(self._recent))
         order = np.argsort(hashes)
-        self._hashes, self._numbers, self._recent = hashes[order], numbers[order], {}
+        places = np.searchsorted(self._hashes, hashes[order])
+        self._hashes = np.insert(self._hashes, places, hashes[order])
+        self._numbers = np.insert(self._numbers, places, numbers[order])
+        self._recent = {}
 
     def _places(self, hashes: np.ndarray) -> np.ndarray:
         """Where those of the hashes stand that are in the sorted arrays."""

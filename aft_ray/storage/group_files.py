@@ -1,6 +1,6 @@
 """Writes groups as Parquet files and reads them back, whole or in parts.
 
-A file has one row group of Parquet for every `_ROW_GROUP_BYTES` of its groups, so that a reader that needs few of them
+A file has a row group of Parquet for each `_ROW_GROUP_BYTES` of its groups, so that a reader that needs few of them
 reads little more. The description of a file has the digest of every such part.
 
 Invariants: the name of a group file follows from its round and its questions; a file counts as intact only when its
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -24,9 +24,9 @@ from aft_ray.storage.outlines import GroupOutline, outline_of, outlines_from_jso
 from aft_ray.storage.records import Group, groups_to_table, table_to_groups
 from aft_ray.storage.run_dir import RunDir, RunDirError
 
-# Bytes of the groups in one row group, before compression. The description of a row group in the footer has 1.5 kB, so
-# smaller ones would make files of short responses much larger.
-_ROW_GROUP_BYTES = 64 << 10
+# Most bytes of the groups in one row group, before compression; a larger group has one of its own. The description of a
+# row group in the footer has 1.5 kB, so smaller ones would make files of short responses much larger.
+_ROW_GROUP_BYTES = 32 << 10
 # Hexadecimal digits of the digest of a part.
 _PART_DIGITS = 32
 
@@ -120,33 +120,38 @@ def read_group_file(run_dir: RunDir, file: GroupFile) -> list[Group]:
         raise _as_read(problem) from None
 
 
-def read_parts(run_dir: RunDir, file: GroupFile, numbers: Sequence[int]) -> tuple[list[pa.Table], int]:
-    """Some parts of a committed file as tables of groups, and the bytes that were read for them.
-
-    Args:
-        file: one with parts.
-        numbers: which parts, in ascending order; none is the footer.
+def read_parts(run_dir: RunDir, file: GroupFile, numbers: Sequence[int]) -> list[bytes]:
+    """The bytes of some parts of a committed file that has parts.
 
     Raises:
         RunDirError: the file is missing, or one of these parts is corrupted; the message names the file.
     """
     bounds = list(pairwise([0, *(part.end for part in file.parts)]))
-    wanted = [*numbers, len(file.parts) - 1]
-    # The decoder sees a file of the whole size, of which only these parts were filled in; untouched pages cost nothing.
-    whole = np.zeros(file.parts[-1].end, dtype=np.uint8)
     try:
-        ranges = run_dir.read_ranges(file.path, [bounds[number] for number in wanted])
+        found = run_dir.read_ranges(file.path, [bounds[number] for number in numbers])
     except FileNotFoundError:
         raise _as_read(RunDirError(f"{run_dir.uri(file.path)} is missing")) from None
-    for number, data in zip(wanted, ranges, strict=True):
-        if _part_digest(data) != file.parts[number].sha256:
-            raise _as_read(
-                RunDirError(f"{run_dir.uri(file.path)} is corrupted: the sha256 of a part is not the recorded one")
-            )
+    if any(_part_digest(data) != file.parts[number].sha256 for number, data in zip(numbers, found, strict=True)):
+        raise _as_read(
+            RunDirError(f"{run_dir.uri(file.path)} is corrupted: the sha256 of a part is not the recorded one")
+        )
+    return found
+
+
+def decode_parts(file: GroupFile, parts: Mapping[int, bytes]) -> list[pa.Table]:
+    """The groups of some parts, one table for each part but the footer, which must be among them.
+
+    Args:
+        parts: what `read_parts` returned, by number.
+    """
+    bounds = list(pairwise([0, *(part.end for part in file.parts)]))
+    # The decoder sees a file of the whole size, of which only these parts were filled in; untouched pages cost nothing.
+    whole = np.zeros(file.parts[-1].end, dtype=np.uint8)
+    for number, data in parts.items():
         start, end = bounds[number]
         whole[start:end] = np.frombuffer(data, dtype=np.uint8)
     parquet = pq.ParquetFile(pa.BufferReader(pa.py_buffer(whole)))
-    return [parquet.read_row_group(number) for number in numbers], sum(map(len, ranges))
+    return [parquet.read_row_group(number) for number in parts if number < len(file.parts) - 1]
 
 
 def outlines_of_file(run_dir: RunDir, file: GroupFile) -> tuple[GroupOutline, ...]:
@@ -255,11 +260,12 @@ def _row_groups(groups: Sequence[Group]) -> list[int]:
     counts = [0]
     size = 0
     for group in groups:
-        if size >= _ROW_GROUP_BYTES:
+        more = _bytes_of(group)
+        if counts[-1] and size + more > _ROW_GROUP_BYTES:
             counts.append(0)
             size = 0
         counts[-1] += 1
-        size += _bytes_of(group)
+        size += more
     return counts
 
 

@@ -34,7 +34,7 @@ from aft_ray.storage.records import Group
 from aft_ray.storage.run_dir import LEDGER, RunDir, RunDirError
 
 # Entries that are in memory at once while the logs are read.
-_ENTRIES = 256
+_ENTRIES = 64
 
 
 @dataclass(frozen=True)
@@ -211,6 +211,10 @@ class Ledger:
     def group_files(self, round: int) -> Iterator[GroupFile]:
         """The committed group files of a round, sorted by path."""
         return iter(self._committed(round))
+
+    def group_file(self, round: int, path: str) -> GroupFile:
+        """A committed group file of a round. Raises KeyError."""
+        return self._committed(round).get(path)
 
     def count_groups(self, round: int) -> int:
         """The number of groups in the committed files of a round."""
