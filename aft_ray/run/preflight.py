@@ -19,6 +19,8 @@ _NUMBERS_OF_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "
 def check_run(config: RunConfig) -> None:
     """Raises ConfigError when the model cannot be asked or trained, or vLLM cannot be started, as the config says."""
     check_options(config.training, config.model.dtype)
+    if config.training.attn_implementation != "packed":
+        _check_attention(config.training.attn_implementation)
     check_engine_arguments(config.sampling.engine_args, "sampling.engine_args")
     model_config = check_model(config)
     response_ends(config, load_tokenizer(config))
@@ -26,6 +28,12 @@ def check_run(config: RunConfig) -> None:
         check_experts(model_config)
     if config.lora is not None:
         _check_adapters(config, config.lora, model_config)
+
+
+def _check_attention(attn_implementation: str) -> None:
+    from aft_ray.training.loading import check_attention  # it imports torch
+
+    check_attention(attn_implementation)
 
 
 def check_experts(model_config: Any) -> None:

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from aft_ray.config.messages import first_line
+from aft_ray.config.run import ConfigError
 from aft_ray.training.packed_attention import use_packed_attention
 
 _INDEX_FILE, _SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
@@ -60,6 +61,7 @@ def load_model(
 
     Raises:
         LoadingError: the files do not fit the model, or are not safetensors; or the model does not have the attention.
+        ConfigError: the attention is not known.
     """
     check_attention(attn_implementation)
     try:
@@ -74,13 +76,13 @@ def load_model(
 
 
 def check_attention(attn_implementation: str) -> None:
-    """Raises LoadingError when transformers does not know a value of `training.attn_implementation`."""
+    """Raises ConfigError when transformers does not know a value of `training.attn_implementation`."""
     from transformers import AttentionInterface
 
     known = ("packed", "eager", *(name for name in AttentionInterface().valid_keys() if "|" not in name))
     # A name with a slash is a kernel on the hub, which transformers gets when it loads the model.
     if attn_implementation not in known and "/" not in attn_implementation:
-        raise LoadingError(
+        raise ConfigError(
             f"training.attn_implementation={attn_implementation} is not known to transformers; use one of "
             f"{', '.join(known)}"
         )

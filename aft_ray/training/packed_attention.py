@@ -238,9 +238,9 @@ def _plain_attention(
 class _SharedPrompts(torch.autograd.Function):
     """Full causal attention of a packed row in two parts, each a kernel that needs no mask.
 
-    Every prompt and every response attends to its own past, and all responses of a group together attend to their
-    prompt. The log-sum-exp of both parts says how the outputs of a response are to be weighted. The kernel's backward
-    takes the weighted output and the joint log-sum-exp, and then computes the exact gradient of its part.
+    A prompt with its first response is an ordinary sequence. Each of the others attends to its own past, and all of
+    them together to the prompt. The log-sum-exp of both parts says how their outputs are to be weighted. The kernel's
+    backward takes the weighted output and the joint log-sum-exp, and then computes the exact gradient of its part.
     """
 
     @staticmethod
@@ -248,13 +248,13 @@ class _SharedPrompts(torch.autograd.Function):
         attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         outs: list[Tensor] = []
         sums: list[Tensor] = []
-        for q, k, v in zip(*(_own_parts(x, layout) for x in (query, key, value)), strict=True):
+        for q, k, v in zip(*(_sequences(x, layout) for x in (query, key, value)), strict=True):
             out, logsumexp = attend(q, k, v, 0.0, True, scale=scaling)
             outs.append(out.transpose(1, 2))
             sums.append(logsumexp.transpose(1, 2))
         joint_out = torch.cat(outs, dim=1)
         joint_sum = torch.cat(sums, dim=1)
-        for prompt, own in _answered(layout):
+        for prompt, own in _shared(layout):
             out, logsumexp = attend(query[:, :, own], key[:, :, prompt], value[:, :, prompt], 0.0, False, scale=scaling)
             own_sum, shared_sum = joint_sum[:, own], logsumexp.transpose(1, 2)
             share = torch.sigmoid(shared_sum - own_sum).unsqueeze(-1).to(out.dtype)
@@ -273,10 +273,10 @@ class _SharedPrompts(torch.autograd.Function):
         given = (grads[0].transpose(1, 2), query, key, value, out.transpose(1, 2), logsumexp.transpose(1, 2))
         parts = [
             [part.transpose(1, 2) for part in differentiate(*one, 0.0, True, scale=scaling)]
-            for one in zip(*(_own_parts(x, layout) for x in given), strict=True)
+            for one in zip(*(_sequences(x, layout) for x in given), strict=True)
         ]
         grad_query, grad_key, grad_value = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
-        for prompt, own in _answered(layout):
+        for prompt, own in _shared(layout):
             grad, q, k, v, o, s = given
             dq, dk, dv = differentiate(
                 grad[:, :, own], q[:, :, own], k[:, :, prompt], v[:, :, prompt], o[:, :, own], s[:, :, own],
@@ -288,19 +288,23 @@ class _SharedPrompts(torch.autograd.Function):
         return grad_query.transpose(1, 2), grad_key.transpose(1, 2), grad_value.transpose(1, 2), None, None
 
 
-def _own_parts(tensor: Tensor, layout: Layout) -> tuple[Tensor, ...]:
-    """The columns (dimension 2) of each prompt and response that has any."""
-    columns = [columns for one in layout for columns in (one.tokens, *one.responses) if columns]
+def _sequences(tensor: Tensor, layout: Layout) -> tuple[Tensor, ...]:
+    """The columns (dimension 2) of each prompt with its first response, and of each other response that has any."""
+    return _split(tensor, [n for one in layout for n in (one.tokens + sum(one.responses[:1]), *one.responses[1:]) if n])
+
+
+def _split(tensor: Tensor, columns: list[int]) -> tuple[Tensor, ...]:
     parts: tuple[Tensor, ...] = tensor.split(columns, dim=2)  # type: ignore[no-untyped-call]
     return parts
 
 
-def _answered(layout: Layout) -> Iterator[tuple[slice, slice]]:
-    """The columns of each prompt and those of all its responses, for the prompts whose responses have any."""
+def _shared(layout: Layout) -> Iterator[tuple[slice, slice]]:
+    """The columns of each prompt and those of all its responses but the first, where there are any."""
     for one in layout:
         first = one.start + one.tokens
-        if one.stop > first:
-            yield slice(one.start, first), slice(first, one.stop)
+        others = first + sum(one.responses[:1])
+        if one.stop > others:
+            yield slice(one.start, first), slice(others, one.stop)
 
 
 def _attend_in_blocks(
@@ -314,15 +318,16 @@ def _attend_in_blocks(
     softcap: float | None,
 ) -> Tensor:
     """Attention of any kind, prompt by prompt and response by response. Returns [1, columns, heads, width]."""
-    parts = iter(zip(*(_own_parts(x, layout) for x in (query, key, value)), strict=True))
+    columns = [n for one in layout for n in (one.tokens, *one.responses) if n]
+    parts = iter(zip(*(_split(x, columns) for x in (query, key, value)), strict=True))
     outs = []
     for one in layout:
         q, prompt_key, prompt_value = next(parts)
         visible = block_of_mask(mask, 0, one.tokens, query.device)
         outs.append(_attend(q, prompt_key, prompt_value, visible, dropout, scaling, softcap))
-        for columns in filter(None, one.responses):
+        for n in filter(None, one.responses):
             q, k, v = next(parts)
-            visible = block_of_mask(mask, one.tokens, one.tokens + columns, query.device)
+            visible = block_of_mask(mask, one.tokens, one.tokens + n, query.device)
             k, v = torch.cat((prompt_key, k), dim=2), torch.cat((prompt_value, v), dim=2)
             outs.append(_attend(q, k, v, visible, dropout, scaling, softcap))
     return torch.cat([out.transpose(1, 2) for out in outs], dim=1)
