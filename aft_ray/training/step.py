@@ -1,27 +1,36 @@
-"""One optimiser step on a DeepSpeed engine, split into micro-batches and over ranks. It does not use Ray.
+"""One optimiser step on a DeepSpeed engine, split into passes and over ranks. It does not use Ray.
 
-The order of calls is: `train_step` for each optimiser step; in it `micro_loss` for each micro-batch of the rank, which
-calls `score_groups` and `response_logprobs`; then the gradients of all ranks are added up and the weights change.
+The order of calls in `train_step` is:
 
-Invariants: the losses of all micro-batches and ranks add up to the loss of the whole step, because each is divided by
-the totals of the whole step; a loss that is not finite stops every rank before the weights change.
+    1. groups that are split over several passes: the scores of their responses without gradients, those of all ranks
+       added up, and from the loss the derivative with respect to each score
+    2. for each pass: forward pass, loss, backward pass; for a piece of a split group the loss is the scores times their
+       derivatives, whose gradient is that of the true loss
+    3. the gradients of all ranks are added up, and the weights change
+
+Invariants: the losses of all passes and ranks add up to the loss of the whole step, because each is divided by the
+totals of the whole step; every rank makes the same passes; the host waits for the device only after step 1, if there is
+any split group, and after step 2; a loss that is not finite stops every rank before the weights change.
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from aft_ray.objectives import Objective, ScoredGroups, reference_nll
-from aft_ray.training.batching import StepTotals
-from aft_ray.training.collate import REFERENCE, Batch
+from aft_ray.training.batch import Batch
+from aft_ray.training.batching import StepPlan, StepTotals
+from aft_ray.training.packing import empty_row
+from aft_ray.training.scoring import response_logprobs
 
 
 class NonFiniteLoss(RuntimeError):
@@ -48,7 +57,10 @@ class StepStats:
         grad_norm: norm of the gradient before clipping.
         right_score, wrong_score: mean score of the trained candidates with a right answer and of the others, nats per
             token; NaN if there are none.
-        tokens: tokens of prompts and responses, without padding.
+        tokens: tokens of the packed rows of all ranks: each prompt once, or once in each piece of a split group.
+        passes: forward and backward passes of each rank.
+        score_passes: forward passes of each rank that computed scores of split groups.
+        checkpoint_due: whether a rank asked for a training state after the step.
     """
 
     loss: float
@@ -58,82 +70,80 @@ class StepStats:
     right_score: float
     wrong_score: float
     tokens: int
+    passes: int
+    score_passes: int
     seconds: float
     learning_rate: float
+    checkpoint_due: bool
 
 
 @dataclass(frozen=True)
-class MicroStats:
-    """What was measured in one micro-batch.
+class Measured:
+    """What was measured of some groups. The tensors are on the device, so that nothing waits for it.
 
     Attributes:
-        sums: [9] float64, detached, in the order in which `train_step` unpacks them.
-        at_fault: ids of the questions whose loss is not finite.
+        sums: [8] float64, in the order in which `train_step` unpacks them.
+        finite: [groups] bool, whether the loss of each group is finite.
     """
 
+    question_ids: tuple[str, ...]
     sums: Tensor
-    at_fault: list[str]
+    finite: Tensor
+
+    def at_fault(self) -> list[str]:
+        """The questions whose loss is not finite. Waits for the device."""
+        return [name for name, ok in zip(self.question_ids, self.finite.tolist(), strict=True) if not ok]
 
 
-def response_logprobs(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The log-probability of each row's response, in nats, and its number of tokens.
+@dataclass(frozen=True)
+class _ScoredPiece:
+    """What is known of a piece of a split group before its backward pass.
 
-    Only the logits of the response columns and of the column before them are computed, since the logits of a column
-    predict the token of the next.
-
-    Returns:
-        Two tensors of shape [rows], float32. The first is differentiable.
+    Attributes:
+        derivatives: [responses of the row] float32, of the step's loss with respect to each log-probability.
+        random_state: that before the forward pass, which the second forward pass must repeat (dropout).
+        measured: that of the whole group.
     """
-    columns = batch.response_columns
-    logits = model(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        position_ids=batch.position_ids,
-        logits_to_keep=columns + 1,
-        use_cache=False,
-    ).logits[:, -columns - 1 : -1]
-    mask = batch.response_mask
-    targets = batch.input_ids[:, -columns:][mask]
-    logprobs = -F.cross_entropy(logits[mask].float(), targets, reduction="none")
-    sums = torch.zeros_like(mask, dtype=torch.float32).masked_scatter(mask, logprobs).sum(dim=1)
-    return sums, mask.sum(dim=1).float()
+
+    derivatives: Tensor
+    random_state: tuple[Tensor, Tensor | None]
+    measured: Measured
 
 
-def score_groups(model: Any, batch: Batch) -> ScoredGroups:
-    """The groups of a batch with their scores under the model, differentiable.
+def scored_groups(logprobs: Tensor, batch: Batch) -> ScoredGroups:
+    """The groups of a batch with their scores, differentiable.
 
-    A score is the mean token log-probability of the response, nats per token. A candidate without a row has score 0 and
-    is masked out.
+    A score is the mean token log-probability of the response, nats per token. A candidate that is masked out has
+    score 0.
+
+    Args:
+        logprobs: [responses] float32, the log-probability of each response of the groups, nats.
     """
-    sums, tokens = response_logprobs(model, batch)
-    scores = sums / tokens
-    reference = batch.slot_of_row == REFERENCE
-    candidate = batch.slot_of_row >= 0
-    position = (batch.group_of_row[candidate], batch.slot_of_row[candidate])
-    empty = scores.new_zeros(batch.mask.shape)
+    scores = logprobs / batch.tokens
     return ScoredGroups(
-        scores=empty.index_put(position, scores[candidate]),
+        scores=torch.where(batch.mask, scores[batch.slots], 0.0),
         rewards=batch.rewards,
         mask=batch.mask,
         correct=batch.correct,
         sampler_scores=batch.sampler_scores,
-        tokens=empty.index_put(position, tokens[candidate]),
-        reference_scores=scores[reference],
-        reference_tokens=tokens[reference],
+        tokens=torch.where(batch.mask, batch.tokens[batch.slots], 0.0),
+        reference_scores=scores[batch.references],
+        reference_tokens=batch.tokens[batch.references],
     )
 
 
-def micro_loss(
-    model: Any, batch: Batch, objective: Objective, weight: float, totals: StepTotals, scale: float = 1.0
-) -> tuple[Tensor, MicroStats]:
-    """The share of one micro-batch in the loss of its step: a differentiable scalar, times `scale`; and measurements.
+def batch_loss(
+    logprobs: Tensor, batch: Batch, objective: Objective, weight: float, totals: StepTotals
+) -> tuple[Tensor, Measured]:
+    """The share of a batch's groups in the loss of their step, a differentiable scalar; and measurements.
 
-    With `scale` 1 the shares of all micro-batches and ranks add up to L_VFT + weight * L_A of the step.
+    The shares of all groups of the step add up to L_VFT + weight * L_A.
 
     Args:
+        logprobs: [responses] float32, the log-probability of each response of the groups, nats.
         totals: what the losses of the whole step are divided by.
     """
-    groups = score_groups(model, batch)
+    groups = scored_groups(logprobs, batch)
     assert groups.reference_scores is not None
     assert groups.reference_tokens is not None
     own = objective.group_sums(groups)
@@ -155,64 +165,127 @@ def micro_loss(
         right.sum(),
         torch.where(wrong, groups.scores, 0.0).sum(),
         wrong.sum(),
-        batch.attention_mask.sum() if batch.question_ids else loss.new_zeros(()),
         (~finite).sum(),
     ]
     sums = torch.stack([value.detach().double() for value in measured])
-    at_fault = [name for name, ok in zip(batch.question_ids, finite.tolist(), strict=True) if not ok]
-    return loss * scale, MicroStats(sums, at_fault)
+    return loss, Measured(batch.question_ids, sums, finite)
 
 
 def train_step(
     engine: Any,
-    micro_batches: Sequence[Batch],
+    batches: Sequence[Batch],
+    plan: StepPlan,
     objective: Objective,
     weight: float,
-    totals: StepTotals,
     learning_rate: float,
+    checkpoint_due: bool = False,
 ) -> StepStats:
-    """Forward and backward passes over this rank's micro-batches, then one optimiser step. All ranks call it together.
+    """All passes of this rank over its batches, then one optimiser step. All ranks call it together.
 
     Args:
-        micro_batches: at least one, and equally many on every rank.
+        batches: those that the plan has for this rank, in its order; `training.batch` makes them.
         weight: w of L_VFT + w * L_A.
-        totals: those of the whole step.
+        checkpoint_due: this rank asks for a training state after the step. All ranks learn of it with the losses.
 
     Raises:
         NonFiniteLoss: on every rank. For a loss the weights have not changed.
     """
     started = time.monotonic()
-    sums = torch.zeros(9, dtype=torch.float64, device=engine.device)
-    at_fault: list[str] = []
-    for index, batch in enumerate(micro_batches):
-        engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
+    device, ranks = engine.device, dist.get_world_size()
+    empty = empty_row(0).to(device)
+    batches = [batch.to(device) for batch in batches]
+    pieces = [batch for batch in batches if batch.piece is not None]
+    scored = _score_pieces(engine, pieces, plan, objective, weight) if plan.score_passes else []
+    measured = [one.measured for one, batch in zip(scored, pieces, strict=True) if batch.piece and batch.piece.counted]
+    for number in range(plan.train_passes):
+        engine.set_gradient_accumulation_boundary(number == plan.train_passes - 1)
+        batch = batches[number] if number < len(batches) else None
+        if batch is None:
+            loss = response_logprobs(engine, empty).sum()
+        elif number < len(scored):
+            with _replayed(scored[number].random_state, device):
+                logprobs = response_logprobs(engine, batch.row)
+            loss = (logprobs * scored[number].derivatives).sum()
+        else:
+            loss, of_batch = batch_loss(response_logprobs(engine, batch.row), batch, objective, weight, plan.totals)
+            measured.append(of_batch)
         # DeepSpeed averages gradients over the ranks, but the shares of the loss must be added up.
-        loss, stats = micro_loss(
-            engine, batch.to(engine.device), objective, weight, totals, scale=dist.get_world_size()
-        )
-        engine.backward(loss)
-        sums += stats.sums
-        at_fault += stats.at_fault
+        engine.backward(loss * ranks)
+    of_rank = [sum(batch.row.columns for batch in batches), int(checkpoint_due)]
+    counts = torch.tensor(of_rank, dtype=torch.float64, device=device)
+    sums = torch.cat([torch.stack([one.sums for one in measured] or [counts.new_zeros(8)]).sum(dim=0), counts])
     dist.all_reduce(sums)
-    loss_sum, vft, alignment, right, rights, wrong, wrongs, tokens, faults = sums.tolist()
+    loss_sum, vft, alignment, right, rights, wrong, wrongs, faults, computed, asked = sums.tolist()
     if faults:
-        raise NonFiniteLoss(_gather_ids(at_fault))
+        raise NonFiniteLoss(_gather_ids([name for one in measured for name in one.at_fault()]))
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
     grad_norm = _optimizer_step(engine)
-    if not torch.tensor(grad_norm).isfinite() or not engine.was_step_applied():
-        raise NonFiniteLoss(_gather_ids([name for batch in micro_batches for name in batch.question_ids]), "gradient")
+    if not math.isfinite(grad_norm) or not engine.was_step_applied():
+        raise NonFiniteLoss(_gather_ids([name for batch in batches for name in batch.question_ids]), "gradient")
     return StepStats(
         loss=loss_sum,
         vft_loss=vft,
         alignment_loss=alignment,
         grad_norm=grad_norm,
-        right_score=right / rights if rights else float("nan"),
-        wrong_score=wrong / wrongs if wrongs else float("nan"),
-        tokens=int(tokens),
+        right_score=right / rights if rights else math.nan,
+        wrong_score=wrong / wrongs if wrongs else math.nan,
+        tokens=int(computed),
+        passes=plan.train_passes,
+        score_passes=plan.score_passes,
         seconds=time.monotonic() - started,
         learning_rate=learning_rate,
+        checkpoint_due=asked > 0,
     )
+
+
+def _score_pieces(
+    engine: Any, pieces: Sequence[Batch], plan: StepPlan, objective: Objective, weight: float
+) -> list[_ScoredPiece]:
+    """Step 1 of `train_step`. All ranks call it together, with the pieces that each has."""
+    device = engine.device
+    empty = empty_row(0).to(device)
+    logprobs = torch.zeros(plan.split_responses, device=device)
+    random_states = []
+    with torch.no_grad():
+        for number in range(plan.score_passes):
+            if number >= len(pieces):
+                response_logprobs(engine, empty)
+                continue
+            random_states.append(_random_state(device))
+            _of_group(logprobs, pieces[number])[pieces[number].row_responses] = response_logprobs(
+                engine, pieces[number].row
+            )
+    dist.all_reduce(logprobs)  # each response is in one piece, and zero elsewhere
+    scored = []
+    for batch, random_state in zip(pieces, random_states, strict=True):
+        own = _of_group(logprobs, batch).detach().requires_grad_()
+        loss, measured = batch_loss(own, batch, objective, weight, plan.totals)
+        (derivatives,) = torch.autograd.grad(loss, own)
+        scored.append(_ScoredPiece(derivatives[batch.row_responses], random_state, measured))
+    return scored
+
+
+def _of_group(logprobs: Tensor, batch: Batch) -> Tensor:
+    """The part of the log-probabilities of all split groups that is the group's of a piece, as a view."""
+    assert batch.piece is not None
+    return logprobs[batch.piece.first : batch.piece.first + len(batch.tokens)]
+
+
+def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """The state of the CPU's random numbers, and of the device's."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+@contextlib.contextmanager
+def _replayed(state: tuple[Tensor, Tensor | None], device: torch.device) -> Iterator[None]:
+    """A context in which the random numbers of a state come again. Afterwards they go on as if it had not been."""
+    of_cpu, of_device = state
+    with torch.random.fork_rng([device] if of_device is not None else []):
+        torch.set_rng_state(of_cpu)
+        if of_device is not None:
+            torch.cuda.set_rng_state(of_device, device)
+        yield
 
 
 def _optimizer_step(engine: Any) -> float:
@@ -227,7 +300,7 @@ def _optimizer_step(engine: Any) -> float:
 
 
 def _gather_ids(question_ids: list[str]) -> list[str]:
-    """The ids of all ranks, sorted."""
+    """The ids of all ranks, sorted, each once."""
     gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(gathered, question_ids)
-    return sorted(name for names in gathered for name in names)
+    return sorted({name for names in gathered for name in names})

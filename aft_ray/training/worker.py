@@ -3,18 +3,19 @@
 This is the train workers' half of a round; the driver's half is `run/orchestrator.py`. In each round every worker
 
     1. waits until the coordinator says that all groups of the round are in the ledger
-    2. plans the round's optimiser steps, the same plan on every rank, and takes them
+    2. takes the round's optimiser steps; each is planned from the sizes of its groups, the same plan on every rank
     3. publishes the new version: the weights get to the running engines, and this worker keeps its share in CPU memory
     4. begins to write its share of the version's model directory
     5. begins to save the training state; the ledger records the round as trained when both are durable
     6. with a broadcast, sends the weights only now if the engines were still sampling in step 3
 
-Steps 4 and 5 end in the background while the next round trains. With `weights.transport: checkpoint` the engines read
+Steps 4 and 5 end in the background while the next round trains. Every `training.checkpoint_every_s` the training state is
+saved within step 2, too. With `weights.transport: checkpoint` the engines read
 the directory, so that step 3 waits for step 4. With `sampling.colocate` a worker moves its states to CPU memory and
 releases its GPU before step 1, and moves them back after it.
 
 Invariants: a model directory that is complete is never written again; every rank takes the same steps; workers that
-start again continue after the last round that the ledger records as trained.
+start again continue after the last step whose training state is intact, and take the steps that would have followed.
 """
 
 from __future__ import annotations
@@ -38,13 +39,17 @@ from aft_ray.storage.records import Group
 from aft_ray.storage.run_dir import LOGS, RunDir, RunDirError
 from aft_ray.tasks.dataset import load_tokenizer
 from aft_ray.training import batching, deepspeed, step
-from aft_ray.training.collate import collate
+from aft_ray.training.batch import make_batch
 from aft_ray.training.loading import LoadingError
 from aft_ray.training.publication.model_writer import ModelWriteFailed, Writing
+from aft_ray.training.process_groups import DamagedState
 from aft_ray.training.publication.weight_publisher import WeightPublisher, build_transport
+from aft_ray.training.round_progress import RoundProgress
 from aft_ray.training.schedule import RoundSchedule, round_schedule
+from aft_ray.training.scoring import shares_prompts
 from aft_ray.training.state.checkpoint import CheckpointFailed, CheckpointWriter, fetched_state
 from aft_ray.training.state.lending import GpuLender
+from aft_ray.training.state.retention import delete_obsolete_states
 from aft_ray.training.state.scratch import check_scratch
 
 # Errors that starting the workers again cannot repair. The message of each is one sentence for the user.
@@ -94,7 +99,6 @@ class TrainWorker:
         # A second ledger object for the thread that saves checkpoints, since one object is not for two threads.
         self.checkpoint_ledger = Ledger(run_dir)
         tokenizer = load_tokenizer(config)
-        self.pad_token_id = tokenizer.pad_token_id or 0
         if rank == 0:
             call(coordinator.begin_training)
         transport = build_transport(config, coordinator, rank)
@@ -106,75 +110,93 @@ class TrainWorker:
             torch.set_num_threads(max(1, int(config.training.cpus_per_worker)))
 
     def run(self) -> None:
-        """Trains every round that the ledger does not record as trained."""
-        resumed = self.ledger.last_checkpoint()
-        if resumed and self.rank == 0:
+        """Trains every round that the ledger does not record as trained, from the last intact training state on."""
+        if self.rank == 0:
+            delete_obsolete_states(self.checkpoint_ledger, self.config.training.keep_checkpoints)
+        damaged: set[str] = set()
+        while True:
+            # Rank 0 decides, since a file system may show a deleted directory to other nodes for some seconds.
+            last = [self.ledger.last_checkpoint(damaged)]
+            dist.broadcast_object_list(last, src=0)
+            try:
+                return self._train_from(last[0])
+            except DamagedState as error:
+                assert last[0] is not None
+                damaged.add(last[0].checkpoint)
+                if self.rank == 0:
+                    call(self.coordinator.post, {"event": "state_damaged", "reason": str(error)})
+
+    def _train_from(self, state: CheckpointRecord | None) -> None:
+        """Trains the rounds after a training state, or from the first round on.
+
+        Raises:
+            DamagedState: on every rank, before any step is taken: the state cannot be loaded.
+        """
+        if state and self.rank == 0 and (version := state.next_round - 1) in self.ledger.trained_rounds():
             # The driver may wait for this version, which workers that have ended offered from their memory.
-            call(self.coordinator.publish, self.publisher.read(resumed.round))
+            call(self.coordinator.publish, self.publisher.read(version))
         engine = None
+        first_round = state.next_round if state else 0 if self.config.vft.epochs else 1
         last_round = self.config.rounds.count
-        for round_number in range(self.ledger.first_untrained_round(bool(self.config.vft.epochs)), last_round + 1):
+        for round_number in range(first_round, last_round + 1):
+            is_inside = state is not None and not state.complete and state.round == round_number
             # Round 1 starts like a run from a fine-tuned model: a new optimizer, and the weights of version 0.
             needs_engine = engine is None or round_number == 1
             if needs_engine:
                 engine = None  # frees its memory
             waited_s = self.lender.lend(engine, round_number) if self.config.sampling.colocate else 0.0
             if needs_engine:
-                engine = self._build_engine(round_number, resumed if round_number > 1 else None)
-            self._train_round(engine, round_number, waited_s)
+                engine = self._build_engine(round_number, state if is_inside or round_number > 1 else None)
+            progress = RoundProgress.recorded(state.metrics) if state and is_inside else RoundProgress()
+            self._train_round(engine, round_number, waited_s, progress)
         if self.config.sampling.colocate:
             self.lender.give_up(engine, last_round + 1)  # for the evaluation of the last version
         self.publisher.wait_durable()
         self.checkpoints.wait()
 
-    def _train_round(self, engine: Any, round_number: int, waited_s: float) -> None:
+    def _train_round(self, engine: Any, round_number: int, waited_s: float, progress: RoundProgress) -> None:
         """The six steps of a round that the module's docstring lists.
 
         Args:
             waited_s: seconds that this worker has waited for the round already.
+            progress: the steps of the round that were taken before `engine` was loaded.
         """
         waited_s += call(self.coordinator.wait_ready, round_number, self.config.rounds.timeout_s)
         self.ledger.refresh()
         groups = self.ledger.read_groups(round_number)
-        metrics = self._take_steps(engine, round_number, groups) | {"waited_s": waited_s}
+        metrics = self._take_steps(engine, round_number, groups, progress) | {"waited_s": waited_s}
         started = time.monotonic()
         published = self.publisher.publish(engine, round_number, groups)
         metrics |= {"publish_s": time.monotonic() - started, "published_bytes": published.bytes}
         self._save_checkpoint(engine, round_number, published.writing, metrics)
         self.publisher.finish()
 
-    def _take_steps(self, engine: Any, round_number: int, groups: list[Group]) -> dict[str, Any]:
-        """Takes the optimiser steps of a round; returns what the round's `trained` event says of them."""
-        # Dropout draws from this seed: a round is the same whether or not this process trained the rounds before it.
-        torch.manual_seed(_round_seed(self.config.seed, round_number, self.rank))
-        started = time.monotonic()
+    def _take_steps(
+        self, engine: Any, round_number: int, groups: list[Group], progress: RoundProgress
+    ) -> dict[str, Any]:
+        """Takes the remaining optimiser steps of a round; returns what the round's `trained` event says of all."""
+        started = time.monotonic() - progress.seconds
         schedule = round_schedule(self.config, self.questions, round_number)
-        steps = self._plan_steps(schedule, round_number, groups)
+        ids = [group.question.id for group in groups]
+        steps = batching.count_steps(len(groups), schedule.groups_per_step, schedule.epochs)
         history: list[step.StepStats] = []
-        for number, planned in enumerate(steps):
-            global_step = schedule.first_step + number
-            stats = step.train_step(
-                engine,
-                [
-                    collate([groups[index] for index in micro_batch], schedule.objective, self.pad_token_id)
-                    for micro_batch in planned.shares[self.rank]
-                ],
-                schedule.objective,
-                self.config.objective.weight,
-                planned.totals,
-                schedule.learning_rate(global_step),
-            )
-            history.append(stats)
-            if self.rank == 0:
-                measured = {key: _finite_or_none(value) for key, value in asdict(stats).items()}
-                position = {"round": round_number, "step": number + 1, "steps": len(steps), "global_step": global_step}
-                self.coordinator.post.remote({"event": "step", **position, **measured})
+        for epoch in range(schedule.epochs):
+            order = batching.training_order(ids, self.config.seed, round_number, epoch)
+            for first in range(0, len(order), schedule.groups_per_step):
+                chosen = order[first : first + schedule.groups_per_step]
+                stats = self._take_step(engine, [groups[i] for i in chosen], schedule, round_number, len(history))
+                history.append(stats)
+                if self.rank == 0:
+                    measured = {key: _finite_or_none(value) for key, value in asdict(stats).items()}
+                    global_step = schedule.first_step + len(history) - 1
+                    position = {"step": len(history), "steps": steps, "global_step": global_step}
+                    self.coordinator.post.remote({"event": "step", "round": round_number, **position, **measured})
         seconds = time.monotonic() - started
         tokens = sum(stats.tokens for stats in history)
         return {
             "round": round_number,
             "groups": len(groups),
-            "steps": len(steps),
+            "steps": len(history),
             "train_s": seconds,
             "tokens": tokens,
             "tokens_per_s": tokens / seconds,
@@ -184,18 +206,34 @@ class TrainWorker:
             },
         }
 
-    def _plan_steps(self, schedule: RoundSchedule, round_number: int, groups: list[Group]) -> list[batching.StepPlan]:
-        """The optimiser steps of all epochs of a round, in order. Equal on every rank."""
-        epochs = batching.plan_pass(
+    def _take_step(
+        self, engine: Any, groups: list[Group], schedule: RoundSchedule, round_number: int, number: int
+    ) -> step.StepStats:
+        """Takes one step of a round.
+
+        Args:
+            groups: all groups of the step; this rank computes its share of them.
+            number: steps of the round that were taken before.
+        """
+        # Dropout draws from this seed: a step is the same whether or not this process took the steps before it.
+        torch.manual_seed(_step_seed(self.config.seed, round_number, number, self.rank))
+        planned = batching.plan_step(
             [batching.group_size(group, schedule.objective) for group in groups],
             ranks=self.world_size,
-            groups_per_step=schedule.groups_per_step,
-            tokens_per_microbatch=self.config.training.tokens_per_microbatch,
-            epochs=schedule.epochs,
-            seed=self.config.seed,
-            round=round_number,
+            budget=self.config.training.tokens_per_microbatch,
+            prompts_shared=shares_prompts(engine.module),
         )
-        return [planned for epoch in epochs for planned in epoch]
+        return step.train_step(
+            engine,
+            [
+                make_batch([groups[index] for index in batch.groups], batch, schedule.objective)
+                for batch in planned.shares[self.rank]
+            ],
+            planned,
+            schedule.objective,
+            self.config.objective.weight,
+            schedule.learning_rate(schedule.first_step + number),
+        )
 
     def _save_checkpoint(
         self, engine: Any, round_number: int, writing: Writing | None, metrics: dict[str, Any]
@@ -248,8 +286,8 @@ class TrainWorker:
         return engine
 
 
-def _round_seed(seed: int, round_number: int, rank: int) -> int:
-    digest = hashlib.sha256(f"{seed}/round {round_number}/rank {rank}".encode()).digest()
+def _step_seed(seed: int, round_number: int, step_number: int, rank: int) -> int:
+    digest = hashlib.sha256(f"{seed}/round {round_number}/step {step_number}/rank {rank}".encode()).digest()
     return int.from_bytes(digest[:6], "big")
 
 

@@ -2,9 +2,8 @@
 
 import random
 
-from aft_ray.objectives import Objective
 from aft_ray.storage.records import Candidate, Group, Question, Verdict
-from aft_ray.training.batching import group_size, plan_pass
+from aft_ray.training.batching import group_size, plan_step, training_order
 
 VOCABULARY, PAD = 64, 0
 SIZES = {
@@ -65,13 +64,59 @@ def poisoned_group():
     return make_group("poisoned", [5, POISON], [7, 8], [([1, 2], Verdict.RIGHT), ([3], Verdict.WRONG)])
 
 
-def plan(groups: list[Group], objective: Objective, *, ranks, groups_per_step=8, budget=100, epochs=1):
-    return plan_pass(
-        [group_size(group, objective) for group in groups],
-        ranks=ranks,
-        groups_per_step=groups_per_step,
-        tokens_per_microbatch=budget,
-        epochs=epochs,
-        seed=3,
-        round=1,
-    )
+def plan(groups, objective, *, ranks, groups_per_step=8, budget=100, epochs=1, seed=3):
+    """The steps of all epochs as the worker plans them: for each the indexes of its groups, and its plan."""
+    planned = []
+    for epoch in range(epochs):
+        order = training_order([group.question.id for group in groups], seed, 1, epoch).tolist()
+        for first in range(0, len(order), groups_per_step):
+            chosen = order[first : first + groups_per_step]
+            sizes = [group_size(groups[index], objective) for index in chosen]
+            planned.append((chosen, plan_step(sizes, ranks=ranks, budget=budget)))
+    return planned
+
+
+def batches_of(groups, chosen, planned, rank, objective):
+    """The batches of a rank in a step that `plan` has planned."""
+    from aft_ray.training.batch import make_batch
+
+    return [
+        make_batch([groups[chosen[index]] for index in batch.groups], batch, objective)
+        for batch in planned.shares[rank]
+    ]
+
+
+class PlainEngine:
+    """What `train_step` asks of a DeepSpeed engine, in plain torch; its step leaves weights and gradients as they are.
+
+    Attributes:
+        outputs: what the forward passes returned.
+        boundaries: for each backward pass, whether it was the last of a step.
+    """
+
+    def __init__(self, module):
+        import torch
+
+        self.module, self.device = module, torch.device("cpu")
+        self.optimizer = torch.optim.SGD(module.parameters())
+        self.outputs, self.boundaries = [], []
+
+    def __call__(self, *arguments, **options):
+        output = self.module(*arguments, **options)
+        self.outputs.append(output)
+        return output
+
+    def set_gradient_accumulation_boundary(self, is_boundary):
+        self.boundaries.append(is_boundary)
+
+    def backward(self, loss):
+        loss.backward()
+
+    def zero_optimization_stage(self):
+        return 0
+
+    def step(self):
+        pass
+
+    def was_step_applied(self):
+        return True

@@ -1,131 +1,86 @@
-"""Scores, losses and gradients without DeepSpeed: padding and the split into micro-batches must change nothing."""
+"""One optimiser step without DeepSpeed: packing, splitting and the order of passes must change nothing."""
 
-import pytest
 import torch
-import torch.nn.functional as F
-from training_helpers import PAD, plan, random_groups, write_tiny_llama
+import torch.distributed as dist
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from padded_reference import step_loss
+from training_helpers import PAD, POISON, PlainEngine, batches_of, make_group, plan, poisoned_group, random_groups
+from training_helpers import write_tiny_llama
+from transformers import AutoModelForCausalLM
 
 from aft_ray.config.objectives import OBJECTIVES
 from aft_ray.objectives import build_objective
 from aft_ray.storage.records import Verdict
-from aft_ray.training.batching import StepTotals, trained_candidates
-from aft_ray.training.collate import DUMMY, REFERENCE, collate
 from aft_ray.training.loading import load_model
-from aft_ray.training.step import micro_loss, response_logprobs
+from aft_ray.training.scoring import install_scoring
+from aft_ray.training.step import NonFiniteLoss, train_step
+
+WEIGHT = 0.7
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return load_model(write_tiny_llama(tmp_path_factory.mktemp("model")), "float32")
+def directory(tmp_path_factory):
+    return write_tiny_llama(tmp_path_factory.mktemp("model"))
 
 
-def unpadded_logprob(model, prompt, response):
-    logits = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
-    return -F.cross_entropy(logits, torch.tensor(response), reduction="sum").item()
+@pytest.fixture(scope="module", autouse=True)
+def world():
+    """A process group of one."""
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    yield
+    dist.destroy_process_group()
 
 
-def test_padded_scores_equal_unpadded_ones(model):
-    groups = random_groups(6)
-    objective = build_objective("aft_boundary")
-    batch = collate(groups, objective, PAD)
-    with torch.no_grad():
-        sums, tokens = response_logprobs(model, batch)
-        expected = []
-        for group in groups:
-            chosen = [group.candidates[i].token_ids for i in trained_candidates(group, objective)]
-            expected += [(group.prompt_token_ids, ids) for ids in [group.reference_token_ids, *chosen]]
-        assert len(expected) == len(sums) > len(groups)
-        assert tokens.tolist() == [len(response) for _, response in expected]
-        assert sums.tolist() == pytest.approx([unpadded_logprob(model, *row) for row in expected], abs=1e-5)
+@pytest.fixture(scope="module")
+def padded(directory):
+    """The model as transformers loads it."""
+    return AutoModelForCausalLM.from_pretrained(directory, attn_implementation="sdpa").train()
 
 
-def test_each_row_has_its_group_and_slot():
-    groups = random_groups(6)
-    objective = build_objective("align")
-    batch = collate(groups, objective, PAD)
-    expected = [(g, s) for g, group in enumerate(groups) for s in [REFERENCE, *trained_candidates(group, objective)]]
-    assert list(zip(batch.group_of_row.tolist(), batch.slot_of_row.tolist(), strict=True)) == expected
-    assert batch.mask.nonzero().tolist() == [list(position) for position in expected if position[1] >= 0]
+@pytest.fixture(scope="module")
+def engine(directory):
+    model = load_model(directory, "float32")
+    install_scoring(model)
+    return PlainEngine(model)
 
 
-def loss_and_gradient(model, groups, micro_batches, objective, totals):
-    model.zero_grad()
-    total = 0.0
-    for indexes in micro_batches:
-        loss, stats = micro_loss(model, collate([groups[i] for i in indexes], objective, PAD), objective, 0.7, totals)
-        loss.backward()
-        total += loss.item()
-        assert stats.at_fault == []
-    return total, torch.cat([p.grad.flatten() for p in model.parameters()])
+def gradient_of(model):
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_the_split_into_micro_batches_changes_nothing(model, name):
-    groups, objective = random_groups(10), build_objective(name)
-    (step,) = plan(groups, objective, ranks=3, groups_per_step=10, budget=100)[0]
-    split = [batch for share in step.shares for batch in share]
-    assert len(split) >= 3
-    whole, gradient = loss_and_gradient(model, groups, [range(10)], objective, step.totals)
-    parts, split_gradient = loss_and_gradient(model, groups, [*split, ()], objective, step.totals)
-    assert parts == pytest.approx(whole, rel=1e-5)
-    assert torch.allclose(gradient, split_gradient, atol=1e-6)
-
-
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_the_loss_of_one_batch_is_the_mean_over_its_groups(model, name):
-    """The loss of a step is L_VFT + w * objective(...), or the objective alone when it covers the references."""
-    groups, objective = random_groups(8), build_objective(name)
-    (step,) = plan(groups, objective, ranks=1, groups_per_step=8)[0]
-    with torch.no_grad():
-        loss, _ = micro_loss(model, collate(groups, objective, PAD), objective, 0.7, step.totals)
-        k = max(len(group.candidates) for group in groups)
-        scores, tokens = torch.zeros(8, k), torch.zeros(8, k, dtype=torch.long)
-        mask = torch.zeros(8, k, dtype=torch.bool)
-        references = []
-        for g, group in enumerate(groups):
-            logprob = unpadded_logprob(model, group.prompt_token_ids, group.reference_token_ids)
-            references.append((logprob, len(group.reference_token_ids)))
-            for i in trained_candidates(group, objective):
-                ids = group.candidates[i].token_ids
-                scores[g, i] = unpadded_logprob(model, group.prompt_token_ids, ids) / len(ids)
-                tokens[g, i], mask[g, i] = len(ids), True
-        rewards = torch.tensor([[c.reward for c in group.candidates] for group in groups])
-        own = objective(
-            scores,
-            rewards,
-            mask,
-            tokens=tokens,
-            correct=torch.tensor([[c.verdict is Verdict.RIGHT for c in group.candidates] for group in groups]),
-            sampler_scores=torch.tensor([[c.score for c in group.candidates] for group in groups]),
-            reference_scores=torch.tensor([s / n for s, n in references]),
-            reference_tokens=torch.tensor([n for _, n in references]),
-        ).item()
-    vft = -sum(s for s, _ in references) / sum(n for _, n in references)
-    expected = own if objective.replaces_reference_loss else vft + 0.7 * own
-    assert loss.item() == pytest.approx(expected, rel=1e-5)
-
-
-def test_an_empty_micro_batch_adds_exactly_nothing(model):
-    objective = build_objective("aft_boundary")
-    batch = collate([], objective, PAD)
-    assert batch.slot_of_row.tolist() == [DUMMY]
-    loss, stats = micro_loss(model, batch, objective, 1.0, StepTotals(4, 20, 40))
-    model.zero_grad()
+def reference_step(padded, groups, objective):
+    """Loss and gradient of the step as one padded batch."""
+    padded.zero_grad()
+    loss = step_loss(padded, groups, objective, WEIGHT, PAD)
     loss.backward()
-    assert loss.item() == 0
-    assert not stats.sums.any()
-    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+    return loss.item(), gradient_of(padded)
 
 
-def test_a_loss_that_is_not_finite_names_its_group(model):
-    groups, objective = random_groups(3), build_objective("aft_boundary")
-    batch = collate(groups, objective, PAD)
-    spoiled = batch.slot_of_row.eq(REFERENCE) & batch.group_of_row.eq(1)
+def packed_step(engine, groups, objective, budget):
+    """The statistics and the gradient of the step in passes of at most `budget` tokens."""
+    ((chosen, planned),) = plan(groups, objective, ranks=1, groups_per_step=len(groups), budget=budget)
+    engine.module.zero_grad()
+    batches = batches_of(groups, chosen, planned, 0, objective)
+    stats = train_step(engine, batches, planned, objective, WEIGHT, 0.0)
+    return stats, gradient_of(engine.module)
 
-    def spoiling(**inputs):
-        output = model(**inputs)
-        output.logits = torch.where(spoiled[:, None, None], torch.nan, output.logits)
-        return output
 
-    _, stats = micro_loss(spoiling, batch, objective, 1.0, StepTotals(3, 20, 40))
-    assert stats.at_fault == ["q1"]
+def assert_same_gradient(one, other):
+    """No number differs by more than a millionth of the gradient's norm."""
+    assert (one - other).abs().max() <= 1e-6 * other.norm()
+
+
+@pytest.mark.parametrize("budget", [10_000, 60, 21])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_step_is_that_of_padded_rows(padded, engine, name, budget):
+    groups, objective = random_groups(10, k=6), build_objective(name)
+    loss, gradient = reference_step(padded, groups, objective)
+    stats, packed = packed_step(engine, groups, objective, budget)
+    assert stats.loss == pytest.approx(loss, abs=1e-6)
+    assert_same_gradient(packed, gradient)
+    if budget == 21 and objective.uses_candidates:
+        assert 0 < stats.score_passes <= stats.passes
+    if budget == 10_000:
+        assert (stats.passes, stats.score_passes) == (1, 0)

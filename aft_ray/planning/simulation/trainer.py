@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from aft_ray.config.run import RunConfig
 from aft_ray.coordination.coordinator import Coordinator
 from aft_ray.planning.simulation.assumptions import SimulationAssumptions, Work
-from aft_ray.training.batching import GroupSize, StepPlan, plan_pass
+from aft_ray.training.balance import load_of
+from aft_ray.training.batching import GroupSize, PlannedBatch, StepPlan, plan_step, training_order
 from aft_ray.weights.version_manifest import VersionManifest
 
 
@@ -49,7 +50,7 @@ class PassCost:
     Attributes:
         seconds: duration of the pass.
         compute_s: seconds for which one worker computes on average, without its waiting for others.
-        tokens: padded tokens over all workers.
+        tokens: tokens over all workers, each prompt once.
     """
 
     seconds: float
@@ -70,17 +71,8 @@ def group_sizes(config: RunConfig, work: Work, answered: list[tuple[str, int]]) 
             lengths = lengths[right]
         elif not objective.uses_candidates or (objective.ranks_candidates and (right.all() or not right.any())):
             lengths = lengths[:0]
-        reference = int(work.references[number])
-        sizes.append(
-            GroupSize(
-                question_id=question_id,
-                rows=1 + len(lengths),
-                prompt=int(work.prompts[number]),
-                response=max([reference, *map(int, lengths)]),
-                reference_tokens=reference,
-                supervised_tokens=reference + int(lengths.sum()),
-            )
-        )
+        responses = (int(work.references[number]), *map(int, lengths))
+        sizes.append(GroupSize(question_id, int(work.prompts[number]), responses))
     return sizes
 
 
@@ -91,36 +83,34 @@ def pass_cost(config: RunConfig, assumed: SimulationAssumptions, sizes: list[Gro
     are gathered by all.
     """
     training = config.training
-    plan = plan_pass(
-        sizes,
-        ranks=training.workers,
-        groups_per_step=training.groups_per_step,
-        tokens_per_microbatch=training.tokens_per_microbatch,
-        epochs=training.epochs,
-        seed=config.seed,
-        round=round_number,
-    )
-    steps = [step for epoch in plan for step in epoch]
-    slowest = tokens = passes = 0
-    for step in steps:
-        of_pass = _tokens_of_passes(step, sizes)
-        slowest += sum(max(ranks) for ranks in of_pass)
-        tokens += sum(sum(ranks) for ranks in of_pass)
-        passes += len(of_pass)
-    seconds = slowest / assumed.train_tokens_per_s + passes * assumed.pass_s + len(steps) * assumed.optimizer_s
-    return PassCost(seconds, tokens / assumed.train_tokens_per_s / training.workers, len(steps), tokens)
+    steps = slowest = tokens = passes = 0
+    for epoch in range(training.epochs):
+        order = training_order([size.question_id for size in sizes], config.seed, round_number, epoch)
+        for first in range(0, len(order), training.groups_per_step):
+            of_step = [sizes[index] for index in order[first : first + training.groups_per_step]]
+            plan = plan_step(of_step, ranks=training.workers, budget=training.tokens_per_microbatch)
+            of_pass = _tokens_of_passes(plan, of_step)
+            slowest += sum(max(ranks) for ranks in of_pass)
+            tokens += sum(sum(ranks) for ranks in of_pass)
+            passes += len(of_pass)
+            steps += 1
+    seconds = slowest / assumed.train_tokens_per_s + passes * assumed.pass_s + steps * assumed.optimizer_s
+    return PassCost(seconds, tokens / assumed.train_tokens_per_s / training.workers, steps, tokens)
 
 
-def _tokens_of_passes(step: StepPlan, sizes: list[GroupSize]) -> list[list[int]]:
-    """Padded tokens [passes][ranks]: a micro-batch is padded to its longest prompt and its longest response."""
+def _tokens_of_passes(plan: StepPlan, sizes: list[GroupSize]) -> list[list[int]]:
+    """Tokens [passes][ranks] of a step's forward and backward passes."""
 
-    def padded(micro: tuple[int, ...]) -> int:
-        if not micro:
-            return 0
-        groups = [sizes[index] for index in micro]
-        return sum(g.rows for g in groups) * (max(g.prompt for g in groups) + max(g.response for g in groups))
+    def tokens(batch: PlannedBatch) -> int:
+        if batch.piece is None:
+            return sum(load_of(sizes[index].prompt, sizes[index].responses).tokens for index in batch.groups)
+        size = sizes[batch.groups[0]]
+        return load_of(size.prompt, [size.responses[one] for one in batch.piece.responses]).tokens
 
-    return [[padded(share[number]) for share in step.shares] for number in range(len(step.shares[0]))]
+    return [
+        [tokens(share[number]) if number < len(share) else 0 for share in plan.shares]
+        for number in range(plan.train_passes)
+    ]
 
 
 class SimulatedTrainer:

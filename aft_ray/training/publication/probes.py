@@ -12,18 +12,17 @@ from typing import Any
 
 import torch
 
-from aft_ray.objectives import build_objective
 from aft_ray.storage.records import Group
-from aft_ray.training.collate import collate
-from aft_ray.training.step import score_groups
+from aft_ray.training.packing import pack
+from aft_ray.training.scoring import response_logprobs
 from aft_ray.weights.version_manifest import Probe
 
 # Most tokens of a probe, and of its response. With 150,000 tokens in the vocabulary the float32 logits of a probe have
 # 300 MB. A response longer than this would measure more of what two number formats differ by on average, which does not
 # shrink with the length, than of single rounding errors, which do.
 MAX_PROBE_TOKENS, MAX_RESPONSE_TOKENS = 512, 256
-# Rows that the trainer scores in one forward pass.
-_ROWS = 4
+# Probes that the trainer scores in one forward pass.
+_AT_ONCE = 4
 
 
 def choose_probes(groups: Sequence[Group], count: int, max_length: int) -> list[Group]:
@@ -42,7 +41,7 @@ def choose_probes(groups: Sequence[Group], count: int, max_length: int) -> list[
     return [_cut(group, limit) for group in longest[:count]]
 
 
-def score_probes(engine: Any, groups: Sequence[Group], pad_token_id: int) -> list[Probe]:
+def score_probes(engine: Any, groups: Sequence[Group]) -> list[Probe]:
     """The probes with their scores under the new weights. ZeRO-3 gathers weights on all ranks, so all must score.
 
     Args:
@@ -52,11 +51,11 @@ def score_probes(engine: Any, groups: Sequence[Group], pad_token_id: int) -> lis
     scores: list[float] = []
     engine.eval()
     with torch.no_grad():
-        for first in range(0, len(groups), _ROWS):
-            batch = collate(groups[first : first + _ROWS], build_objective("vft"), pad_token_id).to(engine.device)
-            scored = score_groups(engine, batch).reference_scores
-            assert scored is not None
-            scores += scored.tolist()
+        for first in range(0, len(groups), _AT_ONCE):
+            some = groups[first : first + _AT_ONCE]
+            row = pack([one.prompt_token_ids for one in some], [[one.reference_token_ids] for one in some])
+            row = row.to(engine.device)
+            scores += (response_logprobs(engine, row) / row.lengths).tolist()
     engine.train()
     return [
         Probe(group.prompt_token_ids, group.reference_token_ids, score)

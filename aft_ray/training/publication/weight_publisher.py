@@ -148,7 +148,7 @@ class WeightPublisher:
                 self._offer(self.read(round_number))
             return Published(0, None)
         chosen = choose_probes(groups, self._config.weights.probes, self._config.model.max_length)
-        probes = score_probes(engine, chosen, self._tokenizer.pad_token_id or 0)
+        probes = score_probes(engine, chosen)
         self._writer.wait()
         if self._config.lora is not None:
             self._write_adapter(engine, round_number)

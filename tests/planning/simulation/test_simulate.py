@@ -83,8 +83,8 @@ def test_a_round_without_a_tail_takes_what_the_engines_and_the_workers_take():
     expected = decoding + 16 * 50 / PLAIN.prefill_tokens_per_s + PLAIN.overhead_s + 64 * PLAIN.forward_ms / 1e3
     assert sampled.seconds == pytest.approx(expected, rel=0.02)
     assert sampled.tokens == 64 * 4 * 100
-    # All answers are right, so the references alone are trained on.
-    assert trained.train_s == pytest.approx(64 * 150 / PLAIN.train_tokens_per_s)
+    # All answers are right, so the references alone are trained on; their last token is predicted and not computed.
+    assert trained.train_s == pytest.approx(64 * 149 / PLAIN.train_tokens_per_s)
     assert trained.published - trained.trained == pytest.approx(PLAIN.publish_s)
 
 
@@ -161,11 +161,11 @@ def test_the_same_seed_gives_the_same_run_to_the_second():
 
 def test_failures_cost_time_and_too_many_of_the_workers_end_the_run():
     calm = simulate(config(200), SimulationAssumptions())
-    stormy = simulate(config(200), SimulationAssumptions(mtbf_hours=0.2))
+    stormy = simulate(config(200), SimulationAssumptions(mtbf_hours=0.05))
     assert stormy.trainer_failures > 0
     assert stormy.seconds > calm.seconds
     once = config(200, training={"max_failures": 0})
-    assert "more than training.max_failures=0" in (simulate(once, SimulationAssumptions(mtbf_hours=0.2)).stopped or "")
+    assert "more than training.max_failures=0" in (simulate(once, SimulationAssumptions(mtbf_hours=0.05)).stopped or "")
 
 
 class OneSidedAsk(SampleStage):
@@ -241,6 +241,8 @@ def test_answers_are_read_off_groups_as_they_were_drawn():
 def test_what_cannot_be_simulated_is_refused_in_a_sentence():
     with pytest.raises(ConfigError, match="nothing to schedule"):
         simulate(config(objective={"name": "vft"}), SimulationAssumptions())
+    with pytest.raises(ConfigError, match="sampling.adaptive=null"):
+        simulate(config(sampling={"adaptive": {}}), SimulationAssumptions())
     mmlu = parse_config({"run_dir": "x", "model": {"name": "x"}, "data": {"task": "mmlu"}})
     with pytest.raises(ConfigError, match="--assume questions=NUMBER"):
         simulate(mmlu, SimulationAssumptions())

@@ -43,10 +43,10 @@ def test_a_cut_probe_keeps_the_end_of_the_prompt_and_the_beginning_of_the_respon
 def test_probes_have_the_scores_of_the_model():
     model = build("qwen2", 1)
     groups = choose_probes([group(3 + n, 1 + n, 7) for n in range(11)], 16, 100)
-    probes = score_probes(model, groups, 0)
+    probes = score_probes(model, groups)
     assert len(probes) == 11  # in several passes
     for probe in probes:
         assert probe.score == pytest.approx(score(model, probe.prompt_token_ids, probe.response_token_ids), abs=1e-5)
     assert model.training
-    assert score_probes(model, [], 0) == []
+    assert score_probes(model, []) == []
     assert torch.is_grad_enabled()
