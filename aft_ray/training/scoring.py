@@ -8,7 +8,8 @@ weight once per pass whatever the number of chunks. A row without responses goes
 A model that cannot compute packed rows takes each response in a row of its own, padded on the right. Causal layers
 never see that padding, so no mask is needed. Parameter names and the tree of modules stay as they were.
 
-Invariant: a target's log-probability is the one that the model's own forward pass gives for its sequence alone.
+Invariant: a target's log-probability is the one that the model's own forward pass gives for its sequence alone, which
+`training.scoring_check` compares before training starts.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class LogitsRule:
 
 
 @dataclass(frozen=True, slots=True)
-class _Scoring:
+class Scoring:
     """How a model computes scores.
 
     Attributes:
@@ -81,14 +82,15 @@ class _Scoring:
 def install_scoring(model: Any) -> None:
     """Makes `model(row=row)` the log-probabilities of the row's targets, [targets] float32, differentiable.
 
-    Must be called before DeepSpeed takes the model. The model's own forward pass stays in its class.
+    Called with anything else, the model computes what it did before. Must be called after adapters were added and
+    before DeepSpeed takes the model.
     """
     head = model.get_output_embeddings()
     if next(head.children(), None) is not None:
         # DeepSpeed then gathers what the head consists of, such as adapters, in one piece when the head is called.
         head._z3_leaf = True
     head.forward = MethodType(_head_forward, head)
-    model.scoring = _Scoring(cannot_share_prompts(model) is None, False, _logits_rule(model.config.get_text_config()))
+    model.scoring = Scoring(cannot_share_prompts(model) is None, False, _logits_rule(model.config.get_text_config()))
     model.forward = MethodType(_forward, model)
 
 
@@ -124,8 +126,11 @@ def _logits_rule(config: Any) -> LogitsRule:
 # ---- The model ----
 
 
-def _forward(model: Any, row: PackedRow) -> Tensor:
-    scoring: _Scoring = model.scoring
+def _forward(model: Any, *arguments: Any, row: PackedRow | None = None, **options: Any) -> Any:
+    """The log-probabilities of a row's targets; without a row, the model's own forward pass."""
+    if row is None:
+        return type(model).forward(model, *arguments, **options)
+    scoring: Scoring = model.scoring
     if scoring.shares_prompts:
         inputs, predicting = packed_inputs(row), row.predicting
     else:
@@ -178,9 +183,10 @@ def _head_forward(head: Any, hidden: Tensor, targets: Tensor | None = None, rule
         return own
     if type(head) is torch.nn.Linear:
         linear: Any = _LinearLogprobs.apply  # type: ignore[no-untyped-call]
-        logprobs: Tensor = linear(hidden, head.weight, head.bias, targets, rule)
+        # State-space models have their hidden states in float32.
+        logprobs: Tensor = linear(hidden.to(head.weight.dtype), head.weight, head.bias, targets, rule)
         return logprobs
-    size = chunk_tokens(head.weight.shape[0], hidden.device.type)
+    size = chunk_tokens(head.out_features, hidden.device.type)
 
     def score(hidden: Tensor, targets: Tensor) -> Tensor:
         logits = rule.apply_(type(head).forward(head, hidden).float())
@@ -208,8 +214,9 @@ class _LinearLogprobs(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rule: LogitsRule
     ) -> Tensor:
         size = chunk_tokens(len(weight), hidden.device.type)
-        room = _KEPT_ELEMENTS if any(ctx.needs_input_grad) else 0
-        kept: dict[int, Tensor] = {}
+        kept = None
+        if any(ctx.needs_input_grad) and len(targets) * len(weight) <= _KEPT_ELEMENTS:
+            kept = torch.empty(len(targets), len(weight), dtype=torch.float32, device=hidden.device)
         logprobs = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         logsumexp = torch.empty_like(logprobs)
         for first in range(0, len(targets), size):
@@ -217,11 +224,10 @@ class _LinearLogprobs(torch.autograd.Function):
             logits = _logits(hidden[part], weight, bias, rule)
             logsumexp[part] = logits.logsumexp(1)
             logprobs[part] = _pick(logits, targets[part]) - logsumexp[part]
-            room -= logits.numel()
-            if room >= 0:
-                kept[first] = logits
+            if kept is not None:
+                kept[part] = logits
         ctx.save_for_backward(hidden, weight, bias, targets, logsumexp)
-        ctx.rule, ctx.size, ctx.kept = rule, size, kept
+        ctx.rule, ctx.kept = rule, kept
         return logprobs
 
     @staticmethod
@@ -229,35 +235,44 @@ class _LinearLogprobs(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, logsumexp = ctx.saved_tensors
         rule: LogitsRule = ctx.rule
-        grad_hidden = torch.empty_like(hidden)
         trains_weight, trains_bias = ctx.needs_input_grad[1], ctx.needs_input_grad[2]
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if trains_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if trains_bias else None
-        row_weights = (grads[0] * -rule.scale)[:, None]
-        for first in range(0, len(targets), ctx.size):
-            part = slice(first, first + ctx.size)
-            logits = ctx.kept.pop(first, None)
-            if logits is None:
-                logits = _logits(hidden[part], weight, bias, rule)
+        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
+        grad_weight = torch.empty_like(weight) if trains_weight else None
+        grad_bias = torch.empty_like(bias) if trains_bias else None
+        row_weights = grads[0] * -rule.scale
+        # The weights of the rows go to the narrower factors, which saves a pass over each block.
+        weighted = (hidden * row_weights[:, None]).to(weight.dtype)
+        for rows in _vocabulary_blocks(len(weight), len(targets), hidden.device.type):
+            logits = (
+                _logits(hidden, weight[rows], None if bias is None else bias[rows], rule)
+                if (ctx.kept is None)
+                else ctx.kept[:, rows]
+            )
             slope = None if rule.softcap is None else 1 - (logits / rule.softcap).square_()
-            change = logits.sub_(logsumexp[part, None]).exp_()
-            change.scatter_add_(1, targets[part, None], change.new_full((len(change), 1), -1.0))
+            change = logits.sub_(logsumexp[:, None]).exp_()
+            columns = targets - rows.start
+            inside = (columns >= 0) & (columns < change.shape[1])
+            columns = torch.where(inside, columns, 0)[:, None]
+            change.scatter_add_(1, columns, -inside[:, None].float())
             if slope is not None:
                 change.mul_(slope)
-            # The weights of the rows go to the narrower factors, which saves a pass over the chunk.
             narrow = change.to(weight.dtype)
-            grad_hidden[part] = (narrow @ weight) * row_weights[part]
+            _add_product_(grad_hidden, narrow, weight[rows])
             if grad_weight is not None:
-                _add_product_(grad_weight, narrow.T, (hidden[part] * row_weights[part]).to(weight.dtype))
+                torch.mm(narrow.T, weighted, out=grad_weight[rows])
             if grad_bias is not None:
-                grad_bias += change.T @ row_weights[part, 0]
-        return (
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None else grad_bias.to(bias.dtype),
-            None,
-            None,
-        )
+                grad_bias[rows] = (change.T @ row_weights).to(bias.dtype)
+        ctx.kept = None
+        return grad_hidden.mul_(row_weights[:, None]).to(hidden.dtype), grad_weight, grad_bias, None, None
+
+
+def _vocabulary_blocks(vocabulary: int, targets: int, device_type: str) -> Iterator[slice]:
+    """Cuts the rows of a head's weight into blocks whose logits for all targets have the size of a chunk.
+
+    The gradient of a block is complete at once, so nothing as large as the weight has to be added up in float32.
+    """
+    rows = max(_SMALLEST_CHUNK, _CHUNK_ELEMENTS[device_type] // max(targets, 1))
+    return (slice(first, min(first + rows, vocabulary)) for first in range(0, vocabulary, rows))
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, rule: LogitsRule) -> Tensor:
