@@ -354,7 +354,9 @@ def _attend(
     shared = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(shared, dim=1), value.repeat_interleave(shared, dim=1)
     scores = softcap * torch.tanh(query @ key.transpose(2, 3) * (scaling / softcap))
-    weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    # A padding token of a plain row sees nothing; with the smallest number its weights are equal and not NaN.
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
     return F.dropout(weights, dropout) @ value
 
 
