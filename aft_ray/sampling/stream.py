@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -57,9 +57,8 @@ class WrittenGroups:
 
 
 def sampling_spec(sampling: SamplingConfig) -> SamplingSpec:
-    """How the candidates of a round are sampled that every question gets."""
-    k = sampling.k if sampling.adaptive is None else sampling.adaptive.initial_k
-    return SamplingSpec(k, sampling.temperature, sampling.top_p, sampling.max_tokens)
+    """How the candidates of a round are sampled; with `sampling.adaptive`, all that a question may get."""
+    return SamplingSpec(sampling.k, sampling.temperature, sampling.top_p, sampling.max_tokens)
 
 
 def sample_round(
@@ -77,10 +76,10 @@ def sample_round(
         groups: groups of one round without candidates, at least one.
     """
     round_number = groups[0].round
-    adaptive, growth = config.sampling.adaptive, None
-    if adaptive is not None:
-        growth = Growth(adaptive.step, config.sampling.k, build_tasks(config))
-    spec, purpose = sampling_spec(config.sampling), f"round {round_number}"
+    spec, growth, purpose = sampling_spec(config.sampling), None, f"round {round_number}"
+    if (adaptive := config.sampling.adaptive) is not None:
+        growth = Growth(adaptive.step, spec.k, build_tasks(config))
+        spec = replace(spec, k=adaptive.initial_k)
     sampled = _sampled_groups(config, pool, manifest, groups, spec, purpose, growth)
     written = sampled.map_batches(
         _label_and_write,
