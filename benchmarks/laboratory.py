@@ -272,6 +272,7 @@ class Laboratory:
         self._engine.update_weights(calls, lambda phase: None).result()
 
     def _answer(self, questions: Sequence[Group], k: int, temperature: float, purpose: str) -> list[Group]:
+        """The questions with their next k candidates, after those that they have, labelled."""
         from aft_ray.inference.request_parameters import Prompt, SamplingSpec
         from aft_ray.sampling.sample_stage import question_seed
         from aft_ray.tasks import build_tasks
@@ -280,7 +281,9 @@ class Laboratory:
 
         spec = SamplingSpec(k, temperature, 1.0, MAX_TOKENS)
         futures = [
-            self._engine.sample(Prompt(g.prompt_token_ids, question_seed(0, purpose, g.question.id)), spec)
+            self._engine.sample(
+                Prompt(g.prompt_token_ids, question_seed(0, purpose, g.question.id) + len(g.candidates)), spec
+            )
             for g in questions
         ]
         tokenizer = _tokenizer()

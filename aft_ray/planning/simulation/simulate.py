@@ -46,12 +46,17 @@ def simulate(config: RunConfig, assumed: SimulationAssumptions, seed: int = 0) -
     """The rounds of a run after round 0, from engines that run already to the last publication.
 
     Raises:
-        ConfigError: the run samples nothing, or the number of its questions is unknown.
+        ConfigError: the run samples nothing or adaptively, or the number of its questions is unknown.
     """
     if not config.samples or not config.rounds.count:
         raise ConfigError(
             "a run without sampled rounds has nothing to schedule; simulate an objective that samples, with "
             "rounds.count of at least 1"
+        )
+    if config.sampling.adaptive is not None:
+        raise ConfigError(
+            "simulated questions have no answers that sampling.adaptive could decide by; simulate with "
+            "sampling.adaptive=null, which gives every question of every round sampling.k candidates, its upper bound"
         )
     with _run_dir_in_memory() as run_dir, asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
         # The orchestrator is ordinary code that calls and waits. Whenever it waits, the event loop runs until what it
