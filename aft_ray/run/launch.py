@@ -31,8 +31,8 @@ from aft_ray.run.samplers import NoSamplers, RunSamplers
 from aft_ray.sampling.judge_actor import check_judge, start_judge
 from aft_ray.sampling.round import RoundSampling, RunFailed
 from aft_ray.sampling.stream import WrittenGroups, sample_round
+from aft_ray.storage.group_table import GroupTable
 from aft_ray.storage.ledger import Ledger
-from aft_ray.storage.records import Group
 from aft_ray.storage.run_dir import CONFIG, LOGS, RunDir
 from aft_ray.tasks.dataset import count_by_task, load_tokenizer, round_shares, tokenize_split
 from aft_ray.tasks.response_end import response_ends
@@ -52,8 +52,8 @@ _EVENTS_INTERVAL_S = 0.5
 class RunData:
     """The questions of a run as token ids, rendered once, and the tokens that end a response."""
 
-    training: list[Group]
-    validation: list[Group]
+    training: GroupTable
+    validation: GroupTable
     eos_token_ids: tuple[int, ...]
 
 
@@ -93,7 +93,7 @@ def _prepare(config: RunConfig, run_dir: RunDir, reporter: Reporter) -> RunData:
     training = tokenize_split(config, "train", tokenizer)
     counts = count_by_task(training.groups)
     round_shares(config, counts, min(1, config.rounds.count))  # raises before anything starts
-    validation: list[Group] = []
+    validation = GroupTable.of([])
     if config.needs_samplers and config.rounds.evaluate_every:
         validation = tokenize_split(config, "validation", tokenizer).groups
     reporter.event("started", questions=len(training.groups), too_long=len(training.too_long))
@@ -155,7 +155,7 @@ def _orchestrator(
     """The orchestrator of a run, which samples through Ray Data and vLLM and is trained by Ray Train."""
     judge = start_judge(config.feedback, run_dir) if config.samples else None
 
-    def stream(manifest: VersionManifest, groups: list[Group]) -> Iterator[WrittenGroups]:
+    def stream(manifest: VersionManifest, groups: GroupTable) -> Iterator[WrittenGroups]:
         assert samplers is not None, "a run without samplers was asked to sample"
         return sample_round(config, samplers.pool, manifest, groups, run_dir, judge)
 
@@ -231,6 +231,15 @@ def _report(events: list[dict[str, Any]], reporter: Reporter) -> None:
                 f"({fields['tokens_per_s']:,.0f} tokens/s, waited {fields['waited_s']:.0f} s), "
                 f"loss {fields['loss']:.4f}"
             )
+        elif event["event"] == "checkpoint":
+            reporter.say(
+                f"round {fields['round']}: the training state after step {fields['step']} of {fields['steps']} is "
+                f"saved ({fields['bytes'] / 1e9:,.3g} GB in {fields['seconds']:.0f} s)"
+            )
+        elif event["event"] == "resumed":
+            reporter.say(f"round {fields['round']}: training goes on after step {fields['step']} of {fields['steps']}")
+        elif event["event"] == "state_damaged":
+            reporter.say(f"{fields['reason']}; training goes on from the state before it")
 
 
 def _training_failure(error: Exception, run_dir: RunDir) -> str:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 from ray.exceptions import RayError
 
 from aft_ray.cluster.remote_errors import traceback_message
@@ -21,9 +22,11 @@ from aft_ray.sampling.counts import SampleCounts, count_groups
 from aft_ray.sampling.judge_actor import RemoteJudge
 from aft_ray.sampling.stream import WrittenGroups
 from aft_ray.storage.group_files import write_group_file
+from aft_ray.storage.group_table import GroupTable
 from aft_ray.storage.ledger import Ledger
 from aft_ray.storage.records import Group
 from aft_ray.tasks.dataset import questions_of_round
+from aft_ray.training.batching import training_order
 from aft_ray.weights.version_manifest import VersionManifest
 
 # Groups without candidates are small, so this many times more of them go into one file.
@@ -60,8 +63,8 @@ class RoundSampling:
     config: RunConfig
     ledger: Ledger
     reporter: RoundReporter
-    questions: list[Group]
-    stream: Callable[[VersionManifest, list[Group]], Iterator[WrittenGroups]]
+    questions: Sequence[Group]
+    stream: Callable[[VersionManifest, GroupTable], Iterator[WrittenGroups]]
     check: Callable[[], None]
     judge: RemoteJudge | None = None
     clock: Callable[[], float] = field(default=time.monotonic)
@@ -78,10 +81,7 @@ class RoundSampling:
         wanted = questions_of_round(self.config, self.questions, round_number)
         self._open(round_number)
         asked = self._without_skipped(round_number, wanted)
-        groups = [
-            replace(group, policy_version=manifest.version, candidates=[])
-            for group in self._pending(round_number, asked)
-        ]
+        groups = self._pending(round_number, asked, manifest.version)
         started = self.clock()
         counts = self._record(round_number, manifest, groups, len(asked))
         seconds = self.clock() - started
@@ -90,7 +90,7 @@ class RoundSampling:
             return  # the round was sampled completely before the run was resumed
         tokens_per_s = counts.tokens / max(seconds, 1e-9)
         if len(groups) < len(asked):  # the ledger had some of them before the run was resumed
-            counts = count_groups(self.ledger.read_groups(round_number))
+            counts = sum(map(count_groups, self.ledger.iter_groups(round_number)), SampleCounts())
         skipped = len(wanted) - len(asked)
         self._close(round_number, manifest.version, _statistics(counts, skipped, seconds, waited_s, tokens_per_s))
 
@@ -103,7 +103,7 @@ class RoundSampling:
         wanted = questions_of_round(self.config, self.questions, round_number)
         self._open(round_number)
         version = max(0, round_number - 1)
-        groups = [replace(group, policy_version=version) for group in self._pending(round_number, wanted)]
+        groups = self._pending(round_number, wanted, version)
         size = _REFERENCES_PER_GROUP * self.config.sampling.groups_per_file
         for start in range(0, len(groups), size):
             self.ledger.commit(write_group_file(self.ledger.run_dir, groups[start : start + size]))
@@ -118,7 +118,7 @@ class RoundSampling:
         for sentence in (*audit.voided, *audit.adopted, *audit.deleted):
             self.reporter.say(f"round {round_number}: {sentence}")
 
-    def _without_skipped(self, round_number: int, wanted: list[Group]) -> list[Group]:
+    def _without_skipped(self, round_number: int, wanted: GroupTable) -> GroupTable:
         """The questions of a round without those that `sampling.adaptive` leaves out of it.
 
         The decision is recorded in the ledger, so that a resumed run takes the same one.
@@ -127,25 +127,27 @@ class RoundSampling:
         if adaptive is None or not adaptive.skip_after:
             return wanted
         if (skipped := self.ledger.skipped(round_number)) is None:
-            ids = [group.question.id for group in wanted]
             earlier = (
                 ((id, all_right(one.right, one.decided)) for id, one in self.ledger.outlines(number))
                 for number in range(round_number - 1, 0, -1)
             )
-            lengths = streaks(earlier, ids, longest_streak(adaptive))
+            lengths = streaks(earlier, wanted.ids, longest_streak(adaptive))
             least = self.config.training.groups_per_step
-            skipped = frozenset(questions_to_skip(ids, lengths, adaptive, self.config.seed, round_number, least))
+            skipped = frozenset(questions_to_skip(wanted.ids, lengths, adaptive, self.config.seed, round_number, least))
             self.ledger.record_skipped(round_number, skipped)
-        return [group for group in wanted if group.question.id not in skipped]
+        return wanted.select(np.flatnonzero([id not in skipped for id in wanted.ids]))
 
-    def _pending(self, round_number: int, wanted: list[Group]) -> list[Group]:
-        """The questions of the round that the ledger does not have yet."""
-        pending = set(self.ledger.pending(round_number, [group.question.id for group in wanted]))
-        return [group for group in wanted if group.question.id in pending]
+    def _pending(self, round_number: int, wanted: GroupTable, version: int) -> GroupTable:
+        """The questions of the round that the ledger does not have yet, for a version to sample.
 
-    def _record(
-        self, round_number: int, manifest: VersionManifest, groups: list[Group], questions: int
-    ) -> SampleCounts:
+        They are in the order in which they are trained on first. So the groups of an optimiser step are in few files,
+        and a train worker reads little beside its share.
+        """
+        pending = wanted.select(self.ledger.pending_indexes(round_number, wanted.ids))
+        order = training_order(pending.ids, self.config.seed, round_number, epoch=0)
+        return pending.select(order).of_round(round_number, version)
+
+    def _record(self, round_number: int, manifest: VersionManifest, groups: GroupTable, questions: int) -> SampleCounts:
         """Samples groups and records each file in the ledger as it becomes durable; returns what was counted."""
         counts, done, started = SampleCounts(), questions - len(groups), self.clock()
         what = f"round {round_number} sampling with version {manifest.version}"
@@ -167,9 +169,9 @@ class RoundSampling:
             ) from error
         return counts
 
-    def _check_complete(self, round_number: int, wanted: list[Group]) -> None:
+    def _check_complete(self, round_number: int, wanted: GroupTable) -> None:
         """Raises RunFailed when questions are missing, or more have failed than `sampling.max_failed` allows."""
-        if missing := self.ledger.pending(round_number, [group.question.id for group in wanted]):
+        if missing := self.ledger.pending(round_number, wanted.ids):
             raise RunFailed(
                 f"round {round_number} ended with {len(missing)} questions that neither have a group nor are recorded "
                 f"as failed, among them {missing[0]}; start the same command again to sample them"

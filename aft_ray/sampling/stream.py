@@ -31,14 +31,19 @@ from aft_ray.sampling.sample_stage import Growth, SampleJob, SampleStage, split_
 from aft_ray.sampling.sampler_health import SamplersFailed
 from aft_ray.sampling.sampler_pool import SamplerPool
 from aft_ray.storage.group_files import GroupFile, group_file_from_json, write_group_file
+from aft_ray.storage.group_table import GroupTable
 from aft_ray.storage.ledger import FailedQuestion
-from aft_ray.storage.records import Group, groups_to_table
+from aft_ray.storage.records import Group
 from aft_ray.storage.run_dir import RunDir
 from aft_ray.tasks import build_tasks
 from aft_ray.verify.feedback import reward_groups
 from aft_ray.verify.label import label_groups
 from aft_ray.verify.process_pool import shared_verifier
 from aft_ray.weights.version_manifest import VersionManifest
+
+# Questions that one pipeline takes. Ray Data keeps its input blocks, and what it knows of each, until a pipeline ends;
+# the samplers are idle only while the last few questions of a pipeline are answered.
+_PIPELINE_QUESTIONS = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +80,19 @@ def sample_round(
         manifest: the version that must answer; None: the weights that the samplers were started with.
         groups: groups of one round without candidates, at least one.
     """
+    for start in range(0, len(groups), _PIPELINE_QUESTIONS):
+        yield from _sample_part(config, pool, manifest, groups[start : start + _PIPELINE_QUESTIONS], run_dir, judge)
+
+
+def _sample_part(
+    config: RunConfig,
+    pool: SamplerPool,
+    manifest: VersionManifest | None,
+    groups: Sequence[Group],
+    run_dir: RunDir,
+    judge: RemoteJudge | None,
+) -> Iterator[WrittenGroups]:
+    """Samples some questions of a round in one pipeline."""
     round_number = groups[0].round
     spec, growth, purpose = sampling_spec(config.sampling), None, f"round {round_number}"
     if (adaptive := config.sampling.adaptive) is not None:
@@ -135,7 +153,8 @@ def _sampled_groups(
     _silence_ray_data()
     size, in_flight = data_flow(config.sampling, len(pool.actors))
     job = SampleJob(pool.handles(), manifest, spec, config.sampling, config.seed, purpose, growth)
-    batches = [groups_to_table(groups[start : start + size]) for start in range(0, len(groups), size)]
+    table = GroupTable.of(groups)
+    batches = [table.block(start, size) for start in range(0, len(table), size)]
     return dataset_from_blocks(batches).map_batches(
         SampleStage,
         fn_kwargs={"job": job},

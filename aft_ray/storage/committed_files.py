@@ -130,8 +130,8 @@ class CommittedFiles:
         """Where those of the hashes stand that are in the sorted arrays."""
         places = np.searchsorted(self._hashes, hashes)
         inside = places < len(self._hashes)
-        places, hashes = places[inside], hashes[inside]
-        return places[self._hashes[places] == hashes]
+        found: np.ndarray = places[inside][self._hashes[places[inside]] == hashes[inside]]
+        return found
 
 
 def _hashes(question_ids: Collection[str]) -> np.ndarray:

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import math
 import random
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
+import pyarrow.compute as pc
+
 from aft_ray.config.run import ConfigError, RunConfig
 from aft_ray.config.tasks import rename_data_keys
-from aft_ray.storage.records import Group, Question, unique_ids
+from aft_ray.storage.group_table import GroupTable
+from aft_ray.storage.records import Group, Question
 from aft_ray.storage.run_dir import local_model
 from aft_ray.tasks import Split, Task, build_tasks, load_split
 from aft_ray.tasks.rendering import Renderer
@@ -32,7 +35,7 @@ class TokenizedSplit:
         too_long: The ids of the questions that do not fit `model.max_length`, sorted.
     """
 
-    groups: list[Group]
+    groups: GroupTable
     too_long: list[str]
 
 
@@ -52,16 +55,26 @@ def tokenize_split(config: RunConfig, split: Split, tokenizer: Any) -> Tokenized
         ConfigError: More than the share `sampling.max_failed` of a task's questions, or all of them, do not fit
             `model.max_length`; two questions have the same id; or the model's tokenizer does not suit the config.
     """
-    renderer = Renderer(config, tokenizer)
-    groups: list[Group] = []
     too_long: list[str] = []
+    groups = GroupTable.of(_tokenized_groups(config, split, Renderer(config, tokenizer), too_long)).sorted_by_id()
+    ids = groups.ids.array
+    if len(repeated := np.flatnonzero(pc.equal(ids[1:], ids[:-1]))):
+        raise ConfigError(
+            f"two questions have the id {groups.ids[repeated[0]]!r}; ids must be unique within a split; leave out "
+            "custom.id of a task, so that its ids begin with its name"
+        )
+    return TokenizedSplit(groups, sorted(too_long))
+
+
+def _tokenized_groups(config: RunConfig, split: Split, renderer: Renderer, too_long: list[str]) -> Iterator[Group]:
+    """The questions of every task that fit, one after the other; the ids of the others are added to `too_long`."""
     for name, task in build_tasks(config).items():
         questions = _load_split(config, name, task, split)
         longer: list[str] = []
         for question in questions:
             prompt, reference = renderer.question(task, question)
             if len(prompt) + max(len(reference), 1) <= config.model.max_length:
-                groups.append(Group(0, 0, question, prompt, reference, []))
+                yield Group(0, 0, question, prompt, reference, [])
             else:
                 longer.append(question.id)
         if len(longer) > config.sampling.max_failed * len(questions) or len(longer) == len(questions):
@@ -71,11 +84,6 @@ def tokenize_split(config: RunConfig, split: Split, tokenizer: Any) -> Tokenized
                 f"model.max_length, or sampling.max_failed to leave them out"
             )
         too_long += longer
-    try:
-        unique_ids([group.question for group in groups])
-    except ValueError as error:
-        raise ConfigError(f"{error}; leave out custom.id of a task, so that its ids begin with its name") from error
-    return TokenizedSplit(sorted(groups, key=lambda group: group.question.id), sorted(too_long))
 
 
 def _load_split(config: RunConfig, name: str, task: Task, split: Split) -> list[Question]:
@@ -88,7 +96,8 @@ def _load_split(config: RunConfig, name: str, task: Task, split: Split) -> list[
 
 def count_by_task(groups: Sequence[Group]) -> dict[str, int]:
     """The number of questions of each task."""
-    return dict(sorted(Counter(group.question.task for group in groups).items()))
+    counts = pc.value_counts(GroupTable.of(groups).tasks).to_pylist()
+    return {entry["values"]: entry["counts"] for entry in sorted(counts, key=lambda entry: str(entry["values"]))}
 
 
 def round_shares(config: RunConfig, counts: Mapping[str, int], round_number: int) -> dict[str, int]:
@@ -132,25 +141,27 @@ def round_size(config: RunConfig, counts: Mapping[str, int], round_number: int) 
     return sum(round_shares(config, counts, round_number).values())
 
 
-def questions_of_round(config: RunConfig, groups: Sequence[Group], round_number: int) -> list[Group]:
-    """The groups, without candidates, that a round samples.
+def questions_of_round(config: RunConfig, groups: Sequence[Group], round_number: int) -> GroupTable:
+    """The groups, without candidates, that a round samples, sorted by question id.
 
     Each task has its share of the round. Every question of a task is used before any is used again.
 
     Args:
         groups: The groups of all training questions, from `tokenize_split`.
     """
-    chosen: list[Group] = []
-    for name, share in round_shares(config, count_by_task(groups), round_number).items():
-        of_task = [group for group in groups if group.question.task == name]
-        chosen += _take_in_cycle(config.seed, of_task, max(0, round_number - 1) * share, share)
-    return [replace(group, round=round_number) for group in sorted(chosen, key=lambda group: group.question.id)]
+    table = GroupTable.of(groups)
+    tasks = table.tasks
+    chosen = []
+    for name, share in round_shares(config, count_by_task(table), round_number).items():
+        of_task = np.flatnonzero(pc.equal(tasks, name))
+        chosen.append(of_task[_cycle(config.seed, len(of_task), max(0, round_number - 1) * share, share)])
+    return table.select(np.concatenate(chosen)).sorted_by_id().of_round(round_number)
 
 
-def _take_in_cycle(seed: int, groups: Sequence[Group], start: int, size: int) -> list[Group]:
-    """`size` groups from position `start` of the shuffled groups, repeated without end.
+def _cycle(seed: int, count: int, start: int, size: int) -> list[int]:
+    """`size` of the shuffled numbers below `count`, repeated without end, from position `start` on.
 
     The order is the same in every repetition. Otherwise a round that spans two repetitions could use a question twice.
     """
-    order = random.Random(seed).sample(range(len(groups)), len(groups))
-    return [groups[order[position % len(order)]] for position in range(start, start + size)]
+    order = random.Random(seed).sample(range(count), count)
+    return [order[position % count] for position in range(start, start + size)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -119,7 +119,7 @@ class SimulatedSamplers:
     def release(self) -> None:
         """Does nothing, because simulated samplers have GPUs of their own."""
 
-    def stream(self, manifest: VersionManifest, groups: list[Group]) -> Iterator[WrittenGroups]:
+    def stream(self, manifest: VersionManifest, groups: Sequence[Group]) -> Iterator[WrittenGroups]:
         """Answers a round as `sampling.stream.sample_round` does, with files that nobody wrote."""
         round_number, spec = groups[0].round, sampling_spec(self._config.sampling)
         self.work[round_number] = draw_work(
