@@ -98,6 +98,20 @@ def dataset_from_blocks(blocks: Sequence[Any]) -> ray.data.Dataset:
     return from_blocks(list(blocks))
 
 
+# --- Ray Train
+
+
+def reported_checkpoints_file() -> str:
+    """The name of the file in which Ray Train lists the checkpoints that were reported to it.
+
+    Ray Train reads it when a run is started again, and raises an error when a listed directory is gone. It has no call
+    that takes a checkpoint off the list.
+    """
+    from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
+
+    return str(CHECKPOINT_MANAGER_SNAPSHOT_FILENAME)
+
+
 # --- Ray Jobs: the upload of a working directory
 
 

@@ -88,7 +88,9 @@ def state_lines(config: RunConfig, run_dir: RunDir) -> list[str]:
     current = trained[-1] + 1 if trained else (0 if config.vft.epochs else 1)
     lines = [f"trained: {', '.join(map(str, trained)) or 'no round yet'} of rounds up to {last}"]
     if (state := ledger.last_checkpoint()) and not state.complete:
-        lines.append(f"round {state.round}: trained up to step {state.step}, where its training state is saved")
+        lines.append(
+            f"round {state.round}: the training state after step {state.step} of {state.metrics['steps']} is saved"
+        )
     for number in range(current, last + 1):
         groups, failed = ledger.count_groups(number), ledger.failed_questions(number)
         skipped = ledger.skipped(number) or ()

@@ -103,12 +103,18 @@ def _operators(config: RunConfig) -> tuple[str, ...]:
 
 
 def _storage_needed(config: RunConfig, model_bytes: int | None) -> int | None:
-    """Bytes of a finished run: a model per round, and checkpoints with float32 weights and two Adam moments."""
+    """Bytes of a run: a model per round, and training states with float32 weights and two Adam moments.
+
+    One more state than is kept is there while it is saved.
+    """
     if model_bytes is None:
         return None
     parameters = model_bytes / (4 if config.model.dtype == "float32" else 2)
     rounds = config.rounds.count + 1
-    return math.ceil(rounds * model_bytes + min(rounds, config.training.keep_checkpoints) * 12 * parameters)
+    states = config.training.keep_checkpoints + 1
+    if not config.training.checkpoint_every_s:
+        states = min(rounds, states)
+    return math.ceil(rounds * model_bytes + states * 12 * parameters)
 
 
 @contextlib.contextmanager

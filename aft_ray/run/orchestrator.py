@@ -72,6 +72,9 @@ class Orchestrator:
             WeightUpdateFailed: an engine did not load a version, or the version's probes do not verify.
         """
         rounds = self.config.rounds
+        for trained in self.ledger.trained_rounds():
+            if trained < first_round:  # train workers whose last training state is damaged go back to such a round
+                self.coordinator.set_ready(trained)
         if first_round > 0:
             self.coordinator.publish(self.version_on_disk(first_round - 1))
         for step in order_of_rounds(first_round, rounds.count, rounds.max_staleness):

@@ -10,8 +10,9 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from aft_ray.cluster.compat import reported_checkpoints_file
 from aft_ray.config.run import RunConfig, TrainingConfig
-from aft_ray.storage.run_dir import RunDir
+from aft_ray.storage.run_dir import ROUNDS, RunDir
 
 # The variables that torch reads the settings of its allocator from: today's name, and the older one.
 _ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
@@ -35,14 +36,16 @@ class WorkerConfig:
 def fit(worker: WorkerConfig) -> None:
     """Runs the train workers to the end of the last round. Raises what Ray Train raises when they fail for good.
 
-    Ray Train starts the workers again after a failure, up to `training.max_failures` times; they continue after the
-    last round that the ledger records as trained.
+    Ray Train starts the workers again after a failure, up to `training.max_failures` times; they continue from the last
+    training state that the ledger records. Ray Train's own list of states begins anew, because it refuses to start when
+    one that it lists was deleted; `state/retention.py` deletes them.
     """
-    from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
+    from ray.train import FailureConfig, ScalingConfig
     from ray.train import RunConfig as TrainRunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     training = worker.config.training
+    worker.run_dir.delete(f"{ROUNDS}/{reported_checkpoints_file()}")
     gpu = training.gpus_per_worker > 0
     trainer = TorchTrainer(
         _train_function,
@@ -57,9 +60,8 @@ def fit(worker: WorkerConfig) -> None:
         run_config=TrainRunConfig(
             storage_path=os.fspath(worker.run_dir.full_path()),
             storage_filesystem=worker.run_dir.filesystem,
-            name="rounds",
+            name=ROUNDS,
             failure_config=FailureConfig(max_failures=training.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=training.keep_checkpoints),
             worker_runtime_env={"env_vars": worker_environment(training)},
         ),
     )

@@ -14,6 +14,7 @@ Invariant: a target's log-probability is the one that the model's own forward pa
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any

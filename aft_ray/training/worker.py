@@ -9,10 +9,10 @@ This is the train workers' half of a round; the driver's half is `run/orchestrat
     5. begins to save the training state; the ledger records the round as trained when both are durable
     6. with a broadcast, sends the weights only now if the engines were still sampling in step 3
 
-Steps 4 and 5 end in the background while the next round trains. Every `training.checkpoint_every_s` the training state is
-saved within step 2, too. With `weights.transport: checkpoint` the engines read
-the directory, so that step 3 waits for step 4. With `sampling.colocate` a worker moves its states to CPU memory and
-releases its GPU before step 1, and moves them back after it.
+Steps 4 and 5 end in the background while the next round trains. Within step 2 the training state is saved every
+`training.checkpoint_every_s`, too. With `weights.transport: checkpoint` the engines read the directory, so that step 3
+waits for step 4. With `sampling.colocate` a worker moves its states to CPU memory and releases its GPU before step 1,
+and moves them back after it.
 
 Invariants: a model directory that is complete is never written again; every rank takes the same steps; workers that
 start again continue after the last step whose training state is intact, and take the steps that would have followed.
@@ -30,6 +30,7 @@ from typing import Any
 
 import ray.train
 import torch
+import torch.distributed as dist
 
 from aft_ray.config.run import ConfigError, RunConfig
 from aft_ray.coordination.coordinator import PeerFailed, call
@@ -41,8 +42,8 @@ from aft_ray.tasks.dataset import load_tokenizer
 from aft_ray.training import batching, deepspeed, step
 from aft_ray.training.batch import make_batch
 from aft_ray.training.loading import LoadingError
-from aft_ray.training.publication.model_writer import ModelWriteFailed, Writing
 from aft_ray.training.process_groups import DamagedState
+from aft_ray.training.publication.model_writer import ModelWriteFailed, Writing
 from aft_ray.training.publication.weight_publisher import WeightPublisher, build_transport
 from aft_ray.training.round_progress import RoundProgress
 from aft_ray.training.schedule import RoundSchedule, round_schedule
@@ -179,32 +180,29 @@ class TrainWorker:
         schedule = round_schedule(self.config, self.questions, round_number)
         ids = [group.question.id for group in groups]
         steps = batching.count_steps(len(groups), schedule.groups_per_step, schedule.epochs)
-        history: list[step.StepStats] = []
+        if progress.steps and self.rank == 0:
+            position = {"round": round_number, "step": progress.steps, "steps": steps}
+            call(self.coordinator.post, {"event": "resumed", **position})
+        self.checkpoints.begin_round()
+        taken = 0
         for epoch in range(schedule.epochs):
             order = batching.training_order(ids, self.config.seed, round_number, epoch)
             for first in range(0, len(order), schedule.groups_per_step):
+                taken += 1
+                if taken <= progress.steps:
+                    continue  # before the training state that was loaded
                 chosen = order[first : first + schedule.groups_per_step]
-                stats = self._take_step(engine, [groups[i] for i in chosen], schedule, round_number, len(history))
-                history.append(stats)
+                stats = self._take_step(engine, [groups[i] for i in chosen], schedule, round_number, progress.steps)
+                progress.add(stats)
+                progress.seconds = time.monotonic() - started
+                position = {"step": taken, "steps": steps, "global_step": schedule.first_step + taken - 1}
                 if self.rank == 0:
                     measured = {key: _finite_or_none(value) for key, value in asdict(stats).items()}
-                    global_step = schedule.first_step + len(history) - 1
-                    position = {"step": len(history), "steps": steps, "global_step": global_step}
+                    del measured["checkpoint_due"]
                     self.coordinator.post.remote({"event": "step", "round": round_number, **position, **measured})
-        seconds = time.monotonic() - started
-        tokens = sum(stats.tokens for stats in history)
-        return {
-            "round": round_number,
-            "groups": len(groups),
-            "steps": len(history),
-            "train_s": seconds,
-            "tokens": tokens,
-            "tokens_per_s": tokens / seconds,
-            **{
-                name: _finite_or_none(_finite_mean([getattr(stats, name) for stats in history]))
-                for name in ("loss", "vft_loss", "alignment_loss", "grad_norm", "right_score", "wrong_score")
-            },
-        }
+                if stats.checkpoint_due and taken < steps:
+                    self._save_inside_round(engine, round_number, position, progress.record())
+        return {"round": round_number, "groups": len(groups), **progress.summary()}
 
     def _take_step(
         self, engine: Any, groups: list[Group], schedule: RoundSchedule, round_number: int, number: int
@@ -233,12 +231,13 @@ class TrainWorker:
             schedule.objective,
             self.config.objective.weight,
             schedule.learning_rate(schedule.first_step + number),
+            checkpoint_due=self.rank == 0 and self.checkpoints.is_due(self.config.training.checkpoint_every_s),
         )
 
     def _save_checkpoint(
         self, engine: Any, round_number: int, writing: Writing | None, metrics: dict[str, Any]
     ) -> None:
-        """Begins to save the training state.
+        """Begins to save the training state after a round.
 
         When it and the model directory are durable, rank 0 records the round in the ledger as trained.
 
@@ -248,17 +247,40 @@ class TrainWorker:
         """
         started = time.monotonic()
 
-        def record_as_trained() -> None:
+        def record_as_trained(size: int) -> None:
             measured = metrics | {"checkpoint_s": time.monotonic() - started}
             if writing is not None:
                 measured["directory_s"] = writing.wait()
             path = self.run_dir.checkpoint(round_number)
-            self.checkpoint_ledger.record_checkpoint(
-                CheckpointRecord(round_number, metrics["steps"], path, True, measured)
-            )
-            call(self.coordinator.post, {"event": "trained", **measured})
+            measured["checkpoint_bytes"] = size
+            self._record(CheckpointRecord(round_number, metrics["steps"], path, True, measured), "trained", measured)
 
         self.checkpoints.start(engine, round_number, record_as_trained)
+
+    def _save_inside_round(
+        self, engine: Any, round_number: int, position: dict[str, int], progress: dict[str, Any]
+    ) -> None:
+        """Begins to save the training state inside a round. When it is durable, rank 0 records it in the ledger.
+
+        Args:
+            position: the last step that was taken, as its event has it.
+            progress: the record of the steps that were taken.
+        """
+        started, number = time.monotonic(), position["step"]
+
+        def record(size: int) -> None:
+            path, seconds = self.run_dir.checkpoint(round_number, number), time.monotonic() - started
+            state = CheckpointRecord(round_number, number, path, False, {"steps": position["steps"], **progress})
+            event = {"round": round_number, **position, "seconds": seconds, "bytes": size}
+            self._record(state, "checkpoint", event)
+
+        self.checkpoints.start(engine, round_number, record, step=number)
+
+    def _record(self, state: CheckpointRecord, event: str, fields: dict[str, Any]) -> None:
+        """Records a durable training state, tells the driver, and deletes the states that are not kept any more."""
+        self.checkpoint_ledger.record_checkpoint(state)
+        call(self.coordinator.post, {"event": event, **fields})
+        delete_obsolete_states(self.checkpoint_ledger, self.config.training.keep_checkpoints)
 
     def _build_engine(self, round_number: int, resumed: CheckpointRecord | None) -> Any:
         """The DeepSpeed engine that trains from a round on.
@@ -266,7 +288,10 @@ class TrainWorker:
         Rounds after round 0 begin from version 0: its weights, or its adapters on the given model.
 
         Args:
-            resumed: the trained round whose training state is loaded; None for a new optimizer.
+            resumed: the training state that is loaded; None for a new optimizer.
+
+        Raises:
+            DamagedState: on every rank, if a file of the training state is missing or damaged.
         """
         config = self.config
         torch.manual_seed(config.seed)
@@ -289,12 +314,6 @@ class TrainWorker:
 def _step_seed(seed: int, round_number: int, step_number: int, rank: int) -> int:
     digest = hashlib.sha256(f"{seed}/round {round_number}/step {step_number}/rank {rank}".encode()).digest()
     return int.from_bytes(digest[:6], "big")
-
-
-def _finite_mean(values: list[float]) -> float:
-    """The mean of the finite values, NaN without any: a step without a wrong candidate has no mean score of them."""
-    finite = [value for value in values if math.isfinite(value)]
-    return sum(finite) / len(finite) if finite else math.nan
 
 
 def _finite_or_none(value: float) -> float | None:

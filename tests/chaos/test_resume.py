@@ -1,16 +1,13 @@
 """A run whose driver is killed repeatedly has the groups, losses and model of a run without interruption."""
 
-import os
 import random
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from processes import wait_for
+from drivers import assert_nothing_is_left, begin, finish, kill, reach
 from safetensors.torch import load_file
 from tiny import tiny_tree
 
@@ -22,26 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 # The driver is killed in these phases, a moment after the run directory shows that one has begun.
 PHASES = ("sampling of round 1", "training of round 1")
-PATIENCE_S = 400
-# Agents of Ray, which hold no state of a run. They end a minute after the other processes, because they try to report
-# their end to the head, which is dead.
-AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 SUMS = {"min_steps": 1, "max_steps": 1, "operations": "+", "max_operand": 5, "distractors": 0}
-
-
-def log_of(run_dir: Path) -> Path:
-    return run_dir.parent / f"{run_dir.name}.log"
-
-
-def begin(file: Path, run_dir: Path) -> subprocess.Popen:
-    command = [sys.executable, "-m", "aft_ray.cli", "train", str(file), f"run_dir={run_dir}"]
-    with log_of(run_dir).open("a") as log:
-        # It has its own session, so that processes that outlive it can be found.
-        return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-
-
-def finish(process: subprocess.Popen, run_dir: Path) -> None:
-    assert process.wait(timeout=600) == 0, log_of(run_dir).read_text()[-3000:]
 
 
 def in_phase(run_dir: Path, phase: str) -> bool:
@@ -50,37 +28,6 @@ def in_phase(run_dir: Path, phase: str) -> bool:
     number = int(phase[-1])
     events = read_events(RunDir(run_dir)) if run_dir.exists() else []
     return any(event["event"] == "step" and event["round"] == number for event in events)
-
-
-def reach(phase: str, process: subprocess.Popen, run_dir: Path) -> None:
-    wait_for(lambda: in_phase(run_dir, phase), PATIENCE_S, phase, process, log_of(run_dir))
-
-
-def kill(process: subprocess.Popen) -> None:
-    process.kill()
-    process.wait()
-    assert_nothing_is_left(process.pid, but=AGENTS)
-
-
-def assert_nothing_is_left(session: int, but: tuple[str, ...] = ()) -> None:
-    """Ray's processes notice that their driver died and end by themselves."""
-    deadline = time.monotonic() + 120
-    while left := [line for line in members(session) if not line.startswith(but)]:
-        assert time.monotonic() < deadline, left
-        time.sleep(0.2)
-
-
-def members(session: int) -> list[str]:
-    """The command lines of a session's live processes, whoever their parent is now."""
-    found = []
-    for entry in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            status = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()
-            if int(status[3]) == session and status[0] != "Z":
-                found.append(Path(f"/proc/{entry}/cmdline").read_text().replace("\0", " ")[:100])
-        except (OSError, ValueError):
-            continue
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +40,7 @@ def runs(tmp_path_factory, tiny_model) -> tuple[RunDir, RunDir]:
         # The sums are so small that some candidates are right, and a round has so many steps that a kill falls in it.
         data={"train_limit": 48, "arithmetic": {**SUMS, "train_size": 200}},
         vft={"questions_per_step": 1, "epochs": 6},
-        training={"groups_per_step": 1, "epochs": 4},
+        training={"groups_per_step": 1, "epochs": 4, "checkpoint_every_s": 0.5},
         sampling={"groups_per_file": 8},
     )
     file = place / "run.yaml"
@@ -103,7 +50,7 @@ def runs(tmp_path_factory, tiny_model) -> tuple[RunDir, RunDir]:
         source = random.Random(0)
         for phase in PHASES:
             started.append(begin(file, place / "killed"))
-            reach(phase, started[-1], place / "killed")
+            reach(lambda phase=phase: in_phase(place / "killed", phase), phase, started[-1], place / "killed")
             time.sleep(source.uniform(0, 0.3))
             assert started[-1].poll() is None, "it ended before it could be killed"
             kill(started[-1])
@@ -144,7 +91,11 @@ def test_a_killed_run_takes_the_same_steps(runs):
     assert killed.items() <= whole.items()
     timeless = ("loss", "vft_loss", "alignment_loss", "grad_norm", "right_score", "wrong_score", "tokens", "steps")
     trained = [
-        [(state.round, [state.metrics[name] for name in timeless]) for state in Ledger(run_dir).checkpoints()]
+        [
+            (state.round, [state.metrics[name] for name in timeless])
+            for state in Ledger(run_dir).checkpoints()
+            if state.complete
+        ]
         for run_dir in runs
     ]
     assert [number for number, _ in trained[0]] == [0, 1]

@@ -49,8 +49,7 @@ def test_one_worker_continues_where_two_stopped(ray_here, tiny_model, tmp_path, 
     monkeypatch.setattr(SamplerPool, "start", lambda *_: pytest.fail("a sampler was started"))
     run(config_of(tmp_path / "two", tiny_model, workers=2))
     shutil.copytree(tmp_path / "two", tmp_path / "one")
-    # The state of a run that was killed before round 2 was trained: Ray Train has no record of its checkpoint either.
-    (tmp_path / "one" / "rounds" / "checkpoint_manager_snapshot.json").unlink()
+    # The state of a run that was killed before round 2 was trained. Ray Train still lists the checkpoint of round 2.
     (*_, last) = sorted((tmp_path / "one" / "ledger").glob("training-*"))
     last.unlink()
     for name in ("checkpoint", "model"):

@@ -276,8 +276,11 @@ def test_the_space_that_a_run_needs_is_computed_and_compared(tmp_path, tiny_mode
     tree = {"run_dir": "/shared/run", "model": {"name": str(tiny_model)}, "rounds": {"count": 3}}
     required = requirements_of(parse_config(tree), None, None)
     weights = (tiny_model / "model.safetensors").stat().st_size
-    # Four models in bfloat16 (2 bytes per parameter), and two checkpoints with 12 bytes per parameter.
-    assert required.storage_needed == 4 * weights + 2 * 6 * weights
+    # Four models in bfloat16 (2 bytes per parameter), two training states with 12 bytes per parameter, and a third one
+    # while it is saved.
+    assert required.storage_needed == 4 * weights + 3 * 6 * weights
+    tree |= {"rounds": {"count": 1}, "training": {"checkpoint_every_s": 0}}
+    assert requirements_of(parse_config(tree), None, None).storage_needed == 2 * weights + 2 * 6 * weights
     assert (required.storage, required.models) == ("/shared/run", (str(tiny_model),))
     finding = only(cluster(node("a"), storage_needed=9000 * GIB))
     assert (finding.check, finding.level) == ("disk", "warn")

@@ -166,6 +166,39 @@ def test_training_begins_with_the_first_round_that_is_not_trained(run_dir):
     assert ledger.first_untrained_round(has_vft=True) == 0
 
 
+def record_state(ledger, number, step=None):
+    path = ledger.run_dir.checkpoint(number, step)
+    ledger.run_dir.write_bytes(f"{path}/shard", b"1")
+    ledger.run_dir.write_manifest(path, ledger.run_dir.hash_files(path))
+    record = CheckpointRecord(number, step or 10, path, complete=step is None)
+    ledger.record_checkpoint(record)
+    return record
+
+
+def test_a_round_with_a_training_state_inside_it_is_the_next_one_and_is_not_trained(run_dir):
+    ledger = Ledger(run_dir)
+    inside_vft = record_state(ledger, 0, 4)
+    assert ledger.first_untrained_round(has_vft=True) == inside_vft.next_round == 0
+    assert ledger.trained_rounds() == []
+    after_vft = record_state(ledger, 0)
+    assert ledger.first_untrained_round(has_vft=True) == after_vft.next_round == 1
+    for step in (3, 6):
+        inside = record_state(ledger, 1, step)
+    ledger = Ledger(run_dir)
+    assert ledger.last_checkpoint() == inside == CheckpointRecord(1, 6, "rounds/0001/checkpoint-000006", False)
+    assert ledger.first_untrained_round(has_vft=True) == ledger.first_untrained_round(has_vft=False) == 1
+    assert ledger.trained_rounds() == [0]
+
+
+def test_the_state_before_a_damaged_one_is_the_last(run_dir):
+    ledger = Ledger(run_dir)
+    after, first, second = record_state(ledger, 1), record_state(ledger, 2, 3), record_state(ledger, 2, 6)
+    assert ledger.last_checkpoint() == second
+    assert ledger.last_checkpoint({second.checkpoint}) == first
+    assert ledger.last_checkpoint({second.checkpoint, first.checkpoint}) == after
+    assert ledger.last_checkpoint({second.checkpoint, first.checkpoint, after.checkpoint}) is None
+
+
 def test_training_states(run_dir):
     ledger = Ledger(run_dir)
     half = CheckpointRecord(1, 5, "rounds/0001/checkpoint/5", False)

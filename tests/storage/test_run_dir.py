@@ -83,6 +83,7 @@ def test_paths_are_those_of_the_layout(tmp_path):
     run_dir = RunDir(tmp_path)
     assert run_dir.groups(1) == "rounds/0001/groups"
     assert run_dir.checkpoint(12) == "rounds/0012/checkpoint"
+    assert run_dir.checkpoint(12, 40) == "rounds/0012/checkpoint-000040"
     assert run_dir.local_path(run_dir.model(3)) == tmp_path / "rounds/0003/model"
     assert run_dir.uri("a") == f"{tmp_path}/a"
 

@@ -1,9 +1,9 @@
-"""Checkpoints: the training state from which workers continue after a round, on whatever number of ranks.
+"""Checkpoints: the training state from which workers continue, after a round or inside it, on any number of ranks.
 
 Each rank writes its shards to a local disk, and copies them to the run directory while training goes on. Invariants: a
 rank reads and writes only its own bytes, and computes their digests meanwhile; a checkpoint counts only with its
 manifest, which rank 0 writes when the files of every rank are there; at most one checkpoint is being saved; a save that
-fails ends the run.
+fails ends the run; what is loaded has the digests of its manifest.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -30,51 +31,69 @@ from aft_ray.training.state.scratch import WAY_OUT, scratch_directory
 
 
 class CheckpointFailed(RuntimeError):
-    """A training state could not be saved in the run directory. The message names the round."""
+    """A training state could not be saved in the run directory. The message names the round, and the step inside it."""
 
 
 class CheckpointWriter:
-    """Saves the training state of one rank after each round, one round at a time.
+    """Saves the training state of one rank after each round and inside rounds, one state at a time.
 
-    All ranks create their writers together and call the methods together: `start` after each round, `wait` at the end.
+    All ranks create their writers together and call `start` and `wait` together: `start` for each state, `wait` at the
+    end. Rank 0 alone decides with `is_due` when a state is saved inside a round.
     """
 
     def __init__(self, run_dir: RunDir, rank: int, timeout_s: float, coordinator: Any) -> None:
         self._run_dir, self._rank, self._timeout_s, self._coordinator = run_dir, rank, timeout_s, coordinator
         self._group = BackgroundGroup(timeout_s)
         self._scratch = scratch_directory(run_dir, "checkpoint") / str(rank)
-        self._round = 0
+        self._what = ""
         self._saving: Future[None] | None = None
+        self._last_s = time.monotonic()
 
-    def start(self, engine: Any, round_number: int, on_durable: Callable[[], None]) -> None:
-        """Starts to save a round. Waits for the round before it, then writes this rank's shards to the local disk.
+    def begin_round(self) -> None:
+        """Is called before the first step of a round that this worker takes: the time to the next state starts now."""
+        self._last_s = time.monotonic()
+
+    def is_due(self, every_s: float) -> bool:
+        """Whether a state should be saved now, inside a round. While another is being saved, it is put off.
+
+        Args:
+            every_s: seconds between two states; 0: none is saved inside a round.
+        """
+        busy = self._saving is not None and not self._saving.done()
+        return 0 < every_s <= time.monotonic() - self._last_s and not busy
+
+    def start(self, engine: Any, round_number: int, on_durable: Callable[[int], None], step: int | None = None) -> None:
+        """Starts to save a state. Waits for the one before it, then writes this rank's shards to the local disk.
 
         When it returns, `engine` may train on; the shards are copied to the run directory in another thread.
 
         Args:
-            on_durable: called on rank 0, in that thread, when the checkpoint is complete and has its manifest.
+            on_durable: called on rank 0, in that thread, with the bytes of the checkpoint when it is complete.
+            step: optimiser steps of the round that have been taken; None: all of them, and the round is published.
 
         Raises:
-            CheckpointFailed: the round before could not be saved.
+            CheckpointFailed: the state before could not be saved.
         """
         self.wait()
-        path = self._run_dir.checkpoint(round_number)
+        self._last_s = time.monotonic()
+        self._what = f"round {round_number}" if step is None else f"step {step} of round {round_number}"
+        what, path = self._what, self._run_dir.checkpoint(round_number, step)
         if self._rank == 0:
             self._run_dir.delete(path)
         dist.barrier()
         shutil.rmtree(self._scratch, ignore_errors=True)
-        deepspeed.save_checkpoint(engine, self._scratch, {"round": round_number})
+        deepspeed.save_checkpoint(engine, self._scratch, {"round": round_number, "step": step})
         saving: Future[None] = Future()
-        self._round, self._saving = round_number, saving
+        self._saving = saving
         storage = ray.train.get_context().get_storage()
 
         def upload(checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
             try:
-                self._upload(checkpoint.path, path)
+                size = self._upload(checkpoint.path, path)
                 if self._rank == 0:
-                    on_durable()
+                    on_durable(size)
             except RankFailed as error:
-                failure = CheckpointFailed(f"the checkpoint of round {round_number} could not be saved: {error}")
+                failure = CheckpointFailed(f"the checkpoint of {what} could not be saved: {error}")
                 try:
                     call(self._coordinator.fail, str(failure))
                 finally:
@@ -96,8 +115,11 @@ class CheckpointWriter:
             delete_local_checkpoint_after_upload=False,  # `upload` deletes it: the next save uses the same directory
         )
 
-    def _upload(self, source: str, path: str) -> None:
+    def _upload(self, source: str, path: str) -> int:
         """Copies the files of every rank to the run directory, which is complete then; frees the scratch directory.
+
+        Returns:
+            The bytes of the files of all ranks.
 
         Raises:
             RankFailed: it failed on a rank.
@@ -113,6 +135,7 @@ class CheckpointWriter:
         shutil.rmtree(self._scratch)
         with contextlib.suppress(OSError):  # other ranks of the node may still have files there
             self._scratch.parent.rmdir()
+        return sum(file.size for files in written for file in files)
 
     def wait(self) -> None:
         """Waits until nothing is being saved.
@@ -127,7 +150,7 @@ class CheckpointWriter:
             self._saving.result(self._timeout_s)
         except TimeoutError:
             raise CheckpointFailed(
-                f"the checkpoint of round {self._round} did not reach {self._run_dir.uri()} in "
+                f"the checkpoint of {self._what} did not reach {self._run_dir.uri()} in "
                 f"training.timeout_s={self._timeout_s:.0f} s"
             ) from None
         self._saving = None
@@ -170,10 +193,13 @@ def fetched_state(run_dir: RunDir, path: str, timeout_s: float) -> Iterator[Fetc
     node. The directory exists as long as the context lasts.
 
     Raises:
-        LoadingError: on every rank, if a file is damaged, a directory has too little room, or the conversion failed.
+        DamagedState: on every rank, if a file is missing or damaged.
+        LoadingError: on every rank, if a directory has too little room, or the conversion failed.
     """
     place = Place.here()
-    files = [file for file in run_dir.read_manifest(path) if file.name.endswith(".pt")]
+    files: list[StoredFile] = []
+    raise_on_every_rank(lambda: files.extend(run_dir.read_manifest(path)))
+    files = [file for file in files if file.name.endswith(".pt")]
     saved_by = deepspeed.checkpoint_world_size([file.name for file in files])
     universal = saved_by not in (None, place.ranks)
     shared = run_dir.staging() if universal else None
