@@ -131,14 +131,15 @@ def _rounds(name: str, run_dir: RunDir, config: RunConfig) -> list[Round]:
     for number, event in sorted(trained.items()):
         answers = sampled.get(number)
         signal = answers["signal"] if answers else 0.0
-        rows = 1 + signal * config.sampling.k
+        k = answers["candidates"] if answers else 0.0
+        rows = 1 + signal * k
         passes = config.training.epochs if number else config.vft.epochs
         found.append(
             Round(
                 f"{name}, round {number}",
                 answers["seconds"] if answers else None,
                 event["train_s"],
-                answers["tokens"] / (answers["groups"] * config.sampling.k) if answers else 1.0,
+                answers["tokens"] / (answers["groups"] * k) if answers else 1.0,
                 event["tokens"] / (event["groups"] * passes * rows),
                 signal,
             )

@@ -1,7 +1,9 @@
 """The schedule of a round: its objective, its passes, and where its steps lie on the learning rate's curve.
 
 Round 0 (VFT) has a curve of its own. All later rounds share one curve, so the learning rate falls over the whole run
-and not in each round. Invariant: a rate depends on the config and on the step's number alone, never on an optimizer's
+and not in each round. Each of them has an equally long part of it, as if every question of the round had a group. A
+round in which questions have failed or are skipped takes fewer steps, at the beginning of its part; the next round
+begins with its own part all the same, so the rate never depends on what was skipped before. Invariant: a rate depends on the config and on the step's number alone, never on an optimizer's
 state.
 """
 

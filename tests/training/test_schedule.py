@@ -119,6 +119,21 @@ def test_every_shape_runs_over_all_rounds_and_over_round_0_alone(shape):
     assert len(set(curve)) == (4 if shape == "constant" else 17)
 
 
+def test_a_round_of_fewer_steps_changes_no_rate_of_another_round():
+    """Questions that fail or are skipped leave a round with fewer steps."""
+    config = parse_config({"run_dir": "r", "model": {"name": "m"}, "rounds": {"count": 4}})
+    rounds = [round_schedule(config, {"arithmetic": 640}, number) for number in (1, 2, 3, 4)]
+    taken = [10, 4, 1, 7]
+    rates = [
+        one.learning_rate(one.first_step + step)
+        for one, steps in zip(rounds, taken, strict=True)
+        for step in range(steps)
+    ]
+    assert [one.first_step for one in rounds] == [0, 10, 20, 30]
+    assert rates[1:] == sorted(rates[1:], reverse=True)  # the first one belongs to the warm-up
+    assert rates[14] == rounds[0].learning_rate(20)
+
+
 def test_a_floor_without_a_fall_is_refused():
     with pytest.raises(ConfigError, match=r"min_learning_rate_ratio=0.1 has no effect with training.schedule=constant"):
         config_of(schedule="constant", min_learning_rate_ratio=0.1)
