@@ -187,9 +187,6 @@ class SamplingConfig(Section):
     renamed_keys: ClassVar[dict[str, str]] = {"max_parked": "max_failed"}
 
     k: Positive = Field(6, description="candidates per question; with adaptive, the most")
-    adaptive: AdaptiveConfig | None = Field(
-        None, description="ask for more candidates only where they are needed; none: k for every question"
-    )
     temperature: float = Field(1.0, gt=0, le=2, description="sampling temperature; scores are always at temperature 1")
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling")
     max_tokens: Positive = Field(256, description="longest response, tokens, end-of-sequence included")
@@ -225,6 +222,9 @@ class SamplingConfig(Section):
     max_failed: float = Field(0.05, ge=0, le=1, description="largest share of a round's questions that may fail")
     timeout_s: Seconds = Field(600, description="deadline of one call of a sampler, seconds")
     start_timeout_s: Seconds = Field(900, description="deadline of an engine's start, seconds")
+    adaptive: AdaptiveConfig | None = Field(
+        None, description="ask for more candidates only where they are needed; none: k for every question"
+    )
 
     @model_validator(mode="after")
     def _check_engine_args(self) -> Self:
