@@ -32,8 +32,8 @@ from aft_ray.training.packing import PackedRow
 _CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 # Fewer tokens than this in a chunk would read and write the head's weight and its gradient too often.
 _SMALLEST_CHUNK = 128
-# Logits up to this number of elements are kept for the backward pass; those of further chunks are computed again.
-_KEPT_ELEMENTS = 1 << 25
+# Logits of all targets are kept for the backward pass if they have no more elements than this, else computed again.
+_KEPT_ELEMENTS = 1 << 26
 
 
 def chunk_tokens(vocabulary: int, device_type: str) -> int:
