@@ -164,7 +164,7 @@ class RoundsConfig(Section):
 
 
 class AdaptiveConfig(Section):
-    """How many candidates a question gets below sampling.k, and which questions a round leaves out."""
+    """Fewer candidates than sampling.k where they are enough, and questions left out; off unless a key is set."""
 
     initial_k: Positive = Field(2, description="candidates that every question gets; sampling.k is the most")
     step: Positive = Field(

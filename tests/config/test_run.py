@@ -339,7 +339,9 @@ def test_every_key_is_described_with_its_default():
     assert not [line for line in lines if line.endswith(": None")]
     keys = yaml.safe_load(dump_config(parsed()))
     described = "\n".join(lines)
-    assert all(f"{section}.{key} (" in described for section in ("sampling", "training") for key in keys[section])
+    for section in ("sampling", "training"):
+        for key in keys[section]:
+            assert f"  {section}.{key} (" in described or f"\n{section}.{key}: " in described
     assert "  data.mmlu.subjects (" in described
     assert "  tasks.NAME.weight (default 1.0): " in described
     assert "tasks.NAME.path" not in described  # it is said once, of data
