@@ -92,10 +92,15 @@ class RoundAudit:
 
 
 class Ledger:
-    """The state of the ledger as of the last `refresh`, plus the entries that this process has appended since."""
+    """The state of the ledger as of the last `refresh`, plus the entries that this process has appended since.
 
-    def __init__(self, run_dir: RunDir) -> None:
+    Args:
+        logs: those that are read; one that only training writes is small.
+    """
+
+    def __init__(self, run_dir: RunDir, logs: Collection[str] = ("sampling", "training")) -> None:
         self.run_dir = run_dir
+        self._logs = frozenset(logs)
         self._seen: set[str] = set()
         self._next = {"sampling": 0, "training": 0}
         self._files: dict[int, CommittedFiles] = {}
@@ -326,7 +331,7 @@ class Ledger:
             number = rest.partition("-")[0]
             if log in self._next and number.isdigit():
                 self._next[log] = max(self._next[log], int(number) + 1)
-                if name.endswith(".json") and name not in self._seen:
+                if log in self._logs and name.endswith(".json") and name not in self._seen:
                     new.append(name)
         with ThreadPoolExecutor(16) as pool:  # an object store takes tens of milliseconds for each entry
             for start in range(0, len(new), _ENTRIES):  # all entries at once would be a million questions as objects

@@ -91,8 +91,11 @@ class RoundGroups:
             for index in indexes
         ]
 
-    def longest(self, count: int) -> list[int]:
+    def read_longest(self, count: int) -> list[Group]:
         """The groups with the longest trained responses, the longest first; of equal ones, by question id."""
+        return self.read(self._longest(count))
+
+    def _longest(self, count: int) -> list[int]:
         if not len(self):
             return []
         longest = np.maximum.reduceat(self._lengths, self._starts[:-1])

@@ -28,6 +28,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+import numpy as np
 import ray.train
 import torch
 import torch.distributed as dist
@@ -36,7 +37,6 @@ from aft_ray.config.run import ConfigError, RunConfig
 from aft_ray.coordination.coordinator import PeerFailed, call
 from aft_ray.observe.logs import redirect_output
 from aft_ray.storage.ledger import CheckpointRecord, Ledger
-from aft_ray.storage.records import Group
 from aft_ray.storage.run_dir import LOGS, RunDir, RunDirError
 from aft_ray.tasks.dataset import load_tokenizer
 from aft_ray.training import batching, deepspeed, step
@@ -45,6 +45,7 @@ from aft_ray.training.loading import LoadingError
 from aft_ray.training.process_groups import DamagedState
 from aft_ray.training.publication.model_writer import ModelWriteFailed, Writing
 from aft_ray.training.publication.weight_publisher import WeightPublisher, build_transport
+from aft_ray.training.round_groups import RoundGroups
 from aft_ray.training.round_progress import RoundProgress
 from aft_ray.training.schedule import RoundSchedule, round_schedule
 from aft_ray.training.scoring import shares_prompts
@@ -98,7 +99,7 @@ class TrainWorker:
         self.world_size = ray.train.get_context().get_world_size()
         self.ledger = Ledger(run_dir)
         # A second ledger object for the thread that saves checkpoints, since one object is not for two threads.
-        self.checkpoint_ledger = Ledger(run_dir)
+        self.checkpoint_ledger = Ledger(run_dir, logs=("training",))
         tokenizer = load_tokenizer(config)
         if rank == 0:
             call(coordinator.begin_training)
@@ -164,21 +165,20 @@ class TrainWorker:
         """
         waited_s += call(self.coordinator.wait_ready, round_number, self.config.rounds.timeout_s)
         self.ledger.refresh()
-        groups = self.ledger.read_groups(round_number)
-        metrics = self._take_steps(engine, round_number, groups, progress) | {"waited_s": waited_s}
+        schedule = round_schedule(self.config, self.questions, round_number)
+        groups = RoundGroups(self.ledger, round_number, schedule.objective)
+        metrics = self._take_steps(engine, round_number, groups, schedule, progress) | {"waited_s": waited_s}
         started = time.monotonic()
-        published = self.publisher.publish(engine, round_number, groups)
+        published = self.publisher.publish(engine, round_number, groups.read_longest(self.config.weights.probes))
         metrics |= {"publish_s": time.monotonic() - started, "published_bytes": published.bytes}
         self._save_checkpoint(engine, round_number, published.writing, metrics)
         self.publisher.finish()
 
     def _take_steps(
-        self, engine: Any, round_number: int, groups: list[Group], progress: RoundProgress
+        self, engine: Any, round_number: int, groups: RoundGroups, schedule: RoundSchedule, progress: RoundProgress
     ) -> dict[str, Any]:
         """Takes the remaining optimiser steps of a round; returns what the round's `trained` event says of all."""
         started = time.monotonic() - progress.seconds
-        schedule = round_schedule(self.config, self.questions, round_number)
-        ids = [group.question.id for group in groups]
         steps = batching.count_steps(len(groups), schedule.groups_per_step, schedule.epochs)
         if progress.steps and self.rank == 0:
             position = {"round": round_number, "step": progress.steps, "steps": steps}
@@ -186,13 +186,13 @@ class TrainWorker:
         self.checkpoints.begin_round()
         taken = 0
         for epoch in range(schedule.epochs):
-            order = batching.training_order(ids, self.config.seed, round_number, epoch)
+            order = batching.training_order(groups.ids, self.config.seed, round_number, epoch)
             for first in range(0, len(order), schedule.groups_per_step):
                 taken += 1
                 if taken <= progress.steps:
                     continue  # before the training state that was loaded
                 chosen = order[first : first + schedule.groups_per_step]
-                stats = self._take_step(engine, [groups[i] for i in chosen], schedule, round_number, progress.steps)
+                stats = self._take_step(engine, groups, chosen, schedule, round_number, progress.steps)
                 progress.add(stats)
                 progress.seconds = time.monotonic() - started
                 position = {"step": taken, "steps": steps, "global_step": schedule.first_step + taken - 1}
@@ -205,28 +205,34 @@ class TrainWorker:
         return {"round": round_number, "groups": len(groups), **progress.summary()}
 
     def _take_step(
-        self, engine: Any, groups: list[Group], schedule: RoundSchedule, round_number: int, number: int
+        self,
+        engine: Any,
+        groups: RoundGroups,
+        chosen: np.ndarray,
+        schedule: RoundSchedule,
+        round_number: int,
+        number: int,
     ) -> step.StepStats:
         """Takes one step of a round.
 
         Args:
-            groups: all groups of the step; this rank computes its share of them.
+            chosen: the groups of the step; this rank reads and computes its share of them.
             number: steps of the round that were taken before.
         """
         # Dropout draws from this seed: a step is the same whether or not this process took the steps before it.
         torch.manual_seed(_step_seed(self.config.seed, round_number, number, self.rank))
         planned = batching.plan_step(
-            [batching.group_size(group, schedule.objective) for group in groups],
+            groups.sizes(chosen),
             ranks=self.world_size,
             budget=self.config.training.tokens_per_microbatch,
             prompts_shared=shares_prompts(engine.module),
         )
+        share = planned.shares[self.rank]
+        own = sorted({index for batch in share for index in batch.groups})
+        read = dict(zip(own, groups.read(chosen[own]), strict=True))
         return step.train_step(
             engine,
-            [
-                make_batch([groups[index] for index in batch.groups], batch, schedule.objective)
-                for batch in planned.shares[self.rank]
-            ],
+            [make_batch([read[index] for index in batch.groups], batch, schedule.objective) for batch in share],
             planned,
             schedule.objective,
             self.config.objective.weight,

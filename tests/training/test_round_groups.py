@@ -125,9 +125,9 @@ def test_the_longest_groups_do_not_depend_on_the_files(tmp_path):
     chosen = []
     for number, per_file in enumerate((1, 7, 30)):
         groups = RoundGroups(recorded(RunDir(tmp_path / str(number)), written, per_file), 1, objective)
-        chosen.append([groups.ids[index] for index in groups.longest(5)])
-        assert len(groups.longest(100)) == 30
-        assert groups.longest(0) == []
+        chosen.append([one.question.id for one in groups.read_longest(5)])
+        assert len(groups.read_longest(100)) == 30
+        assert groups.read_longest(0) == []
     by_length = sorted(written, key=lambda one: (-max(group_size(one, objective).responses), one.question.id))
     assert chosen == [[one.question.id for one in by_length[:5]]] * 3
 
@@ -232,7 +232,7 @@ def test_a_group_without_a_prompt_or_a_reference_is_refused(tmp_path):
 
 def test_a_round_without_groups_is_empty(tmp_path):
     groups = RoundGroups(Ledger(RunDir(tmp_path)), 1, build_objective("dpo"))
-    assert (len(groups), groups.longest(3), groups.sizes([]), groups.read([])) == (0, [], [], [])
+    assert (len(groups), groups.read_longest(3), groups.sizes([]), groups.read([])) == (0, [], [], [])
 
 
 def test_ten_times_the_questions_take_little_more_memory(tmp_path, monkeypatch):

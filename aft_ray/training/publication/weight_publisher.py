@@ -138,7 +138,7 @@ class WeightPublisher:
 
         Args:
             engine: the DeepSpeed engine with the new weights.
-            groups: the groups of the round, from which probes are made.
+            groups: those of the round from which probes are made, the same on every rank.
 
         Raises:
             ModelWriteFailed: the version before could not be written.
