@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from aft_ray.training.packing import PackedPrompt, PackedRow
+from aft_ray.training.sequence_parallel import SequenceParallel, attend_together
 
 PACKED = "aft_packed"
 
@@ -171,6 +172,7 @@ def packed_attention(
     scaling: float | None = None,
     softcap: float | None = None,
     packed_layout: Layout | None = None,
+    sequence_parallel: SequenceParallel | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """The attention function that transformers calls in each layer.
@@ -179,6 +181,7 @@ def packed_attention(
         query: [batch, heads, columns, width]; a packed row has batch 1.
         key, value: [batch, heads or a divisor of it, columns, width].
         packed_layout: the layout of a packed row; None for plain rows.
+        sequence_parallel: who computes the row together; then the tensors have this rank's share of the columns.
 
     Returns:
         [batch, columns, heads, width], and None for the attention weights.
@@ -194,15 +197,34 @@ def packed_attention(
         raise PackedAttentionError(f"{type(module).__name__} does not use the mask that was made for packed rows")
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
+    attend = functools.partial(
+        _attend_to_row, says=attention_mask, layout=packed_layout, dropout=dropout, scaling=scaling, softcap=softcap
+    )
+    if sequence_parallel is not None:
+        return attend_together(sequence_parallel, attend, query, key, value), None
+    return attend(query, key, value), None
+
+
+def _attend_to_row(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    says: PackedMask,
+    layout: Layout,
+    dropout: float,
+    scaling: float,
+    softcap: float | None,
+) -> Tensor:
+    """Attention over all columns of a row. Returns [1, columns, heads, width]."""
     if query.is_cuda and not dropout:
-        blocks = attention_mask.blocks(packed_layout, query.device)
-        return flex(query, key, value, blocks, scaling, softcap).transpose(1, 2), None
-    mask = attention_mask.function(packed_layout)
+        return flex(query, key, value, says.blocks(layout, query.device), scaling, softcap).transpose(1, 2)
+    mask = says.function(layout)
     same_width = query.shape[-1] == value.shape[-1]
     if mask is None and not dropout and softcap is None and same_width and query.device.type == "cpu":
         shared: Any = _SharedPrompts.apply  # type: ignore[no-untyped-call]
-        return shared(query, key, value, packed_layout, scaling), None
-    return _attend_in_blocks(query, key, value, packed_layout, mask, dropout, scaling, softcap), None
+        out: Tensor = shared(query, key, value, layout, scaling)
+        return out
+    return _attend_in_blocks(query, key, value, layout, mask, dropout, scaling, softcap)
 
 
 def _plain_attention(

@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from aft_ray.training.packed_attention import cannot_share_prompts, packed_inputs
 from aft_ray.training.packing import PackedRow
+from aft_ray.training.sequence_parallel import SequenceParallel, collect, share_of_row, shared_inputs
 
 # Elements of a chunk of logits. On the CPU a chunk stays in the cache, on a GPU it keeps the device busy.
 _CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
@@ -73,14 +74,16 @@ class Scoring:
     Attributes:
         shares_prompts: it computes packed rows; if not, each response has a row of its own.
         own_head: the logits are computed by the model's own forward pass, all at once.
+        parallel: who computes packed rows together; None: each rank has its own.
     """
 
     shares_prompts: bool
     own_head: bool
     rule: LogitsRule
+    parallel: SequenceParallel | None = None
 
 
-def install_scoring(model: Any) -> None:
+def install_scoring(model: Any, parallel: SequenceParallel | None = None) -> None:
     """Makes `model(row=row)` the log-probabilities of the row's targets, [targets] float32, differentiable.
 
     Called with anything else, the model computes what it did before. Must be called after adapters were added and
@@ -91,7 +94,8 @@ def install_scoring(model: Any) -> None:
         # DeepSpeed then gathers what the head consists of, such as adapters, in one piece when the head is called.
         head._z3_leaf = True
     head.forward = MethodType(_head_forward, head)
-    model.scoring = Scoring(cannot_share_prompts(model) is None, False, _logits_rule(model.config.get_text_config()))
+    rule = _logits_rule(model.config.get_text_config())
+    model.scoring = Scoring(cannot_share_prompts(model) is None, False, rule, parallel)
     model.forward = MethodType(_forward, model)
 
 
@@ -132,16 +136,29 @@ def _forward(model: Any, *arguments: Any, row: PackedRow | None = None, **option
     if row is None:
         return type(model).forward(model, *arguments, **options)
     scoring: Scoring = model.scoring
-    if scoring.shares_prompts:
-        inputs, predicting = packed_inputs(row), row.predicting
-    else:
+    if not scoring.shares_prompts:
         input_ids, predicting = plain_rows(row)
-        inputs = {"input_ids": input_ids, "use_cache": False}
-    if scoring.own_head:
+        return _target_logprobs(model, {"input_ids": input_ids, "use_cache": False}, predicting, row.targets)
+    if scoring.parallel is None:
+        return _target_logprobs(model, packed_inputs(row), row.predicting, row.targets)
+    share = share_of_row(row, scoring.parallel)
+    inputs = shared_inputs(share, scoring.parallel)
+    own = _target_logprobs(model, inputs, share.predicting, row.targets[share.own_targets])
+    return collect(scoring.parallel, own, share.own_targets, len(row.targets))
+
+
+def _target_logprobs(model: Any, inputs: dict[str, Any], predicting: Tensor, targets: Tensor) -> Tensor:
+    """The log-probabilities of targets, [targets] float32.
+
+    Args:
+        inputs: the keyword arguments of the model's own forward pass.
+        predicting: [targets] int64, the index among all columns, row after row, of the one that predicts a target.
+    """
+    if model.scoring.own_head:
         logits = type(model).forward(model, **inputs).logits.flatten(0, 1)[predicting]
-        return _pick(logits.float().log_softmax(-1), row.targets)
+        return _pick(logits.float().log_softmax(-1), targets)
     hidden = model.base_model(**inputs)[0].flatten(0, 1)[predicting]
-    logprobs: Tensor = model.get_output_embeddings()(hidden, targets=row.targets, rule=scoring.rule)
+    logprobs: Tensor = model.get_output_embeddings()(hidden, targets=targets, rule=model.scoring.rule)
     return logprobs
 
 
