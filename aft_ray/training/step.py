@@ -1,6 +1,6 @@
 """One optimiser step on a DeepSpeed engine, split into passes and over ranks. It does not use Ray.
 
-The order of calls in `train_step` is:
+What `train_step` does, in this order:
 
     1. groups that are split over several passes: the scores of their responses without gradients, those of all ranks
        added up, and from the loss the derivative with respect to each score
@@ -191,30 +191,12 @@ def train_step(
         NonFiniteLoss: on every rank. For a loss the weights have not changed.
     """
     started = time.monotonic()
-    device, ranks = engine.device, dist.get_world_size()
-    empty = empty_row(0).to(device)
-    batches = [batch.to(device) for batch in batches]
-    pieces = [batch for batch in batches if batch.piece is not None]
-    scored = _score_pieces(engine, pieces, plan, objective, weight) if plan.score_passes else []
-    measured = [one.measured for one, batch in zip(scored, pieces, strict=True) if batch.piece and batch.piece.counted]
-    for number in range(plan.train_passes):
-        engine.set_gradient_accumulation_boundary(number == plan.train_passes - 1)
-        batch = batches[number] if number < len(batches) else None
-        if batch is None:
-            loss = response_logprobs(engine, empty).sum()
-        elif number < len(scored):
-            with _replayed(scored[number].random_state, device):
-                logprobs = response_logprobs(engine, batch.row)
-            loss = (logprobs * scored[number].derivatives).sum()
-        else:
-            loss, of_batch = batch_loss(response_logprobs(engine, batch.row), batch, objective, weight, plan.totals)
-            measured.append(of_batch)
-        # DeepSpeed averages gradients over the ranks, but the shares of the loss must be added up.
-        engine.backward(loss * ranks)
+    measured = compute_gradients(engine, batches, plan, objective, weight)
     of_rank = [sum(batch.row.columns for batch in batches), int(checkpoint_due)]
-    counts = torch.tensor(of_rank, dtype=torch.float64, device=device)
+    counts = torch.tensor(of_rank, dtype=torch.float64, device=engine.device)
     sums = torch.cat([torch.stack([one.sums for one in measured] or [counts.new_zeros(8)]).sum(dim=0), counts])
     dist.all_reduce(sums)
+    sums /= _ranks_per_batch(plan)
     loss_sum, vft, alignment, right, rights, wrong, wrongs, faults, computed, asked = sums.tolist()
     if faults:
         raise NonFiniteLoss(_gather_ids([name for one in measured for name in one.at_fault()]))
@@ -239,6 +221,37 @@ def train_step(
     )
 
 
+def compute_gradients(
+    engine: Any, batches: Sequence[Batch], plan: StepPlan, objective: Objective, weight: float
+) -> list[Measured]:
+    """Steps 1 and 2 of `train_step`. All ranks call it together.
+
+    Returns:
+        What was measured of the groups that count on this rank.
+    """
+    device, ranks = engine.device, dist.get_world_size()
+    empty = empty_row(0).to(device)
+    batches = [batch.to(device) for batch in batches]
+    pieces = [batch for batch in batches if batch.piece is not None]
+    scored = _score_pieces(engine, pieces, plan, objective, weight) if plan.score_passes else []
+    measured = [one.measured for one, batch in zip(scored, pieces, strict=True) if batch.piece and batch.piece.counted]
+    for number in range(plan.train_passes):
+        engine.set_gradient_accumulation_boundary(number == plan.train_passes - 1)
+        batch = batches[number] if number < len(batches) else None
+        if batch is None:
+            loss = response_logprobs(engine, empty).sum()
+        elif number < len(scored):
+            with _replayed(scored[number].random_state, device):
+                logprobs = response_logprobs(engine, batch.row)
+            loss = (logprobs * scored[number].derivatives).sum()
+        else:
+            loss, of_batch = batch_loss(response_logprobs(engine, batch.row), batch, objective, weight, plan.totals)
+            measured.append(of_batch)
+        # DeepSpeed averages gradients over the ranks, but the shares of the loss must be added up.
+        engine.backward(loss * ranks)
+    return measured
+
+
 def _score_pieces(
     engine: Any, pieces: Sequence[Batch], plan: StepPlan, objective: Objective, weight: float
 ) -> list[_ScoredPiece]:
@@ -257,6 +270,7 @@ def _score_pieces(
                 engine, pieces[number].row
             )
     dist.all_reduce(logprobs)  # each response is in one piece, and zero elsewhere
+    logprobs /= _ranks_per_batch(plan)
     scored = []
     for batch, random_state in zip(pieces, random_states, strict=True):
         own = _of_group(logprobs, batch).detach().requires_grad_()
@@ -264,6 +278,11 @@ def _score_pieces(
         (derivatives,) = torch.autograd.grad(loss, own)
         scored.append(_ScoredPiece(derivatives[batch.row_responses], random_state, measured))
     return scored
+
+
+def _ranks_per_batch(plan: StepPlan) -> int:
+    """Ranks that have the same batches, since they compute each row together (`training.sequence_parallel`)."""
+    return dist.get_world_size() // len(plan.shares)
 
 
 def _of_group(logprobs: Tensor, batch: Batch) -> Tensor:
