@@ -34,7 +34,7 @@ _CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 # Fewer tokens than this in a chunk would read and write the head's weight and its gradient too often.
 _SMALLEST_CHUNK = 128
 # Logits of all targets are kept for the backward pass if they have no more elements than this, else computed again.
-_KEPT_ELEMENTS = 1 << 26
+_KEPT_ELEMENTS = 1 << 24
 
 
 def chunk_tokens(vocabulary: int, device_type: str) -> int:
