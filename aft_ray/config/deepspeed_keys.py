@@ -45,7 +45,7 @@ _OWNED = {
     "tensor_parallel": "training.workers and training.zero_stage",
     "expert_parallel": "training.workers and training.zero_stage",
     "pipeline": "training.workers and training.zero_stage",
-    "sequence_parallel_size": "training.workers and training.tokens_per_microbatch",
+    "sequence_parallel_size": "training.sequence_parallel_size",
     "data_parallel_size": "training.workers",
     "dataloader_drop_last": "training.groups_per_step",
     "data_efficiency": "rounds.questions_per_round",

@@ -293,6 +293,11 @@ class TrainingConfig(Section):
         description="packed: a prompt is computed once for all its responses, where the model can; or a name of "
         "transformers' implementations, such as sdpa, eager or flash_attention_2: a prompt is repeated per response",
     )
+    sequence_parallel_size: Positive = Field(
+        1,
+        description="workers that compute a packed row together, each an equal share of its tokens (DeepSpeed "
+        "Ulysses), for responses that are too long for one",
+    )
     compile: bool = Field(False, description="torch.compile each decoder layer; needs a C++ compiler, on GPUs Triton")
     max_failures: Natural = Field(2, description="times the worker group is restarted from its last checkpoint")
     checkpoint_every_s: float = Field(
@@ -321,6 +326,30 @@ class TrainingConfig(Section):
             raise ConfigError(
                 "training.optimizer=paged_adamw_8bit moves states between a GPU and CPU memory and needs "
                 "training.gpus_per_worker=1; without a GPU use adamw_8bit"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_compilation(self) -> Self:
+        if self.compile and self.activation_checkpointing == "selective":
+            raise ConfigError(
+                "training.compile chooses by itself which cheap operations it computes again, so that "
+                "training.activation_checkpointing must be none or full, not selective"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_sequence_parallel(self) -> Self:
+        size = self.sequence_parallel_size
+        if self.workers % size:
+            raise ConfigError(
+                f"training.sequence_parallel_size={size} does not divide training.workers={self.workers}; change one "
+                f"of the two"
+            )
+        if size > 1 and self.attn_implementation != "packed":
+            raise ConfigError(
+                f"training.sequence_parallel_size={size} needs training.attn_implementation=packed, not "
+                f"{self.attn_implementation}"
             )
         return self
 

@@ -23,6 +23,8 @@ def check_run(config: RunConfig) -> None:
         _check_attention(config.training.attn_implementation)
     check_engine_arguments(config.sampling.engine_args, "sampling.engine_args")
     model_config = check_model(config)
+    if config.training.sequence_parallel_size > 1:
+        _check_heads(config.training.sequence_parallel_size, model_config)
     response_ends(config, load_tokenizer(config))
     if config.needs_samplers:
         check_experts(model_config)
@@ -34,6 +36,14 @@ def _check_attention(attn_implementation: str) -> None:
     from aft_ray.training.loading import check_attention  # it imports torch
 
     check_attention(attn_implementation)
+
+
+def _check_heads(sequence_parallel_size: int, model_config: Any) -> None:
+    from aft_ray.training.sequence_parallel import check_heads  # it imports torch
+
+    text_config = model_config.get_text_config()
+    heads = text_config.num_attention_heads
+    check_heads(sequence_parallel_size, heads, getattr(text_config, "num_key_value_heads", None) or heads)
 
 
 def check_experts(model_config: Any) -> None:

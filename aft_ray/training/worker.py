@@ -221,13 +221,14 @@ class TrainWorker:
         """
         # Dropout draws from this seed: a step is the same whether or not this process took the steps before it.
         torch.manual_seed(_step_seed(self.config.seed, round_number, number, self.rank))
+        together = self.config.training.sequence_parallel_size  # consecutive ranks that compute the same rows
         planned = batching.plan_step(
             groups.sizes(chosen),
-            ranks=self.world_size,
-            budget=self.config.training.tokens_per_microbatch,
+            ranks=self.world_size // together,
+            budget=self.config.training.tokens_per_microbatch * together,
             prompts_shared=shares_prompts(engine.module),
         )
-        share = planned.shares[self.rank]
+        share = planned.shares[self.rank // together]
         own = sorted({index for batch in share for index in batch.groups})
         read = dict(zip(own, groups.read(chosen[own]), strict=True))
         return step.train_step(
