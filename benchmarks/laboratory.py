@@ -203,30 +203,33 @@ class Laboratory:
 
         from aft_ray.objectives import build_objective
         from aft_ray.training import batching, deepspeed, schedule, step
-        from aft_ray.training.collate import collate
+        from aft_ray.training.batch import make_batch
         from aft_ray.weights.export import LayerPass, write_model
 
         settings, objective = self.settings, build_objective(name, **options)
         references_only = not any(group.candidates for group in groups)
         training = TrainingConfig(groups_per_step=32 if references_only else settings.groups_per_step)
         peak = 2e-3 if references_only else settings.learning_rate
-        plan = batching.plan_pass(
-            [batching.group_size(group, objective) for group in groups],
-            ranks=1,
-            groups_per_step=training.groups_per_step,
-            tokens_per_microbatch=training.tokens_per_microbatch,
-            epochs=settings.vft_epochs if references_only else 1,
-            seed=seed,
-            round=0 if references_only else 1,
-        )
-        steps = [planned for epoch in plan for planned in epoch]
+        sizes = [batching.group_size(group, objective) for group in groups]
+        ids = [group.question.id for group in groups]
+        round, size = (0 if references_only else 1), training.groups_per_step
+        orders = [
+            batching.training_order(ids, seed, round, epoch).tolist()
+            for epoch in range(settings.vft_epochs if references_only else 1)
+        ]
+        steps = [order[first : first + size] for order in orders for first in range(0, len(order), size)]
         engine = deepspeed.build_engine(start, ModelConfig(name=str(start), dtype="float32"), training)
-        pad = engine.module.config.pad_token_id
         history = []
-        for number, planned in enumerate(steps):
-            batches = [collate([groups[index] for index in micro], objective, pad) for micro in planned.shares[0]]
+        for number, chosen in enumerate(steps):
+            plan = batching.plan_step(
+                [sizes[index] for index in chosen], ranks=1, budget=training.tokens_per_microbatch
+            )
+            batches = [
+                make_batch([groups[chosen[index]] for index in planned.groups], planned, objective)
+                for planned in plan.shares[0]
+            ]
             rate = schedule.learning_rate(number, len(steps), peak, training.warmup)
-            history.append(step.train_step(engine, batches, objective, settings.weight, planned.totals, rate))
+            history.append(step.train_step(engine, batches, plan, objective, settings.weight, rate))
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=output.parent) as scratch:
             written = Path(scratch) / "model"

@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM
 from aft_ray.inference.engine import Engine, EngineDead
 from aft_ray.inference.engine_spec import EngineSpec
 from aft_ray.inference.request_parameters import Prompt, SamplingSpec
-from aft_ray.objectives import build_objective
-from aft_ray.storage.records import Candidate, Group, Question, Verdict
-from aft_ray.training.collate import collate
-from aft_ray.training.step import score_groups
+from aft_ray.storage.records import Candidate
+from aft_ray.training.loading import load_model
+from aft_ray.training.packing import pack
+from aft_ray.training.scoring import install_scoring, response_logprobs
 from aft_ray.weights.receive_plan import FromDirectory
 from jobs.tiny_model import build_tiny_model
 
@@ -114,16 +114,13 @@ def test_scores_are_those_of_transformers(candidates, reference):
         assert candidate.score == pytest.approx(score(reference, PROMPT, candidate.token_ids), abs=1e-5)
 
 
-def test_scores_are_those_of_the_trainer(candidates, reference):
-    sampled = [
-        Candidate(c.token_ids, c.logprob_sum, c.finish_reason, "", None, Verdict.RIGHT, float(i % 2))
-        for i, c in enumerate(candidates[:6])
-    ]
-    group = Group(1, 0, Question("q", "", "", "", ""), PROMPT, candidates[6].token_ids, sampled)
+def test_scores_are_those_of_the_trainer(candidates, models):
+    trained = load_model(models["tied"][0], "float32")
+    install_scoring(trained)
+    row = pack([PROMPT], [[candidate.token_ids for candidate in candidates[:7]]])
     with torch.no_grad():
-        scored = score_groups(reference, collate([group], build_objective("aft_boundary"), 0))
-    assert scored.scores[0].tolist() == pytest.approx([c.score for c in sampled], abs=1e-5)
-    assert scored.reference_scores.tolist() == pytest.approx([candidates[6].score], abs=1e-5)
+        scores = response_logprobs(trained, row) / row.lengths
+    assert scores.tolist() == pytest.approx([candidate.score for candidate in candidates[:7]], abs=1e-5)
 
 
 def test_a_given_response_scores_as_it_did_when_it_was_sampled(engine, candidates):

@@ -1,7 +1,7 @@
 """Optimiser steps of plain torch in float32 on the CPU, and how far the steps of another engine are from them.
 
-The reference starts from the same weights, which are bfloat16 numbers, and takes the same micro-batches through the
-same loss (`training.step.micro_loss`). Everything else is different: no DeepSpeed, no bfloat16 arithmetic, no GPU.
+The reference starts from the same weights, which are bfloat16 numbers, and takes the same batches through the same loss
+(`training.step.batch_loss`). Everything else is different: no DeepSpeed, no bfloat16 arithmetic, no GPU.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ from torch import Tensor
 from aft_ray.config.run import RunConfig, TrainingConfig
 from aft_ray.objectives import Objective
 from aft_ray.operations.acceptance.outcome import Figure
-from aft_ray.training.batching import StepTotals
-from aft_ray.training.collate import Batch
+from aft_ray.training.batch import Batch
+from aft_ray.training.batching import StepPlan
 from aft_ray.training.loading import load_model
 from aft_ray.training.lora import add_adapters, load_adapter
-from aft_ray.training.step import micro_loss
+from aft_ray.training.scoring import install_scoring, response_logprobs
+from aft_ray.training.step import batch_loss
 
 # The decay of AdamW's first moment, and its epsilon: the defaults of torch and of DeepSpeed.
 BETA1, EPSILON = 0.9, 1e-8
 # Limits for bfloat16 against float32, 2 to 20 times what was measured (docs/acceptance.md). What they must catch (a
-# missing mask, a lost micro-batch, a loss that is divided twice, a tensor without its gradient) moves a figure by more.
+# missing mask, a lost batch, a loss that is divided twice, a tensor without its gradient) moves a figure by more.
 LOSS_LIMIT, SECOND_LOSS_LIMIT = 0.01, 0.02
 NORM_LIMIT = 0.02
 DIRECTION_LIMIT = 0.01
@@ -38,17 +39,18 @@ _SMALL = 0.01
 
 @dataclass(frozen=True)
 class Work:
-    """A model with the micro-batches of one optimiser step.
+    """A model with the batches of one optimiser step.
 
     Attributes:
         directory: the model, in bfloat16.
+        batches: those of the plan's only rank, none of which is a piece of a split group.
     """
 
     directory: Path
     config: RunConfig
     objective: Objective
     batches: Sequence[Batch]
-    totals: StepTotals
+    plan: StepPlan
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ def torch_steps(work: Work, dtype: str = "float32", device: str = "cpu", adapter
         add_adapters(model, lora, str(work.directory))
         load_adapter(model, adapter)
     model = model.to(device)
+    install_scoring(model)
     parameters = {name: one for name, one in model.named_parameters() if one.requires_grad}
     optimizer = torch.optim.AdamW(
         parameters.values(), lr=training.learning_rate, weight_decay=training.weight_decay, eps=EPSILON
@@ -89,7 +92,8 @@ def torch_steps(work: Work, dtype: str = "float32", device: str = "cpu", adapter
         optimizer.zero_grad()
         losses.append(0.0)
         for batch in work.batches:
-            loss, _ = micro_loss(model, batch.to(torch.device(device)), work.objective, 1.0, work.totals)
+            there = batch.to(torch.device(device))
+            loss, _ = batch_loss(response_logprobs(model, there.row), there, work.objective, 1.0, work.plan.totals)
             torch.autograd.backward(loss)
             losses[-1] += loss.item()
         norms.append(float(torch.nn.utils.clip_grad_norm_(parameters.values(), training.max_grad_norm)))

@@ -16,7 +16,7 @@ from typing import Any
 
 from aft_ray.config.run import RunConfig, parse_config
 from aft_ray.operations.acceptance.machine import host_memory, node_of_card
-from aft_ray.operations.acceptance.models import PAD, GroupShape, random_groups, write_random_model
+from aft_ray.operations.acceptance.models import GroupShape, random_groups, write_random_model
 from aft_ray.operations.acceptance.outcome import Figure, Skipped
 from aft_ray.operations.acceptance.training import SMALL_MODEL, process_group
 from aft_ray.planning.plan.architecture import PRESETS, Architecture
@@ -150,8 +150,8 @@ def _run_steps(directory: Path, config: RunConfig, model: Architecture) -> tuple
     import torch
 
     from aft_ray.objectives import build_objective
-    from aft_ray.training.batching import StepTotals, group_size
-    from aft_ray.training.collate import collate
+    from aft_ray.training.batch import make_batch
+    from aft_ray.training.batching import group_size, plan_step
     from aft_ray.training.deepspeed import build_engine
     from aft_ray.training.step import train_step
 
@@ -161,10 +161,8 @@ def _run_steps(directory: Path, config: RunConfig, model: Architecture) -> tuple
     objective = build_objective("aft_boundary")
     groups = random_groups(shape, model.vocabulary)
     sizes = [group_size(group, objective) for group in groups]
-    totals = StepTotals(
-        len(groups), sum(one.reference_tokens for one in sizes), sum(one.supervised_tokens for one in sizes)
-    )
-    batch = collate(groups, objective, PAD)
+    plan = plan_step(sizes, ranks=1, budget=config.training.tokens_per_microbatch)
+    batches = [make_batch([groups[i] for i in planned.groups], planned, objective) for planned in plan.shares[0]]
     engine = build_engine(directory, config.model, config.training, lora=config.lora)
     if gpu:
         torch.cuda.synchronize()
@@ -172,7 +170,7 @@ def _run_steps(directory: Path, config: RunConfig, model: Architecture) -> tuple
     seconds = 0.0
     for number in range(_WARM_UP + _STEPS):
         started = time.monotonic()
-        stats = train_step(engine, [batch], objective, 1.0, totals, config.training.learning_rate)
+        stats = train_step(engine, batches, plan, objective, 1.0, config.training.learning_rate)
         if gpu:
             torch.cuda.synchronize()
         if number >= _WARM_UP:

@@ -1,6 +1,6 @@
 """Acceptance checks of the training step: bfloat16 on the GPU against float32 on the CPU.
 
-They use `training.step`, `training.deepspeed` and `training.collate` as a run does, with one rank. Neither Ray nor vLLM
+They use `training.step`, `training.deepspeed` and `training.batch` as a run does, with one rank. Neither Ray nor vLLM
 is imported.
 """
 
@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from aft_ray.config.run import parse_config
-from aft_ray.operations.acceptance.models import PAD, GroupShape, random_groups, write_random_model
+from aft_ray.operations.acceptance.models import GroupShape, random_groups, write_random_model
 from aft_ray.operations.acceptance.outcome import Figure
 from aft_ray.planning.plan.architecture import Architecture
 
@@ -75,7 +75,7 @@ def _two_steps(engine: Any, work: Work, expected: Steps) -> list[Figure]:
     before = {name: safe_get_full_fp32_param(one).float().cpu().clone() for name, one in trained.items()}
 
     def step() -> Any:
-        return train_step(engine, work.batches, work.objective, 1.0, work.totals, training.learning_rate)
+        return train_step(engine, work.batches, work.plan, work.objective, 1.0, training.learning_rate)
 
     first = step()
     gradients, wrong_step, unrounded = {}, 0.0, 0
@@ -101,36 +101,28 @@ def _two_steps(engine: Any, work: Work, expected: Steps) -> list[Figure]:
 def _work(small: bool, lora: dict[str, Any] | None = None, **training: Any) -> Iterator[Work]:
     from aft_ray.objectives import build_objective
     from aft_ray.operations.acceptance.reference import Work
-    from aft_ray.training.batching import group_size, plan_pass
-    from aft_ray.training.collate import collate
+    from aft_ray.training.batch import make_batch
+    from aft_ray.training.batching import group_size, plan_step
 
-    sizes, shape = (SMALL_MODEL, SMALL_GROUPS) if small else (MODEL, GROUPS)
+    model, shape = (SMALL_MODEL, SMALL_GROUPS) if small else (MODEL, GROUPS)
     objective = build_objective("aft_boundary")
-    groups = random_groups(shape, sizes.vocabulary)
-    planned = [group_size(group, objective) for group in groups]
-    (step,) = plan_pass(
-        planned,
-        ranks=1,
-        groups_per_step=shape.groups,
-        tokens_per_microbatch=sum(one.padded for one in planned) // 3,
-        epochs=1,
-        seed=0,
-        round=1,
-    )[0]
+    groups = random_groups(shape, model.vocabulary)
+    sizes = [group_size(group, objective) for group in groups]
+    plan = plan_step(sizes, ranks=1, budget=sum(one.prompt + one.supervised_tokens for one in sizes) // 3)
     with TemporaryDirectory(prefix="aft_ray-acceptance-") as place:
         # Wider weights than a new model has: its scores differ from token to token, as those of a trained one do.
-        directory = write_random_model(Path(place) / "model", sizes, _device(), spread=0.1 if small else 0.04)
+        directory = write_random_model(Path(place) / "model", model, _device(), spread=0.1 if small else 0.04)
         config = parse_config(
             {
                 "run_dir": place,
-                "model": {"name": str(directory), "dtype": "bfloat16", "max_length": sizes.context},
-                "sampling": {"max_tokens": sizes.context // 2},
+                "model": {"name": str(directory), "dtype": "bfloat16", "max_length": model.context},
+                "sampling": {"max_tokens": model.context // 2},
                 "training": {"learning_rate": _LEARNING_RATE, "gpus_per_worker": int(_device() == "cuda"), **training},
                 **({"lora": lora} if lora else {}),
             }
         )
-        batches = [collate([groups[index] for index in share], objective, PAD) for share in step.shares[0]]
-        yield Work(directory, config, objective, batches, step.totals)
+        batches = [make_batch([groups[i] for i in planned.groups], planned, objective) for planned in plan.shares[0]]
+        yield Work(directory, config, objective, batches, plan)
 
 
 def _write_adapter(work: Work) -> Path:
