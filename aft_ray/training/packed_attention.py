@@ -41,9 +41,14 @@ _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 # Arguments that models pass to every attention implementation and that do not change the output of a packed row:
 # what a model returns beside it, and what the mask function says already.
 _WITHOUT_EFFECT = {
-    "is_causal", "layer_idx", "logits_to_keep", "num_items_in_batch", "output_attentions", "output_hidden_states",
+    "layer_idx", "logits_to_keep", "num_items_in_batch", "output_attentions", "output_hidden_states",
     "output_router_logits", "position_ids", "return_dict", "sliding_window", "use_cache",
 }  # fmt: skip
+
+
+# Columns of one of FlexAttention's blocks. A shorter row, such as that of a rank with nothing to do, is computed
+# without it: FlexAttention has another kernel for such rows, which would be compiled, too.
+_FLEX_COLUMNS = 128
 
 
 class PackedAttentionError(ValueError):
@@ -191,6 +196,8 @@ def packed_attention(
     """
     if packed_layout is None:
         return _plain_attention(module, query, key, value, attention_mask, dropout, scaling, softcap, others)
+    if others.pop("is_causal", None) is False:
+        raise PackedAttentionError(f"{type(module).__name__} is not causal, and packed rows are")
     if changing := sorted(name for name, given in others.items() if given is not None and name not in _WITHOUT_EFFECT):
         raise PackedAttentionError(f"{type(module).__name__} passes {changing[0]}, which packed rows do not have")
     if not isinstance(attention_mask, PackedMask):
@@ -216,7 +223,7 @@ def _attend_to_row(
     softcap: float | None,
 ) -> Tensor:
     """Attention over all columns of a row. Returns [1, columns, heads, width]."""
-    if query.is_cuda and not dropout:
+    if query.is_cuda and not dropout and query.shape[2] >= _FLEX_COLUMNS:
         return flex(query, key, value, says.blocks(layout, query.device), scaling, softcap).transpose(1, 2)
     mask = says.function(layout)
     same_width = query.shape[-1] == value.shape[-1]
@@ -279,8 +286,9 @@ class _SharedPrompts(torch.autograd.Function):
         for prompt, own in _shared(layout):
             out, logsumexp = attend(query[:, :, own], key[:, :, prompt], value[:, :, prompt], 0.0, False, scale=scaling)
             own_sum, shared_sum = joint_sum[:, own], logsumexp.transpose(1, 2)
-            share = torch.sigmoid(shared_sum - own_sum).unsqueeze(-1).to(out.dtype)
-            joint_out[:, own] = joint_out[:, own].lerp(out.transpose(1, 2), share)
+            share = torch.sigmoid(shared_sum - own_sum).unsqueeze(-1)
+            own_out, shared_out = joint_out[:, own].to(share.dtype), out.transpose(1, 2).to(share.dtype)
+            joint_out[:, own] = own_out.lerp(shared_out, share)
             joint_sum[:, own] = torch.logaddexp(own_sum, shared_sum)
         ctx.save_for_backward(query, key, value, joint_out, joint_sum)
         ctx.layout, ctx.scaling = layout, scaling
@@ -457,6 +465,9 @@ def _compiled_create_block_mask() -> Any:
 def _compiled_flex_attention() -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
+    # It is compiled for each kind of mask, with and without gradients and soft-capping. Beyond the limit, which is 8,
+    # it would run uncompiled, and then it has all scores of a row in memory.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     return torch.compile(flex_attention, dynamic=True)
 
 

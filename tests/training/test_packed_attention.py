@@ -163,6 +163,17 @@ def test_large_scores_stay_finite():
     assert all(gradient.isfinite().all() for gradient in gradients(out, inputs))
 
 
+def test_bfloat16_is_exact_to_its_rounding():
+    layout = layout_of((40, [30, 25, 30]), (33, [1, 64]))
+    inputs = tensors(layout, 4, 2, torch.bfloat16)
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    out = attend(*inputs, layout, what_transformers_says(layout))
+    expected = dense_attention(*exact, dense_mask(layout))
+    assert (out - expected).abs().max() < 2**-7 * expected.abs().max()
+    for own, reference in zip(gradients(out, inputs), gradients(expected, exact), strict=True):
+        assert (own - reference).abs().max() < 2**-6 * reference.abs().max()
+
+
 def test_values_of_another_width_than_keys():
     layout = layout_of((7, [5, 6]))
     query, key, _ = tensors(layout, 4, 1)
@@ -360,6 +371,8 @@ def test_arguments_that_would_change_the_output_are_refused():
     inputs, mask = tensors(layout, 4, 1), what_transformers_says(layout)
     with pytest.raises(PackedAttentionError, match="passes s_aux"):
         attend(*inputs, layout, mask, s_aux=torch.zeros(4))
+    with pytest.raises(PackedAttentionError, match="is not causal"):
+        attend(*inputs, layout, mask, is_causal=False)
     with pytest.raises(PackedAttentionError, match="attention sinks"):
         attend(*inputs, None, None, s_aux=torch.zeros(4))
     assert attend(*inputs, layout, mask, sliding_window=None, position_ids=None, s_aux=None).shape == (1, 5, 4, 16)
