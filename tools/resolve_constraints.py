@@ -3,7 +3,7 @@
     make constraints TORCH_INDEX=URL                                          # both files, for all Pythons
     python tools/resolve_constraints.py gpu constraints/gpu.txt python3.11    # one of them
 
-pip resolves the dependencies of `pyproject.toml`, of the extra and of `dev` in a fresh, empty environment of each
+pip resolves the dependencies of `pyproject.toml`, of the extra, of `dev` and of `quantization` in a fresh, empty environment of each
 Python and installs nothing. Where the Pythons need different versions, the lines have markers. The file has no hashes,
 index URLs or local paths, so that every index and every build of torch can serve it. The CPU build of vLLM asks for the
 CPU build of torch, which comes from the index in the environment variable TORCH_INDEX, as for `make install`.
@@ -44,10 +44,10 @@ def main() -> None:
 
 
 def requirements(extra: str) -> list[str]:
-    """Returns what an installation of the extra with `dev` asks for."""
+    """Returns what an installation of the extra with `dev` and `quantization` asks for."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     optional = project["optional-dependencies"]
-    return [*project["dependencies"], *optional[extra], *optional["dev"], *BUILD_TOOLS]
+    return [*project["dependencies"], *optional[extra], *optional["dev"], *optional["quantization"], *BUILD_TOOLS]
 
 
 def resolve(python: str, asked: list[str]) -> tuple[str, dict[str, str]]:

@@ -9,6 +9,7 @@ from aft_ray.inference.installed_arguments import check_engine_arguments
 from aft_ray.storage.model_files import check_model
 from aft_ray.tasks.dataset import load_tokenizer
 from aft_ray.tasks.response_end import response_ends
+from aft_ray.training.bitsandbytes_import import check_bitsandbytes
 from aft_ray.training.deepspeed_config import check_options
 
 # Mixtures of experts for which a fresh engine, an updated one and transformers give the same scores: model_type.
@@ -19,6 +20,7 @@ _NUMBERS_OF_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "
 def check_run(config: RunConfig) -> None:
     """Raises ConfigError when the model cannot be asked or trained, or vLLM cannot be started, as the config says."""
     check_options(config.training, config.model.dtype)
+    check_bitsandbytes(config)
     if config.training.attn_implementation != "packed":
         _check_attention(config.training.attn_implementation)
     check_engine_arguments(config.sampling.engine_args, "sampling.engine_args")

@@ -1,4 +1,4 @@
-"""The DeepSpeed engine: its optimizer and its checkpoints. `training.deepspeed_config` has its configuration.
+"""The DeepSpeed engine and its checkpoints. `training.deepspeed_config` has its configuration.
 
 The default process group must exist before an engine is built. Invariants: no process group that DeepSpeed makes has
 less than `training.timeout_s`; DeepSpeed writes nothing to stdout.
@@ -17,11 +17,16 @@ from typing import Any
 import torch
 
 from aft_ray.config.run import LoraConfig, ModelConfig, TrainingConfig
+from aft_ray.training.decoder_layers import compile_layers, keep_gathers_apart, recompute_activations
 from aft_ray.training.deepspeed_config import ds_config as ds_config
 from aft_ray.training.deepspeed_import import import_deepspeed
 from aft_ray.training.loading import LoadingError, load_model
 from aft_ray.training.lora import add_adapters, load_adapter
+from aft_ray.training.optimizers import build_optimizer, group_settings, restore_states
 from aft_ray.training.process_groups import set_default_timeout
+from aft_ray.training.scoring import install_scoring, shares_prompts
+from aft_ray.training.scoring_check import check_scoring
+from aft_ray.training.sequence_parallel import join_sequence_parallel
 
 _TAG = "state"  # the subdirectory of a checkpoint that DeepSpeed writes
 # DeepSpeed's names of the files that one rank writes and loads: the optimizer's state, at stage 3 the module's too.
@@ -46,8 +51,9 @@ def build_engine(
         universal: `load_checkpoint` will be given a checkpoint that `convert_to_universal` has written.
 
     Raises:
-        LoadingError: the files do not fit the model.
+        LoadingError: the files do not fit the model, or it cannot compute what the config asks for.
         ConfigError: `lora` names a layer that the model does not have.
+        ScoringError: the model scores a response differently with padding behind it.
     """
     deepspeed = import_deepspeed()
     set_default_timeout(training.timeout_s)
@@ -63,27 +69,22 @@ def build_engine(
         add_adapters(module, lora, str(path))
     if adapter is not None:
         load_adapter(module, adapter)
-    if training.activation_checkpointing != "none":
-        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    install_scoring(module, join_sequence_parallel(training.sequence_parallel_size))
+    recompute_activations(module, training.activation_checkpointing)
+    if training.compile:
+        compile_layers(module)
     with contextlib.redirect_stdout(sys.stderr):  # it prints when it compiles its operations
-        optimizer = _optimizer([p for p in module.parameters() if p.requires_grad], training)
+        optimizer = build_optimizer([p for p in module.parameters() if p.requires_grad], training)
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
-    return engine
-
-
-def _optimizer(parameters: list[torch.nn.Parameter], training: TrainingConfig) -> Any:
-    """AdamW: torch's, or with states in CPU memory DeepSpeed's, which is compiled from C++ on its first use.
-
-    On a GPU torch's is the fused one: a kernel that reads and writes each state once, where the default makes copies.
-    """
-    if not training.offload_optimizer:
-        fused = training.gpus_per_worker > 0
-        return torch.optim.AdamW(
-            parameters, lr=training.learning_rate, weight_decay=training.weight_decay, fused=fused or None
+        if training.activation_checkpointing == "selective" and training.zero_stage == 3:
+            keep_gathers_apart(engine.optimizer.parameter_offload)
+        check_scoring(module, engine.device)
+    if training.sequence_parallel_size > 1 and not shares_prompts(module):
+        raise LoadingError(
+            f"training.sequence_parallel_size={training.sequence_parallel_size} needs packed rows, which "
+            f"{type(module).__name__} cannot compute; set it to 1"
         )
-    from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-    return DeepSpeedCPUAdam(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
+    return engine
 
 
 def save_checkpoint(engine: Any, directory: str | Path, client_state: dict[str, Any]) -> None:
@@ -108,8 +109,7 @@ def load_checkpoint(engine: Any, directory: str | Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError: the directory holds no checkpoint.
     """
-    optimizer = engine.basic_optimizer
-    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    settings = group_settings(engine.basic_optimizer)
     # Frozen parameters are not saved: they stay as `build_engine` loaded them.
     all_trained = all(parameter.requires_grad for parameter in engine.module.parameters())
     path, client_state = engine.load_checkpoint(
@@ -117,17 +117,7 @@ def load_checkpoint(engine: Any, directory: str | Path) -> dict[str, Any]:
     )
     if path is None:
         raise FileNotFoundError(f"no DeepSpeed checkpoint in {directory}")
-    # The checkpoint may come from the other of the two AdamWs, which has other settings and another type of step count.
-    for group, own in zip(optimizer.param_groups, settings, strict=True):
-        group |= own
-    of_torch = isinstance(optimizer, torch.optim.AdamW)
-    fused = of_torch and bool(optimizer.defaults["fused"])
-    for parameter, state in optimizer.state.items():
-        if "step" in state:
-            steps = float(state["step"])
-            # The fused kernel reads the count on the parameter's device; the other AdamW keeps it on the CPU.
-            device = parameter.device if fused else torch.device("cpu")
-            state["step"] = torch.tensor(steps, device=device) if of_torch else int(steps)
+    restore_states(engine.basic_optimizer, settings)
     return dict(client_state)
 
 

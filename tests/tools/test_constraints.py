@@ -26,7 +26,10 @@ def pinned(extra: str, python: str) -> dict[str, str]:
 def asked(extra: str) -> list[Requirement]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     optional = project["optional-dependencies"]
-    return [Requirement(one) for one in [*project["dependencies"], *optional[extra], *optional["dev"]]]
+    return [
+        Requirement(one)
+        for one in [*project["dependencies"], *optional[extra], *optional["dev"], *optional["quantization"]]
+    ]
 
 
 @pytest.mark.parametrize("python", PYTHONS)

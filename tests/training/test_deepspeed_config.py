@@ -8,7 +8,6 @@ import torch
 
 from aft_ray.config.loader import parse_section
 from aft_ray.config.run import ConfigError, TrainingConfig
-from aft_ray.training.deepspeed import _optimizer
 from aft_ray.training.deepspeed_config import check_options, config_lines, ds_config
 from aft_ray.training.deepspeed_import import import_deepspeed
 
@@ -62,12 +61,6 @@ def test_what_deepspeed_reads_of_offloading(stage, parameters, gpus):
     else:
         assert zero.offload_param is None
     assert zero.overlap_comm is (gpus == 1 and stage >= 2)
-
-
-def test_adamw_is_fused_on_gpus_alone():
-    weights = [torch.nn.Parameter(torch.ones(3))]
-    assert _optimizer(weights, TrainingConfig(**GPU)).defaults["fused"] is True
-    assert not _optimizer(weights, TrainingConfig()).defaults["fused"]
 
 
 def test_the_configuration_needs_neither_torch_nor_deepspeed():
