@@ -63,7 +63,7 @@ class LogitsRule:
         if self.scale != 1.0:
             logits = logits.mul_(self.scale)
         if self.softcap is not None:
-            logits = logits.div_(self.softcap).tanh_().mul_(self.softcap)
+            logits = logits.div_(self.softcap).tanh_() * self.softcap  # autograd needs the output of tanh
         return logits
 
 
@@ -244,6 +244,7 @@ class _LinearLogprobs(torch.autograd.Function):
             logprobs[part] = _pick(logits, targets[part]) - logsumexp[part]
             if kept is not None:
                 kept[part] = logits
+            del logits  # before the next chunk is made
         ctx.save_for_backward(hidden, weight, bias, targets, logsumexp)
         ctx.rule, ctx.kept = rule, kept
         return logprobs
@@ -280,6 +281,7 @@ class _LinearLogprobs(torch.autograd.Function):
                 torch.mm(narrow.T, weighted, out=grad_weight[rows])
             if grad_bias is not None:
                 grad_bias[rows] = (change.T @ row_weights).to(bias.dtype)
+            del logits, slope, change, narrow  # before the next block is made
         ctx.kept = None
         return grad_hidden.mul_(row_weights[:, None]).to(hidden.dtype), grad_weight, grad_bias, None, None
 
