@@ -5,6 +5,7 @@ Read `worker` first: it has the order of a round. What it calls, in that order:
     launch            starts the workers with Ray Train, once for the whole run
     loading, lora     the model, from files into ZeRO partitions, with adapters if asked for
     packed_attention  attention over rows in which each prompt stands once
+    packed_flex       the same on CUDA
     sequence_parallel what a rank computes of a row that several ranks compute together
     deepspeed         the engine that holds the model and the optimizer
     deepspeed_config  its configuration, with the keys that the user adds

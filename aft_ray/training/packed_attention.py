@@ -7,9 +7,8 @@ as any other model, it computes what transformers' SDPA does.
 What a model says about its masks keeps its meaning: transformers hands its mask function to `_packed_mask`, and here it
 is evaluated on the positions of tokens instead of their columns, so a sliding window counts tokens of one response.
 
-On the CPU attention runs block by block and no mask is larger than the block that it is for. On CUDA it is
-FlexAttention with a block mask, which has not run on a GPU here: the tests compare its masks with those of the CPU and
-run the same function uncompiled.
+On the CPU attention runs block by block, and no mask is larger than the block that it is for. On CUDA it is
+FlexAttention (`training.packed_flex`), which has not run on a GPU yet.
 
 Invariants: the output of a token does not depend on other responses or groups of its row; an argument that would change
 the output and is not known here is refused. Nothing is kept between calls but compiled functions, since activation
@@ -19,7 +18,7 @@ checkpointing calls again from another thread.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -27,14 +26,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from aft_ray.training.packing import PackedPrompt, PackedRow
+from aft_ray.training.packed_flex import BLOCK, Layout, MaskFunction, block_mask, flex
+from aft_ray.training.packing import PackedRow
 from aft_ray.training.sequence_parallel import SequenceParallel, attend_together
 
 PACKED = "aft_packed"
-
-Layout = tuple[PackedPrompt, ...]
-# (batch, head, position of the query, position of the key) -> whether the query sees the key. The arguments broadcast.
-MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 # Layers in which a token sees tokens of its past, and nothing passes from column to column otherwise.
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -44,11 +40,6 @@ _WITHOUT_EFFECT = {
     "layer_idx", "logits_to_keep", "num_items_in_batch", "output_attentions", "output_hidden_states",
     "output_router_logits", "position_ids", "return_dict", "sliding_window", "use_cache",
 }  # fmt: skip
-
-
-# Columns of one of FlexAttention's blocks. A shorter row, such as that of a rank with nothing to do, is computed
-# without it: FlexAttention has another kernel for such rows, which would be compiled, too.
-_FLEX_COLUMNS = 128
 
 
 class PackedAttentionError(ValueError):
@@ -223,7 +214,7 @@ def _attend_to_row(
     softcap: float | None,
 ) -> Tensor:
     """Attention over all columns of a row. Returns [1, columns, heads, width]."""
-    if query.is_cuda and not dropout and query.shape[2] >= _FLEX_COLUMNS:
+    if query.is_cuda and not dropout and query.shape[2] >= BLOCK:
         return flex(query, key, value, says.blocks(layout, query.device), scaling, softcap).transpose(1, 2)
     mask = says.function(layout)
     same_width = query.shape[-1] == value.shape[-1]
@@ -388,87 +379,6 @@ def _attend(
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
     return F.dropout(weights, dropout) @ value
-
-
-# ---- CUDA ----
-
-
-def mask_mod(layout: Layout, mask: MaskFunction | None, device: torch.device) -> MaskFunction:
-    """FlexAttention's mask function of a row: whether the query of one column sees the key of another."""
-    group: list[int] = []
-    segment: list[int] = []
-    position: list[int] = []
-    for index, one in enumerate(layout):
-        for number, columns in enumerate((one.tokens, *one.responses)):
-            first = one.tokens if number else 0
-            group += [index] * columns
-            segment += [number] * columns
-            position += range(first, first + columns)
-    # Number 0 is the prompt, which all tokens of its group see.
-    groups, segments, positions = torch.tensor([group, segment, position], dtype=torch.int32).to(
-        device, non_blocking=True
-    )
-
-    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        of_key = segments[key]
-        related = (groups[query] == groups[key]) & ((of_key == 0) | (of_key == segments[query]))
-        at_query, at_key = positions[query], positions[key]
-        seen: Tensor = related & (at_key <= at_query if mask is None else mask(batch, head, at_query, at_key))
-        return seen
-
-    return sees
-
-
-def block_mask(layout: Layout, mask: MaskFunction | None, device: torch.device) -> Any:
-    """FlexAttention's block mask of a row. It is compiled on CUDA, where the dense mask is then never in memory."""
-    columns = layout[-1].stop
-    create = _compiled_create_block_mask() if device.type == "cuda" else _create_block_mask()
-    return create(mask_mod(layout, mask, device), None, None, columns, columns, device)
-
-
-def flex(query: Tensor, key: Tensor, value: Tensor, blocks: Any, scaling: float, softcap: float | None) -> Tensor:
-    """FlexAttention of a row. Returns [1, heads, columns, width]."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    attend: Any = _compiled_flex_attention() if query.is_cuda else flex_attention
-    out: Tensor = attend(
-        query,
-        key,
-        value,
-        score_mod=None if softcap is None else _cap(softcap),
-        block_mask=blocks,
-        scale=scaling,
-        enable_gqa=True,
-    )
-    return out
-
-
-def _cap(softcap: float) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
-    def capped(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return softcap * torch.tanh(score / softcap)
-
-    return capped
-
-
-def _create_block_mask() -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    return create_block_mask
-
-
-@functools.cache
-def _compiled_create_block_mask() -> Any:
-    return torch.compile(_create_block_mask(), dynamic=True)
-
-
-@functools.cache
-def _compiled_flex_attention() -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    # It is compiled for each kind of mask, with and without gradients and soft-capping. Beyond the limit, which is 8,
-    # it would run uncompiled, and then it has all scores of a row in memory.
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    return torch.compile(flex_attention, dynamic=True)
 
 
 def _longest(layout: Layout) -> int:

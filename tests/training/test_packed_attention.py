@@ -31,15 +31,13 @@ from aft_ray.training.loading import LoadingError, load_model
 from aft_ray.training.packed_attention import (
     PACKED,
     PackedAttentionError,
-    block_mask,
     cannot_share_prompts,
-    flex,
-    mask_mod,
     packed_attention,
     packed_inputs,
     register,
     use_packed_attention,
 )
+from aft_ray.training.packed_flex import BLOCK, block_mask, flex, mask_mod
 from aft_ray.training.packing import PackedPrompt, pack
 
 register()
@@ -267,8 +265,31 @@ def test_flex_attention_uncompiled_gives_the_same_output(kind, softcap):
         out = flex(*inputs, blocks, 0.25, softcap).transpose(1, 2)
     expected = attend(*inputs, layout, says, softcap=softcap, scaling=0.25)
     assert torch.allclose(out, expected, atol=2e-6)
-    # 405 columns are 4 blocks of 128, and whole blocks are left out.
-    assert blocks.sparsity() > 20
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    groups=st.lists(st.tuples(st.integers(1, 300), st.lists(st.integers(0, 300), max_size=4)), min_size=1, max_size=3),
+    kind=kinds,
+    strip=st.sampled_from([1, 1 << 17, 1 << 24]),
+)
+def test_the_block_mask_has_the_blocks_of_the_dense_mask(groups, kind, strip):
+    layout = layout_of(*groups)
+    function = what_transformers_says(layout, kind, 200).function(layout)
+    sees = mask_mod(layout, function, torch.device("cpu"))
+    columns = torch.arange(layout[-1].stop)
+    zero = torch.zeros((), dtype=torch.int64)
+    dense = sees(zero, zero, columns[:, None], columns[None, :])
+    blocks = -(-len(columns) // BLOCK)
+    margin = blocks * BLOCK - len(columns)
+    counts = torch.nn.functional.pad(dense, (0, margin, 0, margin)).view(blocks, BLOCK, blocks, BLOCK).sum((1, 3))
+    made = block_mask(layout, function, torch.device("cpu"), strip)
+    for number, indexes, expected in (
+        (made.kv_num_blocks, made.kv_indices, (counts > 0) & (counts < BLOCK**2)),
+        (made.full_kv_num_blocks, made.full_kv_indices, counts == BLOCK**2),
+    ):
+        listed = [row[:n].tolist() for n, row in zip(number[0, 0].tolist(), indexes[0, 0], strict=True)]
+        assert listed == [row.nonzero()[:, 0].tolist() for row in expected]
 
 
 # ---- In a model ----
