@@ -12,8 +12,10 @@ Read `worker` first: it has the order of a round. What it calls, in that order:
     deepspeed_import  deepspeed itself, set up
     process_groups    the timeout of all process groups, and work that all ranks do in the background
     schedule          objective, passes and learning rate of a round
-    batching          the plan of the round: which rank trains which groups in which step
-    collate           groups as padded tensors
+    round_groups      what a rank reads of a round
+    batching, balance the plan of a step: which rank trains which groups in which pass
+    batch, packing    groups as the tensors of a pass, in which each prompt stands once
+    scoring           the log-probabilities of a pass, and the check that they are the model's own
     step              one optimiser step: scores, loss, gradients (the losses are in `aft_ray.objectives`)
     publication       the new weights as a version that the samplers load: probes, publisher, model directory
     state             the training state: checkpoint, scratch directory, offload for colocated samplers

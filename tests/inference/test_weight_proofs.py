@@ -9,7 +9,7 @@ import random
 
 import pytest
 import torch
-from tiny_families import CONTEXT, VOCABULARY, build, tensors_of, updated, write
+from tiny_families import CONTEXT, VOCABULARY, build, tensors_of, trainer_of, updated, write
 
 from aft_ray.inference.engine import Engine
 from aft_ray.inference.engine_spec import EngineSpec
@@ -45,7 +45,7 @@ class Lab:
         return Group(1, 0, Question(f"q{seed}", "", "", "", ""), prompt, candidate.token_ids, [])
 
     def probes_of(self, model):
-        return tuple(score_probes(model, self.groups))
+        return tuple(score_probes(trainer_of(model), self.groups))
 
     def update(self, tensors, announced, probes=None) -> str:
         """Publishes a version; returns why the engine refused it, nothing when it holds it now."""
@@ -186,7 +186,7 @@ def test_two_processes_of_an_engine_each_prove_their_weights(tmp_path):
     fresh = held(engine)
     versioned = VersionedEngine("sampler 7", engine, None, "weights.timeout_s")
     group = Group(1, 0, Question("q", "", "", "", ""), [7, 8, 9, 10], list(range(20, 60)), [])
-    probes = tuple(score_probes(after, [group]))
+    probes = tuple(score_probes(trainer_of(after), [group]))
 
     def update(directory):
         manifest = VersionManifest(1, str(directory), ("model.safetensors",), probes)
@@ -202,7 +202,7 @@ def test_two_processes_of_an_engine_each_prove_their_weights(tmp_path):
         update(write(tmp_path / "swapped", after, swapped))
     assert update(write(tmp_path / "b", after)).version == 1
     assert held(engine) != fresh
-    probes = tuple(score_probes(before, [group]))
+    probes = tuple(score_probes(trainer_of(before), [group]))
     versioned.version = None
     assert update(tmp_path / "a").version == 1
     assert held(engine) == fresh  # bit for bit, in both processes

@@ -1,5 +1,6 @@
 """Tiny untrained models of several architectures, whose layers differ from each other as those of trained models do."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -58,6 +59,17 @@ def updated(model, seed: int, size: float):
             spread = parameter.float().std().clamp(min=0.1 if parameter.ndim == 1 else 0.0)
             parameter.add_((torch.randn(parameter.shape) * spread * size).to(parameter.dtype))
     return other
+
+
+def trainer_of(model):
+    """A copy of a model that scores packed rows, as a trainer has it."""
+    from aft_ray.training.packed_attention import use_packed_attention
+    from aft_ray.training.scoring import install_scoring
+
+    trained = copy.deepcopy(model)
+    use_packed_attention(trained)
+    install_scoring(trained)
+    return trained
 
 
 def tensors_of(model) -> dict[str, torch.Tensor]:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_families import build, score
+from tiny_families import build, score, trainer_of
 
 from aft_ray.storage.records import Candidate, Group, Question, Verdict
 from aft_ray.training.publication.probes import MAX_PROBE_TOKENS, MAX_RESPONSE_TOKENS, choose_probes, score_probes
@@ -42,11 +42,12 @@ def test_a_cut_probe_keeps_the_end_of_the_prompt_and_the_beginning_of_the_respon
 
 def test_probes_have_the_scores_of_the_model():
     model = build("qwen2", 1)
+    trained = trainer_of(model)
     groups = choose_probes([group(3 + n, 1 + n, 7) for n in range(11)], 16, 100)
-    probes = score_probes(model, groups)
+    probes = score_probes(trained, groups)
     assert len(probes) == 11  # in several passes
     for probe in probes:
         assert probe.score == pytest.approx(score(model, probe.prompt_token_ids, probe.response_token_ids), abs=1e-5)
-    assert model.training
-    assert score_probes(model, []) == []
+    assert trained.training
+    assert score_probes(trained, []) == []
     assert torch.is_grad_enabled()
