@@ -12,12 +12,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from training_helpers import PAD, plan, random_groups, write_tiny_llama
+from training_helpers import batches_of, plan, random_groups, write_tiny_llama
 
 from aft_ray.config.run import ModelConfig, TrainingConfig
 from aft_ray.objectives import build_objective
 from aft_ray.training import deepspeed
-from aft_ray.training.collate import collate
 from aft_ray.training.state.offload import offload_states
 from aft_ray.training.step import train_step
 
@@ -60,9 +59,9 @@ def train(path, config, dtype, moves):
         if not parameter.untyped_storage().resizable():
             parameter.data = parameter.data.clone()
     losses, left = [], []
-    for step in plan(groups := random_groups(16), OBJECTIVE, ranks=1)[0]:
-        batches = [collate([groups[i] for i in micro], OBJECTIVE, PAD) for micro in step.shares[0]]
-        losses.append(train_step(engine, batches, OBJECTIVE, 1.0, step.totals, 1e-3).loss)
+    for chosen, step in plan(groups := random_groups(16), OBJECTIVE, ranks=1, budget=40):
+        batches = batches_of(groups, chosen, step, 0, OBJECTIVE)
+        losses.append(train_step(engine, batches, step, OBJECTIVE, 1.0, 1e-3).loss)
         if moves:
             reachable = tensors_of(engine)
             states = offload_states(CPU)

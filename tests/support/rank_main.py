@@ -11,20 +11,22 @@ from pathlib import Path
 import pyarrow.fs as pafs
 import torch
 import torch.distributed as dist
-from training_helpers import PAD, plan, poisoned_group, random_groups
+from training_helpers import batches_of, plan, poisoned_group, random_groups
 
 from aft_ray.config.run import LoraConfig, ModelConfig, TrainingConfig
 from aft_ray.objectives import build_objective
 from aft_ray.storage.run_dir import RunDir
 from aft_ray.training import deepspeed, step
-from aft_ray.training.batching import StepTotals
-from aft_ray.training.collate import collate
+from aft_ray.training.batch import make_batch
+from aft_ray.training.batching import PlannedBatch, StepTotals
 from aft_ray.training.loading import load_model
+from aft_ray.training.scoring import install_scoring, response_logprobs
 from aft_ray.training.state.checkpoint import CheckpointWriter, fetched_state
 from aft_ray.weights.adapter import is_adapter
 from aft_ray.weights.export import LayerPass, write_adapter, write_model
 
-OBJECTIVE, GROUPS, PER_STEP, RATE, WEIGHT = build_objective("aft_boundary"), 22, 8, 1e-3, 0.7
+OBJECTIVE, GROUPS, PER_STEP, RATE, WEIGHT = build_objective("aft_boundary"), 17, 8, 1e-3, 0.7
+BUDGET = 21  # some groups have more tokens
 LORA = LoraConfig(rank=4, alpha=6, targets=["q_proj", "v_proj", "up_proj", "lm_head"])
 
 
@@ -45,13 +47,13 @@ def keep_nothing_gathered(training, dtype, ds_config=deepspeed.ds_config):
 
 
 def take(engine, groups, steps, rank, ranks):
-    """Takes some of the steps of two epochs. The last step of an epoch is smaller than the others."""
-    planned = [s for epoch in plan(groups, OBJECTIVE, ranks=ranks, groups_per_step=PER_STEP, epochs=2) for s in epoch]
+    """Takes some of the steps of two epochs. The last step of an epoch has a single group, so ranks have none."""
+    planned = plan(groups, OBJECTIVE, ranks=ranks, groups_per_step=PER_STEP, budget=BUDGET, epochs=2)
     taken = []
     for number in steps:
-        batches = [collate([groups[i] for i in b], OBJECTIVE, PAD) for b in planned[number].shares[rank]]
-        totals = planned[number].totals
-        taken.append(step.train_step(engine, batches, OBJECTIVE, WEIGHT, totals, RATE / (number + 1)))
+        chosen, one = planned[number]
+        batches = batches_of(groups, chosen, one, rank, OBJECTIVE)
+        taken.append(step.train_step(engine, batches, one, OBJECTIVE, WEIGHT, RATE / (number + 1)))
     return taken
 
 
@@ -74,7 +76,7 @@ def export(engine, directory, rank):
 
 def train_adapters(work, stage, groups, rank, ranks):
     """Takes six steps, and the last three again from a checkpoint. Returns statistics and weights."""
-    options = {"lora": LORA, "adapter": work / "adapter", "activation_checkpointing": stage == 3}
+    options = {"lora": LORA, "adapter": work / "adapter", "activation_checkpointing": "full" if stage == 3 else "none"}
     engine = build(work / "model", stage, **options)
     before = {name: tensor for name, tensor in weights(engine).items() if not is_adapter(name)}
     stats = take(engine, groups, range(3), rank, ranks)
@@ -127,13 +129,16 @@ def reduced_gradients(work, stage, rank, ranks):
     from deepspeed.utils import safe_get_full_grad
 
     group = random_groups(ranks, seed=8)[rank]
-    batch, totals = collate([group], OBJECTIVE, PAD), StepTotals(ranks, 20, 40)
+    batch, totals = make_batch([group], PlannedBatch((0,)), OBJECTIVE), StepTotals(ranks, 20, 40)
+
+    def loss(model):
+        return step.batch_loss(response_logprobs(model, batch.row), batch, OBJECTIVE, WEIGHT, totals)[0] * ranks
+
     alone = load_model(work / "model", "bfloat16")
-    loss, _ = step.micro_loss(alone, batch, OBJECTIVE, WEIGHT, totals, scale=ranks)
-    loss.backward()
+    install_scoring(alone)
+    loss(alone).backward()
     engine = build(work / "model", stage, dtype="bfloat16")
-    loss, _ = step.micro_loss(engine, batch, OBJECTIVE, WEIGHT, totals, scale=ranks)
-    engine.backward(loss)
+    engine.backward(loss(engine))
     exact, coarse = [], []
     for (name, parameter), own in zip(engine.module.named_parameters(), alone.parameters(), strict=True):
         ours = [torch.empty_like(own.grad) for _ in range(ranks)]
@@ -144,6 +149,31 @@ def reduced_gradients(work, stage, rank, ranks):
         coarse.append(torch.equal(reduced, (sum(ours) / ranks).float()))
     engine.destroy()
     return {"float32": all(exact), "bfloat16": all(coarse)}
+
+
+def repeated_dropout(work, stage, groups, rank, ranks):
+    """The outputs of the passes of two steps whose adapters have dropout: for scores, and again with gradients."""
+    lora = LORA.model_copy(update={"dropout": 0.4})
+    engine = build(work / "model", stage, lora=lora, adapter=work / "adapter", activation_checkpointing="full")
+    seen = []
+
+    def recorded(engine, row):
+        seen.append(response_logprobs(engine, row))
+        return seen[-1]
+
+    step.response_logprobs = recorded
+    try:
+        stats = take(engine, groups, range(2), rank, ranks)
+    finally:
+        step.response_logprobs = response_logprobs
+        engine.destroy()
+    outputs = []
+    for one in stats:
+        scored, trained = seen[: one.score_passes], seen[one.score_passes :][: one.passes]
+        outputs += [(a.detach(), b.detach()) for a, b in zip(scored, trained, strict=False) if len(a) and len(b)]
+        seen = seen[one.score_passes + one.passes :]
+    assert not seen
+    return outputs
 
 
 def group_timeouts():
@@ -170,7 +200,7 @@ def continue_from_two(rank, ranks, work):
     groups, results = random_groups(GROUPS), {}
     for name, stage, options in (
         ("checkpoint2", 2, {}),
-        ("checkpoint3", 3, {"activation_checkpointing": True}),
+        ("checkpoint3", 3, {"activation_checkpointing": "full"}),
         ("adapters3", 3, {"lora": LORA}),
     ):
         engine, state, _ = resume(work, stage, name, work / "model", **options)
@@ -198,10 +228,11 @@ def do_everything(rank, ranks, work):
         resumed.destroy()
         results[f"reduced{stage}"] = reduced_gradients(work, stage, rank, ranks)
 
-        bf16 = build(work / "model", stage, dtype="bfloat16", activation_checkpointing=True)
+        bf16 = build(work / "model", stage, dtype="bfloat16", activation_checkpointing="full")
         results[f"bfloat16_{stage}"] = {"stats": take(bf16, groups, range(6), rank, ranks), "weights": weights(bf16)}
         bf16.destroy()
         results[f"adapters{stage}"] = train_adapters(work, stage, groups, rank, ranks)
+        results[f"dropout{stage}"] = repeated_dropout(work, stage, groups, rank, ranks)
 
         poisoned = build(work / "poisoned", stage)
         faults = [None] * ranks
@@ -221,7 +252,7 @@ def do_everything(rank, ranks, work):
         results[f"moved{stage}"] = {"stats": stats, "weights": weights(offloaded)}
         offloaded.destroy()
 
-        offloaded = build(work / "model", stage, dtype="bfloat16", activation_checkpointing=True, **options)
+        offloaded = build(work / "model", stage, dtype="bfloat16", activation_checkpointing="full", **options)
         stats = take(offloaded, groups, range(6), rank, ranks)
         results[f"bfloat16_offloaded{stage}"] = {"stats": stats, "weights": weights(offloaded)}
         offloaded.destroy()

@@ -1,4 +1,4 @@
-"""Two ranks of DeepSpeed over gloo against one process of plain torch that runs every step as a single batch."""
+"""Two ranks of DeepSpeed over gloo against one process of plain torch that runs every step as one padded batch."""
 
 import os
 import socket
@@ -8,18 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from padded_reference import step_loss
 from peft import PeftModel
-from rank_main import GROUPS, LORA, OBJECTIVE, PER_STEP, RATE, WEIGHT
+from rank_main import BUDGET, GROUPS, LORA, OBJECTIVE, PER_STEP, RATE, WEIGHT
 from tiny import tiny_config
 from training_helpers import PAD, plan, random_groups, write_tiny_llama
 from transformers import AutoModelForCausalLM
 
 from aft_ray.config.run import TrainingConfig
-from aft_ray.training.collate import collate
 from aft_ray.training.loading import load_model
 from aft_ray.training.lora import add_adapters, load_adapter
 from aft_ray.training.state.scratch import state_bytes, trained_parameters
-from aft_ray.training.step import micro_loss
 from aft_ray.weights.export import write_adapter
 
 pytestmark = pytest.mark.timeout(2400)
@@ -107,11 +106,9 @@ def train_plainly(model):
     optimizer = torch.optim.AdamW(trained.values(), weight_decay=0.01)
     losses, norms = [], []
     rounded = {name: torch.zeros_like(p, dtype=torch.bool) for name, p in trained.items()}
-    planned = [s for epoch in plan(groups, OBJECTIVE, ranks=1, groups_per_step=PER_STEP, epochs=2) for s in epoch]
-    for number, step in enumerate(planned):
-        indexes = [index for batch in step.shares[0] for index in batch]
-        batch = collate([groups[index] for index in indexes], OBJECTIVE, PAD)
-        loss, _ = micro_loss(model, batch, OBJECTIVE, WEIGHT, step.totals)
+    steps = plan(groups, OBJECTIVE, ranks=1, groups_per_step=PER_STEP, epochs=2)
+    for number, (chosen, _) in enumerate(steps):
+        loss = step_loss(model, [groups[index] for index in chosen], OBJECTIVE, WEIGHT, PAD)
         loss.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(trained.values(), 0.5).item())
         for name, parameter in trained.items():
@@ -130,6 +127,22 @@ def assert_equal_weights(left, right, tolerance):
     for name, weight in left.items():
         known = ~right[name].isnan()
         assert torch.allclose(weight[known], right[name][known], atol=tolerance), name
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_what_is_compared_has_split_groups_and_ranks_without_any(ranks):
+    steps = plan(random_groups(GROUPS), OBJECTIVE, ranks=ranks, groups_per_step=PER_STEP, budget=BUDGET, epochs=2)
+    pieces = [[sum(batch.piece is not None for batch in share) for share in one.shares] for _, one in steps]
+    assert any(map(any, pieces))
+    assert ranks < 3 or any(0 < min(one) < max(one) for one in pieces)
+    assert ranks == 1 or any(not share for _, one in steps for share in one.shares)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_dropout_is_the_same_in_both_passes_over_a_split_group(results, stage):
+    outputs = results[f"dropout{stage}"]
+    assert len(outputs) > 1
+    assert all(torch.equal(scored, trained) for scored, trained in outputs)
 
 
 @pytest.mark.parametrize("stage", STAGES)
