@@ -1,23 +1,32 @@
 """Log-probabilities in chunks equal those of whole logits and hold no more than a chunk; the check before training."""
 
 import copy
+import os
+import subprocess
+import sys
 from itertools import accumulate
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rank_main import LORA
 from torch.profiler import ProfilerActivity, profile
+from training_helpers import write_tiny_llama
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from aft_ray.config.run import LoraConfig
 from aft_ray.training import scoring
+from aft_ray.training.loading import load_model
 from aft_ray.training.lora import add_adapters
 from aft_ray.training.packed_attention import use_packed_attention
 from aft_ray.training.packing import empty_row, pack
 from aft_ray.training.scoring import LogitsRule, chunk_tokens, install_scoring, response_logprobs, shares_prompts
 from aft_ray.training.scoring_check import ScoringError, check_scoring
+from aft_ray.weights.export import write_adapter
 
+SUPPORT = Path(__file__).parents[1] / "support"
 CPU = torch.device("cpu")
 VOCABULARY, WIDTH = 50, 16
 
@@ -287,3 +296,44 @@ def test_weights_that_are_not_numbers_are_left_to_the_loss():
     model.lm_head.weight.data[7] = float("nan")
     check_scoring(model, CPU)
     assert shares_prompts(model)
+
+
+# ---- DeepSpeed ----
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_ranks_of_zero_3_with_different_numbers_of_chunks_add_up_their_gradients(tmp_path):
+    """Each rank gathers the head once for all its chunks, or the ranks would wait for each other for ever."""
+    write_tiny_llama(tmp_path / "model")
+    model = load_model(tmp_path / "model", "float32")
+    add_adapters(model, LORA, str(tmp_path / "model"))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    write_adapter(model, tmp_path / "adapter", 0)
+    command = [sys.executable, str(SUPPORT / "chunks_main.py")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(SUPPORT.parents[1]), str(SUPPORT)])}
+    ranks = [
+        subprocess.Popen(
+            [*command, str(rank), "3", str(tmp_path / "store"), str(tmp_path)],
+            env=environment | {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "3"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(3)
+    ]
+    try:
+        for process in ranks:
+            _, errors = process.communicate(timeout=600)
+            assert process.returncode == 0, errors[-3000:]
+    finally:
+        for process in ranks:
+            process.kill()
+    results = torch.load(tmp_path / "chunks.pt")
+    assert any("lm_head.lora_A" in name for name in results["adapters"])
+    for kind in ("weights", "adapters"):
+        norm = torch.stack([alone.norm() for _, alone in results[kind].values()]).norm()
+        for name, (summed, alone) in results[kind].items():
+            assert (summed - alone).abs().max() <= 2e-6 * norm, (kind, name)
