@@ -95,6 +95,14 @@ class RunConfig(Section):
                 f"sampling.max_tokens ({self.sampling.max_tokens}) leaves no room for a prompt in "
                 f"model.max_length ({self.model.max_length}); lower the first or raise the second"
             )
+        together = self.training.sequence_parallel_size
+        if self.training.tokens_per_microbatch * together < self.model.max_length:
+            shared = f" x training.sequence_parallel_size ({together})" if together > 1 else ""
+            raise ConfigError(
+                f"training.tokens_per_microbatch ({self.training.tokens_per_microbatch}){shared} is less than "
+                f"model.max_length ({self.model.max_length}), so a forward pass might not hold a prompt with one "
+                f"response; raise the first or lower the last"
+            )
         if self.vft.epochs == 0 and self.rounds.count == 0:
             raise ConfigError("vft.epochs=0 and rounds.count=0 leave nothing to train")
         if self.training.workers > self.training.groups_per_step:

@@ -258,7 +258,11 @@ class TrainingConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = Field(0, description="what DeepSpeed shards: 1 optimizer, 2 gradients, 3 weights")
     epochs: Positive = Field(1, description="passes over the groups of a round")
     groups_per_step: Positive = Field(64, description="groups in one optimiser step, over all workers")
-    tokens_per_microbatch: Positive = Field(16384, description="padded tokens in one forward pass of a worker")
+    tokens_per_microbatch: Positive = Field(
+        16384,
+        description="most tokens in one forward pass of a worker, each prompt once; at least model.max_length. A group "
+        "with more is split and trained exactly, at the price of one more forward pass over it",
+    )
     learning_rate: float = Field(2e-5, gt=0, description="peak learning rate")
     schedule: Literal["linear", "cosine", "constant"] = Field(
         "linear", description="learning rate after the warm-up, over all rounds; round 0 has a curve of its own"

@@ -114,6 +114,7 @@ def test_a_missing_key_is_named_with_the_way_to_set_it(tmp_path):
     [
         (["sampling.k=1"], ["aft_boundary", "sampling.k"]),
         (["sampling.max_tokens=512"], ["sampling.max_tokens (512)", "model.max_length (512)"]),
+        (["training.tokens_per_microbatch=500"], ["training.tokens_per_microbatch (500)", "model.max_length (512)"]),
         (["vft.epochs=0", "rounds.count=0"], ["nothing to train"]),
         (["training.workers=8", "training.groups_per_step=4"], ["training.groups_per_step (4)", "(8)"]),
         (["data.arithmetic.min_steps=5"], ["min_steps (5)", "max_steps"]),
