@@ -11,7 +11,7 @@ candidates they ask for:
   were always right are left out of some rounds.
 
 Engine, optimiser, verifier and decisions are those of runs. The script prints greedy accuracy against sampled tokens
-for each arm, and the accuracy gained per million sampled tokens as a ratio, adaptive / uniform, with a 95 % bootstrap
+for each arm, and greedy accuracy per million sampled tokens as a ratio, adaptive / uniform, with a 95 % bootstrap
 interval over seeds and questions. The last line is one JSON object. An interrupted comparison is resumed.
 
     python benchmarks/adaptive_sampling.py                  # 3 seeds; about 15 minutes on two quiet cores
@@ -36,7 +36,7 @@ from typing import Annotated, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import typer
-from laboratory import Laboratory, Settings
+from laboratory import Curve, Laboratory, Settings
 
 from aft_ray.config.run import AdaptiveConfig
 from aft_ray.storage.files import write_atomically
@@ -88,30 +88,33 @@ class AdaptiveLaboratory(Laboratory):
         if path.exists():
             record: dict[str, Any] = json.loads(path.read_text())
             return record
+        from aft_ray.objectives import build_objective
+        from aft_ray.training.batching import count_steps
+
         started = time.monotonic()
-        model = self.vft_model(seed)
-        wanted = self._wanted(seed, model)
+        model, size = self.vft_model(seed), self.settings.groups_per_step
+        wanted, objective = self._wanted(seed, model), build_objective(OBJECTIVE, **OPTIONS)
+        # As in a run, the rounds share one optimizer and one curve, in which each has an equal part.
+        trainer, steps = self._trainer(model, size), count_steps(len(wanted), size, 1)
         self._load(model)
         rounds = [{"tokens": 0, "greedy_right": self._greedy()}]
         results: list[list[tuple[str, bool]]] = []
         with tempfile.TemporaryDirectory() as scratch:
             for number in range(1, ROUNDS + 1):
                 groups = self._sample(seed, arm, number, wanted, results)
-                output = Path(scratch) / f"round{number}"
-                trained = self._train(model, groups, OBJECTIVE, OPTIONS, seed, output)
-                model = output
-                self._load(model)
+                curve = Curve(self.settings.learning_rate, (number - 1) * steps, ROUNDS * steps)
+                history = self._take_steps(trainer, groups, objective, size, (seed, number, 0), curve)
+                self._write_model(trainer, Path(scratch) / f"round{number}")
+                self._load(Path(scratch) / f"round{number}")
                 rounds.append(
                     {
                         "tokens": sum(len(one.token_ids) for group in groups for one in group.candidates),
                         "greedy_right": self._greedy(),
-                        "questions": len(groups),
                         "skipped": len(wanted) - len(groups),
                         "candidates": statistics.mean(len(group.candidates) for group in groups),
                         "signal": statistics.mean(group.has_signal for group in groups),
-                        "with_signal": sum(group.has_signal for group in groups),
-                        "trained_tokens": trained["tokens"],
-                        "steps": trained["steps"],
+                        "trained_tokens": sum(one.tokens for one in history),
+                        "steps": len(history),
                     }
                 )
         record = {"seed": seed, "arm": arm.name, "rounds": rounds, "seconds": time.monotonic() - started}
@@ -212,29 +215,16 @@ def report(records: Sequence[Mapping[str, Any]], seeds: int, settings: Settings)
             mean = 100 * statistics.mean(accuracy(record, number) for record in of_seeds)
             print(f"| {name} | {number} | {tokens:.0f} | {' | '.join(cells)} | {mean:.1f} ({greedy}) |")
     adaptive, uniform, small = (by_arm[arm.name] for arm in (ARMS[2], ARMS[0], ARMS[1]))
-    compared = {"uniform": compare(adaptive, uniform), "small": compare(adaptive, small)}
-    for key, arm in (("uniform", ARMS[0]), ("small", ARMS[1])):
-        found = compared[key]
+    compared = {ARMS[0].name: compare(adaptive, uniform), ARMS[1].name: compare(adaptive, small)}
+    for name, found in compared.items():
         print(
-            f"\n{ARMS[2].name} against {arm.name}: {found['tokens']:.2f} of the sampled tokens, greedy accuracy "
-            f"{found['points']:+.1f} points [{found['points_low']:+.1f}, {found['points_high']:+.1f}], accuracy gained "
-            f"per million sampled tokens x {found['ratio']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
+            f"\n{ARMS[2].name} against {name}: {found['tokens_ratio']:.2f} of the sampled tokens, greedy accuracy "
+            f"{found['points']:+.1f} points [{found['points_low']:+.1f}, {found['points_high']:+.1f}], greedy accuracy "
+            f"per million sampled tokens x {found['ratio']:.2f} [{found['ratio_low']:.2f}, {found['ratio_high']:.2f}]"
         )
-    print(
-        json.dumps(
-            {
-                "benchmark": "adaptive_sampling",
-                "seeds": seeds,
-                "ratio": round(compared["uniform"]["ratio"], 3),
-                "ratio_low": round(compared["uniform"]["low"], 3),
-                "ratio_high": round(compared["uniform"]["high"], 3),
-                "tokens_ratio": round(compared["uniform"]["tokens"], 3),
-                "points": round(compared["uniform"]["points"], 2),
-                "ratio_to_small_k": round(compared["small"]["ratio"], 3),
-                "points_to_small_k": round(compared["small"]["points"], 2),
-            }
-        )
-    )
+    figures = {key: round(value, 3) for key, value in compared[ARMS[0].name].items()}
+    against_small = {key: round(value, 3) for key, value in compared[ARMS[1].name].items()}
+    print(json.dumps({"benchmark": "adaptive_sampling", "seeds": seeds, **figures, "against_small_k": against_small}))
 
 
 def sampled(record: Mapping[str, Any], number: int) -> int:
@@ -250,36 +240,33 @@ def accuracy(record: Mapping[str, Any], number: int) -> float:
 def compare(one: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """How `one` compares with `other` after the last round, with 95 % intervals over seeds and questions.
 
-    tokens: ratio of the sampled tokens. points: difference of the greedy accuracies, in points. ratio: of the accuracy
-    gained since the start per sampled token.
+    tokens_ratio: of the sampled tokens. points: difference of the greedy accuracies, in points. ratio: of the greedy
+    accuracies per sampled token.
     """
     import numpy as np
 
-    def gains(records: Sequence[Mapping[str, Any]]) -> Any:
-        """[seed, question]: right after the last round minus right at the start."""
-        marks = [[[int(mark) for mark in record["rounds"][at]["greedy_right"]] for at in (0, -1)] for record in records]
-        return np.array([np.array(last) - np.array(first) for first, last in marks])
+    def right(records: Sequence[Mapping[str, Any]]) -> Any:
+        """[seed, question]: 1.0 where the greedy answer is right after the last round."""
+        return np.array([[float(mark) for mark in record["rounds"][-1]["greedy_right"]] for record in records])
 
-    first, second = gains(one), gains(other)
+    first, second = right(one), right(other)
     tokens = np.array([[sampled(record, ROUNDS) for record in records] for records in (one, other)], dtype=float)
 
     def figures(seeds: Any, questions: Any) -> tuple[float, float]:
-        a, b = (np.mean([g[seed][questions[seed]].mean() for seed in seeds]) for g in (first, second))
+        """The points and the ratio for some seeds, and for some questions of each: [seed, question]."""
+        a, b = (marks[seeds[:, None], questions].mean() for marks in (first, second))
         spent = tokens[:, seeds].sum(axis=1)
-        return 100 * float(a - b), float((a / spent[0]) / (b / spent[1])) if b > 0 else float("inf")
+        return 100 * float(a - b), float((a / spent[0]) / (b / spent[1]))
 
     rng = np.random.default_rng(0)
-    seeds, size = len(first), first.shape[1]
-    every = np.arange(seeds)
-    points, ratio = figures(every, [np.arange(size)] * seeds)
-    draws = np.array(
-        [figures(rng.integers(seeds, size=seeds), rng.integers(size, size=(seeds, size))) for _ in range(2000)]
-    )
-    low, high = np.percentile(draws, [2.5, 97.5], axis=0, method="nearest")
+    seeds, size = first.shape
+    points, ratio = figures(np.arange(seeds), np.tile(np.arange(size), (seeds, 1)))
+    draws = [figures(rng.integers(seeds, size=seeds), rng.integers(size, size=(seeds, size))) for _ in range(2000)]
+    (points_low, ratio_low), (points_high, ratio_high) = np.percentile(draws, [2.5, 97.5], axis=0).tolist()
     return {
-        "tokens": float(tokens[0].sum() / tokens[1].sum()),
-        "points": points, "points_low": float(low[0]), "points_high": float(high[0]),
-        "ratio": ratio, "low": float(low[1]), "high": float(high[1]),
+        "tokens_ratio": float(tokens[0].sum() / tokens[1].sum()),
+        "points": points, "points_low": points_low, "points_high": points_high,
+        "ratio": ratio, "ratio_low": ratio_low, "ratio_high": ratio_high,
     }  # fmt: skip
 
 

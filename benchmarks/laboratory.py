@@ -95,6 +95,15 @@ class Experiment:
         return f"seed{self.seed}/{self.feedback}/{self.label.replace(' ', '_')}.json"
 
 
+@dataclass(frozen=True)
+class Curve:
+    """A part of a learning rate's curve: it begins at step `first` of `steps`."""
+
+    peak: float
+    first: int
+    steps: int
+
+
 class Laboratory:
     """Runs experiments in this process with one thread and one vLLM engine, which loads each trained model."""
 
@@ -199,28 +208,62 @@ class Laboratory:
         self, start: Path, groups: Sequence[Group], name: str, options: dict[str, Any], seed: int, output: Path
     ) -> dict[str, Any]:
         """Trains with one worker in the same way as a run, and writes the model to `output` atomically."""
-        import torch
-
         from aft_ray.objectives import build_objective
-        from aft_ray.training import batching, deepspeed, schedule, step
-        from aft_ray.training.batch import make_batch
-        from aft_ray.weights.export import LayerPass, write_model
+        from aft_ray.training import batching
 
-        settings, objective = self.settings, build_objective(name, **options)
         references_only = not any(group.candidates for group in groups)
-        training = TrainingConfig(groups_per_step=32 if references_only else settings.groups_per_step)
-        peak = 2e-3 if references_only else settings.learning_rate
-        sizes = [batching.group_size(group, objective) for group in groups]
-        ids = [group.question.id for group in groups]
-        round, size = (0 if references_only else 1), training.groups_per_step
-        orders = [
-            batching.training_order(ids, seed, round, epoch).tolist()
-            for epoch in range(settings.vft_epochs if references_only else 1)
-        ]
-        steps = [order[first : first + size] for order in orders for first in range(0, len(order), size)]
-        engine = deepspeed.build_engine(start, ModelConfig(name=str(start), dtype="float32"), training)
+        epochs = self.settings.vft_epochs if references_only else 1
+        size = 32 if references_only else self.settings.groups_per_step
+        steps = batching.count_steps(len(groups), size, epochs)
+        peak = 2e-3 if references_only else self.settings.learning_rate
+        engine = self._trainer(start, size)
         history = []
-        for number, chosen in enumerate(steps):
+        for epoch in range(epochs):
+            order = (seed, 0 if references_only else 1, epoch)
+            curve = Curve(peak, len(history), steps)
+            history += self._take_steps(engine, groups, build_objective(name, **options), size, order, curve)
+        self._write_model(engine, output)
+        tail = history[-max(1, len(history) // 10) :]
+        return {
+            "steps": len(history),
+            "tokens": sum(one.tokens for one in history),
+            **{
+                f"last_{key}": _mean([getattr(one, key) for one in tail])
+                for key in ("loss", "right_score", "wrong_score")
+            },
+        }
+
+    def _trainer(self, start: Path, groups_per_step: int) -> Any:
+        """A DeepSpeed engine with a new optimizer, which trains a model."""
+        from aft_ray.training import deepspeed
+
+        training = TrainingConfig(groups_per_step=groups_per_step)
+        return deepspeed.build_engine(start, ModelConfig(name=str(start), dtype="float32"), training)
+
+    def _take_steps(
+        self,
+        engine: Any,
+        groups: Sequence[Group],
+        objective: Any,
+        groups_per_step: int,
+        order: tuple[int, int, int],
+        curve: Curve,
+    ) -> list[Any]:
+        """The optimiser steps of one pass over the groups; returns what was measured in each.
+
+        Args:
+            order: seed, round and epoch, which fix the order of the groups.
+            curve: where the steps lie on the learning rate's curve.
+        """
+        from aft_ray.training import batching, schedule, step
+        from aft_ray.training.batch import make_batch
+
+        training = TrainingConfig()
+        sizes = [batching.group_size(group, objective) for group in groups]
+        ids = batching.training_order([group.question.id for group in groups], *order).tolist()
+        history = []
+        for number, first in enumerate(range(0, len(ids), groups_per_step)):
+            chosen = ids[first : first + groups_per_step]
             plan = batching.plan_step(
                 [sizes[index] for index in chosen], ranks=1, budget=training.tokens_per_microbatch
             )
@@ -228,23 +271,21 @@ class Laboratory:
                 make_batch([groups[chosen[index]] for index in planned.groups], planned, objective)
                 for planned in plan.shares[0]
             ]
-            rate = schedule.learning_rate(number, len(steps), peak, training.warmup)
-            history.append(step.train_step(engine, batches, plan, objective, settings.weight, rate))
+            rate = schedule.learning_rate(curve.first + number, curve.steps, curve.peak, training.warmup)
+            history.append(step.train_step(engine, batches, plan, objective, self.settings.weight, rate))
+        return history
+
+    def _write_model(self, engine: Any, output: Path) -> None:
+        import torch
+
+        from aft_ray.weights.export import LayerPass, write_model
+
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=output.parent) as scratch:
             written = Path(scratch) / "model"
             write_model(LayerPass(engine.module, torch.float32, 1 << 30), written)
             _tokenizer().save_pretrained(written)
             os.replace(written, output)
-        tail = history[-max(1, len(history) // 10) :]
-        return {
-            "steps": len(steps),
-            "tokens": sum(one.tokens for one in history),
-            **{
-                f"last_{key}": _mean([getattr(one, key) for one in tail])
-                for key in ("loss", "right_score", "wrong_score")
-            },
-        }
 
     @cached_property
     def _engine(self) -> Any:
