@@ -3,10 +3,11 @@
     make constraints TORCH_INDEX=URL                                          # both files, for all Pythons
     python tools/resolve_constraints.py gpu constraints/gpu.txt python3.11    # one of them
 
-pip resolves the dependencies of `pyproject.toml`, of the extra, of `dev` and of `quantization` in a fresh, empty environment of each
-Python and installs nothing. Where the Pythons need different versions, the lines have markers. The file has no hashes,
-index URLs or local paths, so that every index and every build of torch can serve it. The CPU build of vLLM asks for the
-CPU build of torch, which comes from the index in the environment variable TORCH_INDEX, as for `make install`.
+pip resolves the dependencies of `pyproject.toml`, of the extra, of `dev` and of `quantization` in a fresh, empty
+environment of each Python and installs nothing. Where the Pythons need different versions, the lines have markers. The
+file has no hashes, index URLs or local paths, so that every index and every build of torch can serve it. The CPU build
+of vLLM asks for the CPU build of torch, which comes from the index in the environment variable TORCH_INDEX, as for
+`make install`.
 """
 
 from __future__ import annotations

@@ -64,6 +64,7 @@ def build_engine(
         trust_remote_code=model.trust_remote_code,
         config=config,
         attn_implementation=training.attn_implementation,
+        quantize="none" if lora is None else lora.quantize,
     )
     if lora is not None:
         add_adapters(module, lora, str(path))

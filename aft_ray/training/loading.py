@@ -21,6 +21,7 @@ import torch.distributed as dist
 from aft_ray.config.messages import first_line
 from aft_ray.config.run import ConfigError
 from aft_ray.training.packed_attention import use_packed_attention
+from aft_ray.training.quantization import quantized_loading, settle
 
 _INDEX_FILE, _SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 # The layer of a tensor: "model.layers.11." of "model.layers.11.mlp.up_proj.weight".
@@ -48,6 +49,7 @@ def load_model(
     trust_remote_code: bool = False,
     config: dict[str, Any] | None = None,
     attn_implementation: str = "packed",
+    quantize: str = "none",
 ) -> Any:
     """The causal language model of a directory or of the hub, in training mode.
 
@@ -58,14 +60,15 @@ def load_model(
             the whole model; all ranks must call this together then.
         attn_implementation: "packed", or a name of transformers' implementations. A model that cannot compute packed
             rows has the implementation that transformers takes by itself, and `cannot_share_prompts` says why.
+        quantize: `lora.quantize`, the numbers that the weights of linear layers are kept in; not with ZeRO-3.
 
     Raises:
         LoadingError: the files do not fit the model, or are not safetensors; or the model does not have the attention.
-        ConfigError: the attention is not known.
+        ConfigError: the attention is not known, or bitsandbytes is needed and cannot be imported.
     """
     check_attention(attn_implementation)
     try:
-        model = _load(path, dtype, trust_remote_code, config, _of_transformers(attn_implementation))
+        model = _load(path, dtype, trust_remote_code, config, _of_transformers(attn_implementation), quantize)
     except (ImportError, ValueError) as error:
         if "flash" not in attn_implementation and "flex" not in attn_implementation:
             raise
@@ -94,7 +97,12 @@ def _of_transformers(attn_implementation: str) -> str | None:
 
 
 def _load(
-    path: str | Path, dtype: str, trust_remote_code: bool, config: dict[str, Any] | None, attention: str | None
+    path: str | Path,
+    dtype: str,
+    trust_remote_code: bool,
+    config: dict[str, Any] | None,
+    attention: str | None,
+    quantize: str,
 ) -> Any:
     from transformers import AutoModelForCausalLM
 
@@ -107,12 +115,15 @@ def _load(
         use_safetensors=True,
         trust_remote_code=trust_remote_code,
         output_loading_info=True,
+        **({} if quantize == "none" else quantized_loading(quantize, dtype)),
     )
     # transformers would put random values in their place.
     if missing := sorted(report["missing_keys"]):
         raise LoadingError(_missing_tensors(path, missing, model))
     if unexpected := sorted(report["unexpected_keys"]):
         raise LoadingError(_unexpected_tensors(path, unexpected, model))
+    if quantize != "none":
+        settle(model)
     return model
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from aft_ray.weights.quantized import whole_tensor
+
 if TYPE_CHECKING:  # the driver reads version manifests without torch
     import torch
 
@@ -39,7 +41,8 @@ def published_name(name: str) -> str:
 def merged(model: Any, parameters: Sequence[tuple[str, torch.nn.Parameter]]) -> Iterator[tuple[str, torch.Tensor]]:
     """The weights among some parameters, under their Hugging Face names, with their adapters merged.
 
-    A weight with an adapter becomes a new float32 tensor; the others are yielded as they are, without a copy.
+    A weight with an adapter becomes a new float32 tensor, and another one of 4 bits a new tensor in the training dtype;
+    the rest is yielded as it is, without a copy.
 
     Args:
         parameters: whole parameters by name; a weight and its adapter's parameters must be given together.
@@ -48,7 +51,7 @@ def merged(model: Any, parameters: Sequence[tuple[str, torch.nn.Parameter]]) -> 
     for name, parameter in parameters:
         if is_adapter(name):
             continue
-        tensor = parameter.detach()
+        tensor = whole_tensor(parameter)
         layer = name.removesuffix(f"{_BASE}weight")
         if layer + _A in by_name:
             a, b = by_name[layer + _A].detach().float(), by_name[layer + _B].detach().float()

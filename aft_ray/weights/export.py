@@ -23,6 +23,7 @@ from aft_ray.storage.stored_files import StoredFile
 from aft_ray.weights.adapter import ADAPTER_FILE, is_adapter, merged, published_name, stored_name
 from aft_ray.weights.broadcast.buckets import Layout
 from aft_ray.weights.digests import tensor_digest, write_digests
+from aft_ray.weights.quantized import whole_shape
 from aft_ray.weights.shard_file import ShardFile
 from aft_ray.weights.shard_plan import Shape, ShardPlan, plan_shards
 
@@ -86,13 +87,8 @@ def live_parameters(
 
 def layer_shapes(model: torch.nn.Module) -> list[dict[str, Shape]]:
     """The names and whole shapes of the weights of each layer, as `live_parameters` yields them. It gathers nothing."""
-    # A ZeRO-3 parameter has its whole shape in `ds_shape`.
     return [
-        {
-            published_name(name): tuple(parameter.ds_shape if hasattr(parameter, "ds_shape") else parameter.shape)
-            for name, parameter in group
-            if not is_adapter(name)
-        }
+        {published_name(name): whole_shape(parameter) for name, parameter in group if not is_adapter(name)}
         for group in layer_groups(model)
     ]
 

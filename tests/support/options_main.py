@@ -1,7 +1,8 @@
 """One rank that trains with an option of the trainer and resumes: `options_main.py RANK RANKS PORT WORK_DIR CASES`.
 
 CASES is a JSON object: name -> [ZeRO stage, dtype, LoRA options or null, options of `training`]. Rank 0 writes
-options.pt there: for each case the steps, the same steps after a resumption, and the weights of both.
+options.pt there: for each case the steps, the same steps after a resumption, and the weights of both. The model
+directory of a case is in WORK_DIR under its name.
 """
 
 import json
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from rank_main import GROUPS, build, keep_nothing_gathered, resume, save, take, weights
+from rank_main import GROUPS, build, export, keep_nothing_gathered, resume, save, take, weights
 from training_helpers import random_groups
 
 from aft_ray.config.run import LoraConfig, TrainingConfig
@@ -28,6 +29,7 @@ def train_and_resume(work, name, rank, ranks, stage, dtype, lora, options):
     save(engine, work, stage, name, rank, ranks)
     losses += [stats.loss for stats in take(engine, groups, range(2, 4), rank, ranks)]
     trained = weights(engine)
+    export(engine, work / name, rank)
     engine.destroy()
     resumed, _, _ = resume(work, stage, name, work / "model", **given)
     again = [stats.loss for stats in take(resumed, groups, range(2, 4), rank, ranks)]

@@ -1,23 +1,17 @@
 """The optimizers that a run may choose: their steps, and that a resumed one takes the very steps of the saved one."""
 
-import json
-import os
-import socket
-import subprocess
 import sys
 from copy import deepcopy
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
-from training_helpers import write_tiny_llama
+from rank_cases import run_cases
 
 from aft_ray.config.run import ConfigError, TrainingConfig, parse_config
 from aft_ray.training.bitsandbytes_import import check_bitsandbytes
 from aft_ray.training.optimizers import build_optimizer, group_settings, restore_states
 
-SUPPORT = Path(__file__).parents[1] / "support"
 has_bitsandbytes = pytest.mark.skipif(not find_spec("bitsandbytes"), reason="bitsandbytes is not installed")
 
 
@@ -92,29 +86,6 @@ def test_without_bitsandbytes_a_run_ends_before_it_begins_with_the_way_out(monke
         f"'aft-ray[quantization]', or remove the setting"
     )
     check_bitsandbytes(parse_config({"run_dir": "runs/x", "model": {"name": "some/model"}}))
-
-
-def run_cases(work, cases, ranks=2):
-    """Runs `options_main.py` on gloo ranks and returns what rank 0 wrote."""
-    write_tiny_llama(work / "model")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    paths = [str(SUPPORT.parents[1]), str(SUPPORT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    processes = []
-    for rank in range(ranks):
-        with open(work / f"{rank}.err", "w") as err:
-            arguments = [str(rank), str(ranks), port, str(work), json.dumps(cases)]
-            command = [sys.executable, str(SUPPORT / "options_main.py"), *arguments]
-            processes.append(subprocess.Popen(command, env=environment, stdout=err, stderr=err))
-    try:
-        for process in processes:
-            assert process.wait(timeout=1500) == 0, "\n".join(path.read_text()[-3000:] for path in work.glob("*.err"))
-    finally:
-        for process in processes:
-            process.kill()
-    return torch.load(work / "options.pt", weights_only=False)
 
 
 KINDS = {

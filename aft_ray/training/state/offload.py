@@ -99,8 +99,14 @@ def storages(device: torch.device) -> list[torch.UntypedStorage]:
 
 
 def _tensors() -> list[torch.Tensor]:
-    # The exact types: classes of their own have tensors that a compiler traces, which have no memory.
-    tensors: list[Any] = [one for one in gc.get_objects() if type(one) in (torch.Tensor, torch.nn.Parameter)]
+    # The exact types: classes of their own have tensors that a compiler traces, which have no memory. Those of
+    # bitsandbytes are packed weights.
+    tensors: list[Any] = [
+        one
+        for one in gc.get_objects()
+        if type(one) in (torch.Tensor, torch.nn.Parameter) or type(one).__module__.startswith("bitsandbytes.")
+        if isinstance(one, torch.Tensor)
+    ]
     return tensors + [one.grad for one in tensors if one.is_leaf and one.grad is not None]
 
 
