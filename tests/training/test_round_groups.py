@@ -236,7 +236,7 @@ def test_a_round_without_groups_is_empty(tmp_path):
 
 
 def test_ten_times_the_questions_take_little_more_memory(tmp_path, monkeypatch):
-    """Python's memory of a rank that plans and reads its share: a question may add 100 bytes, a Group has thousands."""
+    """The peak of Python's memory, of a rank that plans all steps and reads its share of them."""
     monkeypatch.setattr(ledger_module, "_ENTRIES", 2)  # what may be in memory at once, in proportion to the rounds here
     monkeypatch.setattr(committed_files, "_RECENT", 100)
     peaks = []
@@ -254,4 +254,4 @@ def test_ten_times_the_questions_take_little_more_memory(tmp_path, monkeypatch):
             groups.read(step[index] for batch in share for index in batch.groups)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert peaks[1] - peaks[0] < 100 * 3_600
+    assert peaks[1] < 3 * peaks[0]
