@@ -10,7 +10,7 @@ import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +126,9 @@ class Packed(Side):
             make_batch([task.groups[index] for index in batch.groups], batch, task.objective)
             for batch in plan.shares[rank]
         ]
-        stats = step.train_step(self.engine, batches, plan, task.objective, 1.0, LEARNING_RATE)
+        # This process is the only rank there is; the passes and what the losses are divided by are those of the plan.
+        of_rank = replace(plan, shares=(plan.shares[rank],))
+        stats = step.train_step(self.engine, batches, of_rank, task.objective, 1.0, LEARNING_RATE)
         return stats.loss, stats.grad_norm
 
 
