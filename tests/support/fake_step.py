@@ -1,22 +1,28 @@
 """The memory of a training step's activations at real sizes, measured with tensors that have sizes and no content.
 
-What runs is the real model of transformers and the real loss of `training.step`. Without content no value can be read:
-each mask is taken to be True everywhere, as in a micro-batch that its tokens fill.
+What runs is the real model of transformers, with the forward pass and the loss that a run gives it. The kernels are
+those of the CPU, which keep of attention what fused kernels keep on a GPU: queries, keys, values, the output and its
+log-sum-exp.
 """
 
-import torch
+from dataclasses import fields, replace
+
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from training_helpers import make_group
 from transformers import AutoModelForCausalLM
 
 from aft_ray.objectives import build_objective
-from aft_ray.training.batching import StepTotals
-from aft_ray.training.collate import Batch
-from aft_ray.training.step import micro_loss
-
-aten = torch.ops.aten
+from aft_ray.storage.records import Verdict
+from aft_ray.training.batch import make_batch
+from aft_ray.training.batching import PlannedBatch, StepTotals
+from aft_ray.training.decoder_layers import recompute_activations
+from aft_ray.training.packed_attention import use_packed_attention
+from aft_ray.training.scoring import install_scoring, response_logprobs
+from aft_ray.training.step import batch_loss
 
 
 class Memory(TorchDispatchMode):
@@ -33,17 +39,9 @@ class Memory(TorchDispatchMode):
         self.now = self.peak = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function is aten._local_scalar_dense.default:
-            return args[0].dtype is torch.bool or 1  # every flag is set
-        if function is aten.nonzero.default:
-            made = torch.empty((args[0].numel(), args[0].ndim), dtype=torch.int64)
-        else:
-            if function in (aten.index.Tensor, aten.index_put.default, aten._index_put_impl_.default):
-                args = (args[0], [one for index in args[1] for one in as_numbers(index)], *args[2:])
-            made = function(*args, **kwargs)
+        made = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
-            if isinstance(tensor, torch.Tensor):
+            if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
                 if storage._cdata in self.given:
                     continue
@@ -55,49 +53,40 @@ class Memory(TorchDispatchMode):
         return made
 
 
-def as_numbers(index):
-    """What an index by a mask that is True everywhere is as an index by numbers."""
-    if index is None or index.dtype is not torch.bool:
-        return [index]
-    return [torch.empty(index.numel(), dtype=torch.int64) for _ in range(index.ndim)]
-
-
-def batch_of(rows, length, columns, k) -> Batch:
-    """A micro-batch of `rows` rows of `length` tokens, whose responses fill `columns` of them.
-
-    Every row has a group of its own, because each of them counts as a reference and as a candidate here.
-    """
-    groups = rows
-    ids = torch.zeros((rows, length), dtype=torch.int64)
-    return Batch(
-        question_ids=("q",) * groups,
-        input_ids=ids,
-        attention_mask=ids + 1,
-        position_ids=ids,
-        response_mask=torch.ones((rows, columns), dtype=torch.bool),
-        group_of_row=torch.arange(rows),
-        slot_of_row=torch.zeros(rows, dtype=torch.int64),
-        rewards=torch.zeros(groups, k),
-        correct=torch.zeros(groups, k, dtype=torch.bool),
-        sampler_scores=torch.zeros(groups, k),
-        mask=torch.ones(groups, k, dtype=torch.bool),
-    )
-
-
-def activation_peak(config, dtype, rows, length, columns, k, checkpointing) -> int:
-    """The most bytes that forward and backward pass of a micro-batch hold beside the weights.
+def activation_peak(config, dtype, tokens, prompt, response, k, checkpointing) -> int:
+    """The most bytes that forward and backward pass of a row hold beside the weights.
 
     The gradient of a weight is counted until it is complete, when DeepSpeed takes it into its buckets.
+
+    Args:
+        tokens: of the row; it consists of whole groups and of one whose prompt is longer.
+        prompt, response: tokens of a prompt and of each response.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").train()
-        if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    objective = build_objective("aft_boundary", beta=0.1)
+    groups = []
+    while tokens > 0:
+        size = prompt + (1 + k) * (response - 1)
+        longer = tokens - size if tokens < 2 * size else 0
+        ids = [[1 + number] * response for number in range(1 + k)]
+        labelled = [(one, Verdict.RIGHT if number else Verdict.WRONG) for number, one in enumerate(ids[1:])]
+        groups.append(make_group(f"q{len(groups)}", [1] * (prompt + longer), ids[0], labelled))
+        tokens -= size + longer
+    batch = make_batch(groups, PlannedBatch(tuple(range(len(groups)))), objective)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+        use_packed_attention(model)
+        install_scoring(model)
+        recompute_activations(model, checkpointing)
         for parameter in model.parameters():
             parameter.register_post_accumulate_grad_hook(lambda one: setattr(one, "grad", None))
-        batch = batch_of(rows, length, columns, k)
-        objective = build_objective("aft_boundary", beta=0.1)
+        batch = without_content(replace(batch, row=without_content(batch.row, mode)), mode)
         with Memory([*model.parameters(), *model.buffers()]) as memory:
-            loss, _ = micro_loss(model, batch, objective, 1.0, StepTotals(1, 1, 1))
+            loss, _ = batch_loss(response_logprobs(model, batch.row), batch, objective, 1.0, StepTotals(1, 1, 1))
             loss.backward()
     return memory.peak
+
+
+def without_content(record, mode):
+    """The same record with fake tensors."""
+    tensors = {f.name: one for f in fields(record) if isinstance(one := getattr(record, f.name), Tensor)}
+    return replace(record, **{name: mode.from_tensor(tensor) for name, tensor in tensors.items()})

@@ -28,12 +28,11 @@ class PlanAssumptions(Section):
     prompt_tokens: float | None = Field(None, gt=0, description="mean length of a prompt, tokens; none: the task's")
     response_tokens: float | None = Field(None, gt=0, description="mean length of a response, tokens; none: the task's")
     signal: float = Field(
-        0.6, ge=0, le=1, description="share of groups with right and wrong candidates; others train on 1 row"
+        0.6, ge=0, le=1, description="share of groups with right and wrong candidates; others train on the reference"
     )
     distinct: float = Field(
         0.95, gt=0, le=1, description="share of candidates that differ from all others of their group"
     )
-    filling: float = Field(0.85, gt=0, le=1, description="share of a micro-batch's tokens that are no padding")
     mfu: float = Field(0.4, gt=0, le=1, description="share of peak FLOP/s in training, recomputation included")
     prefill_mfu: float = Field(0.5, gt=0, le=1, description="share of peak FLOP/s in reading prompts (prefill)")
     memory_efficiency: float = Field(

@@ -58,6 +58,9 @@ def engine_problem(planner: Planner, tensor_parallel: int) -> str | None:
 def trainer_problem(planner: Planner, workers: int) -> str | None:
     """Why so many workers cannot train the model; None when they can."""
     training, node = planner.config.training, planner.cluster.node
+    together = training.sequence_parallel_size
+    if workers % together:
+        return f"training.workers={workers} is no multiple of training.sequence_parallel_size={together}; change one"
     if workers > training.groups_per_step:
         return (
             f"training.workers={workers} are more than training.groups_per_step={training.groups_per_step}: every "
@@ -75,7 +78,9 @@ def trainer_problem(planner: Planner, workers: int) -> str | None:
 
 
 def trainer_fits(planner: Planner, workers: int, config: RunConfig | None = None) -> bool:
-    """Whether a train worker fits its GPU. True without GPUs: `host_problem` compares with the node's memory.
+    """Whether a train worker fits its GPU, and their number the config.
+
+    Without GPUs every worker does: `host_problem` compares with the node's memory.
 
     Args:
         planner: The planner.
@@ -83,6 +88,8 @@ def trainer_fits(planner: Planner, workers: int, config: RunConfig | None = None
         config: Another config than the planner's.
     """
     config = config or planner.config
+    if workers % config.training.sequence_parallel_size:
+        return False
     if not config.training.gpus_per_worker:
         return True
     memory = training_memory(config, planner.model, planner.work, planner.assumptions, workers)
@@ -93,8 +100,13 @@ def _trainer_way_out(planner: Planner, workers: int) -> str:
     """The fewest changes of the config that make training fit."""
     config = planner.config
     training = config.training
-    changes = {"zero_stage": 3, "activation_checkpointing": "full", "offload_optimizer": True, "offload_parameters": True}
-    changes["tokens_per_microbatch"] = max(1024, training.tokens_per_microbatch // 4)
+    changes = {
+        "zero_stage": 3,
+        "activation_checkpointing": "full",
+        "offload_optimizer": True,
+        "offload_parameters": True,
+    }
+    changes["tokens_per_microbatch"] = max(1024, config.model.max_length, training.tokens_per_microbatch // 4)
     possible = {key: value for key, value in changes.items() if getattr(training, key) != value}
     ways = []
     more = range(workers + 1, training.groups_per_step + 1)

@@ -48,8 +48,9 @@ def _model_table(plan: RunPlan) -> QuantityTable:
         quantities.append(Quantity("of adapters", trained, "", f"rank {config.lora.rank} on {targets} linear layers"))
     quantities += [
         Quantity("questions a round", work.questions, "", work.counted),
-        Quantity("rows of a group", work.rows, "", "1 reference + trained candidates (signal, distinct)"),
-        Quantity("tokens of a row", work.row, "", f"{work.prompt:.0f} of prompt + {work.response:.0f} of response"),
+        Quantity("responses of a group", work.responses, "", "1 reference + trained candidates (signal, distinct)"),
+        Quantity("tokens of a prompt", work.prompt, "", f"log lengths deviate by {work.prompt_spread:.2f}"),
+        Quantity("tokens of a response", work.response, "", f"log lengths deviate by {work.response_spread:.2f}"),
     ]
     return QuantityTable(model.name, tuple(quantities))
 

@@ -21,6 +21,7 @@ from aft_ray.planning.plan.assumptions import PlanAssumptions
 from aft_ray.planning.plan.engine_memory import EngineMemory
 from aft_ray.planning.plan.hardware import NodeType, device
 from aft_ray.planning.plan.quantities import GB, Quantity, duration, giga, gigabytes
+from aft_ray.planning.plan.step_shape import StepShapes
 from aft_ray.planning.plan.workload import Workload
 
 
@@ -49,7 +50,7 @@ class TrainingTime:
 
     Attributes:
         seconds: Seconds of all optimiser steps.
-        tokens_per_s: Tokens in a second over all workers, without padding.
+        tokens_per_s: Tokens in a second over all workers, each prompt once.
         communication: Share of the seconds in which a worker waits for others.
         lines: The arithmetic.
     """
@@ -68,6 +69,7 @@ class TimeModel:
     ) -> None:
         self.config, self.model, self.work, self.assumptions, self.node = config, model, work, assumptions, node
         self.width = 2 if config.model.dtype == "bfloat16" else 4
+        self._step_shapes = {vft: StepShapes(config, work, assumptions, vft=vft) for vft in (False, True)}
 
     # --- sampling
 
@@ -150,66 +152,65 @@ class TimeModel:
     def training(self, workers: int) -> TrainingTime:
         """The time of training on a round's groups."""
         training = self.config.training
-        steps = self.work.steps
-        return self._training(
-            workers, self.work.questions, self.work.rows, training.groups_per_step, training.epochs, steps
-        )
+        responses = self.work.responses
+        return self._training(workers, self.work.questions, responses, training.groups_per_step, training.epochs,
+                              self.work.steps, vft=False)  # fmt: skip
 
     def vft(self, workers: int) -> TrainingTime:
         """The time of round 0, which trains on the reference responses alone."""
         vft = self.config.vft
-        return self._training(
-            workers, self.work.vft_questions, 1.0, vft.questions_per_step, vft.epochs, self.work.vft_steps
-        )
+        return self._training(workers, self.work.vft_questions, 1.0, vft.questions_per_step, vft.epochs,
+                              self.work.vft_steps, vft=True)  # fmt: skip
 
     def _training(
-        self, workers: int, questions: int, rows: float, per_step: int, epochs: int, steps: int
+        self, workers: int, questions: int, responses: float, per_step: int, epochs: int, steps: int, *, vft: bool
     ) -> TrainingTime:
-        config, work, assumptions = self.config, self.work, self.assumptions
+        work, assumptions = self.work, self.assumptions
         if not steps:
             return TrainingTime(0.0, 0.0, 0.0, ())
-        training = config.training
+        training = self.config.training
+        shape = self._step_shapes[vft].of(workers)
         peak = device(self.node, training.gpus_per_worker, training.cpus_per_worker)
-        length = work.row / assumptions.filling
-        group = rows * length
-        groups = -(-min(per_step, questions) // workers)
-        in_a_pass = max(1, int(training.tokens_per_microbatch // group))
-        passes = -(-groups // in_a_pass)
         # A backward pass costs two forward passes; with frozen weights only one, as their gradients are not needed.
-        factor = (2 if config.lora is not None else 3) + (1 if training.activation_checkpointing == "full" else 0)
-        forward = self._forward_flops(length, work.response / work.row)
-        computing = groups * group * factor * forward / (peak.flops * assumptions.mfu)
-        moved, how = self._communicated_bytes(workers, passes)
+        factor = (2 if self.config.lora is not None else 3) + (1 if training.activation_checkpointing == "full" else 0)
+        forward = self._forward_flops(work.length, min(1.0, responses * work.response / shape.group_tokens))
+        passed = shape.train_tokens * factor + shape.score_tokens
+        computing = passed * forward / (peak.flops * assumptions.mfu)
+        passes = shape.train_passes
+        moved, how = self._communicated_bytes(workers, passes, shape.score_passes)
         link = self._link_bandwidth(workers)
         moving = moved / link
         waiting = max(moving - assumptions.overlap * computing, (1 - assumptions.overlap) * moving)
         offloaded, update = self._offload_seconds(workers, passes), self._optimizer_seconds(workers)
-        step = computing + waiting + offloaded + update + passes * assumptions.pass_overhead_s
+        step = computing + waiting + offloaded + update + (passes + shape.score_passes) * assumptions.pass_overhead_s
         seconds = steps * step
+        scored = f" + {shape.score_tokens:,.0f} without gradients" if shape.score_tokens else ""
         lines = [
             Quantity("steps", steps, "", f"{epochs} x {questions:,} groups / {per_step}, rounded up"),
-            Quantity("computing, a step", computing, "s", f"{groups} groups of the busiest worker x {rows:.3g} rows x "
-                   f"{work.row:.0f} tokens / {assumptions.filling:g} = {groups * group:,.0f} tokens x {factor} x "
-                   f"{giga(forward)} FLOP / ({peak.flops:.3g} FLOP/s x {assumptions.mfu:g})"),
+            Quantity("computing, a step", computing, "s", f"({shape.train_tokens:,.0f} tokens of the slowest worker x "
+                   f"{factor}{scored}) x {giga(forward)} FLOP / ({peak.flops:.3g} FLOP/s x {assumptions.mfu:g})"),
+            Quantity("share that no worker waits", shape.balance, "", f"the planner of a run on drawn groups of "
+                   f"{shape.group_tokens:,.0f} tokens on average, each prompt once"),
         ]  # fmt: skip
         if workers > 1:
             how += f" = {gigabytes(moved)} / {link / GB:.0f} GB/s = {duration(moving)}"
             how += f", {assumptions.overlap:.0%} of it hidden if it can be"
-            lines.append(Quantity("waiting for others, a step", waiting, "s", how))
+            lines.append(Quantity("waiting for weights and gradients, a step", waiting, "s", how))
         if offloaded:
             how = f"PCIe at {self.node.pcie:g} GB/s x {assumptions.link_efficiency:g}"
             lines.append(Quantity("to and from host memory, a step", offloaded, "s", how))
         overhead = duration(assumptions.pass_overhead_s)
+        split = f", {shape.score_passes:g} of them twice for groups that are split" if shape.score_passes else ""
         lines += [
             Quantity("optimizer, a step", update, "s", "42 bytes a parameter of the worker's share"),
-            Quantity("passes, a step", passes, "", f"{groups} groups, {in_a_pass} in tokens_per_microbatch="
-                   f"{training.tokens_per_microbatch}; {overhead} each beside the model"),
+            Quantity("passes, a step", passes, "", f"the fewest with at most tokens_per_microbatch="
+                   f"{training.tokens_per_microbatch:,} tokens{split}; {overhead} each beside the model"),
             Quantity("all steps", seconds, "s", f"{steps} x {duration(step)}", total=True),
         ]  # fmt: skip
-        tokens = questions * epochs * rows * work.row
+        tokens = questions * epochs * shape.group_tokens
         return TrainingTime(seconds, tokens / seconds, steps * waiting / seconds, tuple(lines))
 
-    def _communicated_bytes(self, workers: int, passes: int) -> tuple[float, str]:
+    def _communicated_bytes(self, workers: int, passes: float, score_passes: float) -> tuple[float, str]:
         """The bytes that a worker exchanges with others in a step, and the formula (arXiv 1910.02054, section 7)."""
         stage = self.config.training.zero_stage
         trained = self.trained
@@ -217,14 +218,15 @@ class TimeModel:
         everything = self.width * self.model.parameters * share
         gradients, weights = 4 * trained * share, self.width * trained * share  # gradients are reduced in float32
         if stage == 3:
-            how = f"{passes} x (2 gathers of {giga(self.model.parameters)} weights, gradients of {giga(trained)})"
-            return passes * (2 * everything + gradients), how
+            how = f"{passes:.3g} x (2 gathers of {giga(self.model.parameters)} weights, gradients of {giga(trained)})"
+            how += f" + {score_passes:.3g} gathers" if score_passes else ""
+            return passes * (2 * everything + gradients) + score_passes * everything, how
         if stage == 2:
-            how = f"{passes} x gradients of {giga(trained)}, their weights once"
+            how = f"{passes:.3g} x gradients of {giga(trained)}, their weights once"
             return passes * gradients + weights, how
         return 2 * gradients, f"gradients of {giga(trained)} reduced to all once"
 
-    def _offload_seconds(self, workers: int, passes: int) -> float:
+    def _offload_seconds(self, workers: int, passes: float) -> float:
         """The seconds of a step in which offloaded states travel between a GPU and host memory."""
         training, share = self.config.training, self.trained / workers
         if not training.gpus_per_worker:

@@ -23,6 +23,8 @@ from aft_ray.planning.plan.workload import Workload
 # Numbers of elements: aft_ray.training.deepspeed._BUCKET, and the defaults of DeepSpeed's stage3_max_live_parameters
 # and sub_group_size.
 BUCKET, MAX_LIVE, SUB_GROUP = 50_000_000, 1_000_000_000, 1_000_000_000
+# Logits that exist at once on a GPU: aft_ray.training.scoring's chunk.
+LOGITS = 1 << 26
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,26 +97,45 @@ def model_states(config: RunConfig, model: Architecture) -> list[ModelState]:
     # the weights are in float32.
     if stage > 0:
         kept.append(ModelState("master weights, float32", 4, trained, True, offload))
-    kept.append(ModelState("Adam's two moments, float32", 8, trained, stage > 0, offload))
+    if training.optimizer == "adamw":
+        kept.append(ModelState("Adam's two moments, float32", 8, trained, stage > 0, offload))
+    else:  # bitsandbytes' blocks of 256 values have a float32 scale each
+        kept.append(ModelState("Adam's two moments, 8 bits", 2 * (1 + 4 / 256), trained, stage > 0, False))
     return kept
 
 
-def activation_bytes(model: Architecture, row: int, half: bool) -> float:
+def activation_bytes(model: Architecture, half: bool) -> float:
     """The bytes that autograd saves of one layer, for each token.
 
-    These are: of two RMSNorms the input in float32, the normalised input and the output; queries, and keys and values
-    repeated for all heads; output, log-sum-exp and mask of attention; and four tensors of the MLP.
+    These are: of two RMSNorms the input in float32, the normalised input and the output; queries, keys and values; the
+    output of attention and its log-sum-exp; and four tensors of the MLP. No mask is saved, and nothing that grows with
+    the length.
 
     Args:
         model: The model.
-        row: Tokens of a row, padding included.
         half: Whether the model is in bfloat16 instead of float32.
     """
     h, q, f, a = model.hidden, model.query_width, model.intermediate, model.heads
     width = 2 if half else 4
     norms = 2 * ((4 + 2 + 2) if half else (4 + 4 + 4)) * h + 8
     head_norms = (q + model.kv_width) * (6 if half else 8) + 4 * (a + model.kv_heads) if model.head_norms else 0
-    return norms + head_norms + 4 * width * q + 4 * a + width * row + 4 * width * f
+    return norms + head_norms + width * (2 * q + 2 * model.kv_width) + 4 * a + 4 * width * f
+
+
+def saved_bytes(model: Architecture, half: bool, checkpointing: str) -> float:
+    """The bytes that a layer keeps for its backward pass, for each token.
+
+    Args:
+        checkpointing: `training.activation_checkpointing`: "none" keeps all that autograd saves, "selective" the
+            results of matrix products and of attention, "full" the layer's input.
+    """
+    width, h = 2 if half else 4, model.hidden
+    if checkpointing == "full":
+        return float(width * h)
+    if checkpointing == "selective":
+        products = 3 * h + 2 * model.query_width + 2 * model.kv_width + 2 * model.intermediate
+        return float(width * products + 4 * model.heads)
+    return activation_bytes(model, half)
 
 
 def training_memory(
@@ -167,48 +188,50 @@ def _buffers(config: RunConfig, model: Architecture) -> list[Quantity]:
     return lines
 
 
-def microbatch_tokens(config: RunConfig, workers: int) -> tuple[int, str]:
-    """The padded tokens of the largest forward pass, and what limits them.
+def row_tokens(config: RunConfig, workers: int) -> tuple[int, str]:
+    """The tokens that a worker computes at most in one forward pass, and what limits them.
 
-    It is the config's limit, one group that is larger than the limit, or a worker's whole share of a step.
+    It is the config's budget, or a worker's whole share of a step.
     """
     training, longest = config.training, config.model.max_length
     candidates = config.sampling.k if config.samples else 0
-    group = (1 + candidates) * longest
-    if group > training.tokens_per_microbatch:
-        return group, f"a group of (1 + k={candidates}) x max_length={longest}"
-    step = -(-training.groups_per_step // workers) * group
-    if step < training.tokens_per_microbatch:
-        return step, f"a worker's share of a step, {step // group} x (1 + k={candidates}) x max_length={longest}"
-    return training.tokens_per_microbatch, "tokens_per_microbatch"
+    together = training.sequence_parallel_size
+    share = -(-training.groups_per_step * together // workers)
+    step = -(-share * (1 + candidates) * longest // together)
+    if step >= training.tokens_per_microbatch:
+        return training.tokens_per_microbatch, "tokens_per_microbatch"
+    source = f"a worker's share of a step, {share} x (1 + k={candidates}) x max_length={longest}"
+    return step, source + (f" / sequence_parallel_size={together}" if together > 1 else "")
 
 
 def _activations(config: RunConfig, model: Architecture, work: Workload, workers: int, half: bool) -> list[Quantity]:
     """Saved activations, and the largest of the needs that arise only for a part of a step."""
-    tokens, source = microbatch_tokens(config, workers)
-    longest, width = config.model.max_length, 2 if half else 4
-    layer = activation_bytes(model, longest, half)
-    if config.training.activation_checkpointing == "full":
-        saved = float(width * model.hidden * model.layers * tokens)
-        how = f"{tokens:,} tokens ({source}) x {model.layers} layers x {width} x {model.hidden:,}: layer inputs"
-    else:
-        saved = layer * model.layers * tokens
-        how = f"{tokens:,} tokens ({source}) x {model.layers} layers x {layer:,.0f} bytes"
+    training, width = config.training, 2 if half else 4
+    tokens, source = row_tokens(config, workers)
+    layer = activation_bytes(model, half)
+    kept = saved_bytes(model, half, training.activation_checkpointing)
+    saved = kept * model.layers * tokens
+    how = f"{tokens:,} tokens ({source}) x {model.layers} layers x {kept:,.0f} bytes"
+    if training.activation_checkpointing != "none":
+        how += f", {training.activation_checkpointing} checkpointing"
     lines = [Quantity("saved activations", saved, "bytes", how)]
-    columns: float = min(1.0, config.sampling.max_tokens / min(longest, work.prompt + config.sampling.max_tokens))
-    responses = tokens * columns
-    # Forward: logits, those of response tokens, in bfloat16 their float32 copy, and the log-softmax; and what the last
-    # norm saves.
-    logits = 12 * model.vocabulary * responses + (8 if half else 12) * model.hidden * tokens
+    candidates = config.sampling.k if config.samples else 0
+    responses = (1 + candidates) * config.sampling.max_tokens
+    targets = tokens * min(1.0, responses / (work.prompt + responses))
+    # One chunk of logits in float32, in bfloat16 beside its copy; the gradient of the head; what the last norm saves;
+    # hidden states of the targets, and what their gradient is made of.
+    chunk = (6 if half else 4) * max(LOGITS, 128 * model.vocabulary)
+    head = width * model.embedding_parameters if config.lora is None else 0
+    logits = chunk + head + (8 if half else 12) * model.hidden * (tokens + targets)
     # Backward: gradients of the two factors in the MLP and of the product, whose input is not needed any more.
     gradients = 2 * width * model.intermediate + width * model.hidden
-    recomputed = layer if config.training.activation_checkpointing == "full" else 0.0
+    recomputed = layer if training.activation_checkpointing != "none" else 0.0
     what = "a layer recomputed and its gradients" if recomputed else "the gradients of a layer"
     temporary = {
-        f"logits: {responses:,.0f} response tokens x {model.vocabulary:,} x 12 bytes, and the last norm": logits,
+        f"a chunk of logits, the gradient of {giga(model.embedding_parameters)} weights of the head, and the hidden "
+        f"states of {targets:,.0f} response tokens": logits,
         f"{what}: {tokens:,} x {recomputed + gradients:,.0f} bytes": (recomputed + gradients) * tokens,
     }
-    training = config.training
     if training.zero_stage == 3 and not training.offload_optimizer and config.lora is None:
         share = min(SUB_GROUP, model.parameters // workers)
         name = f"the optimizer's step: 2 x 4 bytes x {giga(share)}, in the activations' place"

@@ -1,4 +1,4 @@
-"""How much there is to do in a round: questions, rows and tokens, from the config, the task and the assumptions.
+"""How much there is to do in a round: questions, responses and tokens, from the config, the task and the assumptions.
 
 Invariant: the sizes of rounds are computed by the function that a run uses (`aft_ray.tasks.dataset.round_size`).
 """
@@ -6,7 +6,7 @@ Invariant: the sizes of rounds are computed by the function that a run uses (`af
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from aft_ray.config.run import ConfigError, RunConfig
 from aft_ray.config.tasks import DataConfig
@@ -23,21 +23,24 @@ class TaskFacts:
         validation: Questions of the validation split.
         prompt: Mean tokens of a prompt, under a tokenizer like Llama's.
         response: Mean tokens of a reference response, under the same tokenizer.
+        prompt_spread, response_spread: Standard deviations of the log lengths.
     """
 
     train: int
     validation: int
     prompt: float
     response: float
+    prompt_spread: float
+    response_spread: float
 
 
-# The splits are those that aft_ray.tasks makes of the public data. The lengths of gsm8k, aqua_rat and ecqa are means
-# over their training questions under SmolLM2's tokenizer, which splits numbers into digits like Llama's.
+# The splits are those that aft_ray.tasks makes of the public data. The lengths of gsm8k, aqua_rat and ecqa are those of
+# their training questions under SmolLM2's tokenizer, which splits numbers into digits like Llama's.
 KNOWN_TASKS = {
-    "gsm8k": TaskFacts(7473, 400, 65, 93),
-    "aqua_rat": TaskFacts(96_321, 400, 87, 54),
-    "ecqa": TaskFacts(7598, 1090, 49, 29),
-    "mmlu": TaskFacts(0, 1531, 120, 5),
+    "gsm8k": TaskFacts(7473, 400, 65, 93, 0.32, 0.43),
+    "aqua_rat": TaskFacts(96_321, 400, 87, 54, 0.24, 0.54),
+    "ecqa": TaskFacts(7598, 1090, 49, 29, 0.13, 0.32),
+    "mmlu": TaskFacts(0, 1531, 120, 5, 0.5, 0.3),
 }
 
 
@@ -52,7 +55,8 @@ class Workload:
         counted: How the number of questions is known.
         prompt: Mean tokens of a prompt.
         response: Mean tokens of a response.
-        rows: Mean rows of a group in training: the reference and the candidates that are trained on.
+        prompt_spread, response_spread: Standard deviations of the log lengths.
+        responses: Mean responses of a group in training: the reference and the candidates that are trained on.
         k: Candidates of a question.
         steps: Optimiser steps of a round after round 0.
         vft_steps: Optimiser steps of round 0.
@@ -64,13 +68,15 @@ class Workload:
     counted: str
     prompt: float
     response: float
-    rows: float
+    prompt_spread: float
+    response_spread: float
+    responses: float
     k: int
     steps: int
     vft_steps: int
 
     @property
-    def row(self) -> float:
+    def length(self) -> float:
         """Mean tokens of a prompt and a response together."""
         return self.prompt + self.response
 
@@ -105,15 +111,17 @@ def workload(config: RunConfig, assumptions: PlanAssumptions) -> Workload:
         counted=_counted(config, counts, assumptions),
         prompt=prompt,
         response=response,
-        rows=_rows(config, assumptions),
+        prompt_spread=sum(share[name] * fact.prompt_spread for name, fact in facts.items()),
+        response_spread=sum(share[name] * fact.response_spread for name, fact in facts.items()),
+        responses=_responses(config, assumptions),
         k=config.sampling.k,
         steps=-(-questions // training.groups_per_step) * training.epochs,
         vft_steps=-(-vft // config.vft.questions_per_step) * config.vft.epochs,
     )
 
 
-def _rows(config: RunConfig, assumptions: PlanAssumptions) -> float:
-    """Mean rows of a group in training: the reference, and the distinct candidates if their rewards differ.
+def _responses(config: RunConfig, assumptions: PlanAssumptions) -> float:
+    """Mean responses of a group in training: the reference, and the distinct candidates if their rewards differ.
 
     An objective that trains on right candidates alone takes about half of the candidates of every group.
     """
@@ -129,15 +137,15 @@ def _facts(data: DataConfig) -> TaskFacts:
     if data.task == "arithmetic":
         sizes = data.arithmetic
         steps = (sizes.min_steps + sizes.max_steps) / 2
-        facts = TaskFacts(sizes.train_size, sizes.validation_size, 13 + 9 * steps, 4 + 9 * steps)
+        facts = TaskFacts(sizes.train_size, sizes.validation_size, 13 + 9 * steps, 4 + 9 * steps, 0.25, 0.3)
     else:
-        facts = KNOWN_TASKS.get(data.task, TaskFacts(0, 0, 80, 100))
+        facts = KNOWN_TASKS.get(data.task, TaskFacts(0, 0, 80, 100, 0.5, 0.5))
     limits = (data.train_limit, data.validation_limit)
     train, validation = (
         limit if known == 0 and limit else min(known, limit or known)
         for known, limit in zip((facts.train, facts.validation), limits, strict=True)
     )
-    return TaskFacts(train, validation, facts.prompt, facts.response)
+    return replace(facts, train=train, validation=validation)
 
 
 def _scaled(counts: Mapping[str, int], questions: int) -> dict[str, int]:

@@ -15,6 +15,7 @@ from pydantic import Field
 
 from aft_ray.config.run import RunConfig
 from aft_ray.config.section import Natural, Positive, Section
+from aft_ray.planning.plan.step_shape import log_normal
 
 
 class SimulationAssumptions(Section):
@@ -34,7 +35,9 @@ class SimulationAssumptions(Section):
     prefill_tokens_per_s: float = Field(
         25_000, gt=0, description="prompt tokens that an engine reads; decoding waits meanwhile"
     )
-    train_tokens_per_s: float = Field(600, gt=0, description="padded tokens of a train worker, forward and backward")
+    train_tokens_per_s: float = Field(
+        600, gt=0, description="tokens of a train worker, forward and backward, each prompt once"
+    )
     pass_s: float = Field(1.0, ge=0, description="fixed time of each forward and backward pass: ZeRO's gathers")
     optimizer_s: float = Field(0.5, ge=0, description="time of the optimiser in a step")
     publish_s: float = Field(10, ge=0, description="trainer: from its last step until the version is at the engines")
@@ -95,7 +98,7 @@ def draw_work(assumed: SimulationAssumptions, seed: int, stage: int, questions: 
     rng = np.random.default_rng([seed, stage])
     shared = np.sqrt(assumed.length_shared) * rng.standard_normal((questions, 1))
     own = np.sqrt(1 - assumed.length_shared) * rng.standard_normal((questions, k))
-    lengths = np.minimum(_log_normal(assumed.response_tokens, assumed.length_spread, shared + own), max_tokens)
+    lengths = np.minimum(log_normal(assumed.response_tokens, assumed.length_spread, shared + own), max_tokens)
     return Work(
         prompts, references, lengths, rng.random((questions, k)) < _pass_rates(assumed, rng, questions)[:, None]
     )
@@ -106,15 +109,7 @@ def _tokens(assumed: SimulationAssumptions, seed: int, questions: int) -> tuple[
     rng = np.random.default_rng([seed])
     normal = rng.standard_normal((2, questions))
     spread = assumed.length_spread
-    return _log_normal(assumed.prompt_tokens, spread, normal[0]), _log_normal(
-        assumed.reference_tokens, spread, normal[1]
-    )
-
-
-def _log_normal(mean: float, spread: float, normal: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Log-normal integers with this mean; with log-mean mu and log-variance s² the mean is exp(mu + s²/2)."""
-    tokens: NDArray[np.int64] = np.maximum(1, np.rint(mean * np.exp(spread * normal - spread**2 / 2))).astype(np.int64)
-    return tokens
+    return log_normal(assumed.prompt_tokens, spread, normal[0]), log_normal(assumed.reference_tokens, spread, normal[1])
 
 
 def _pass_rates(assumed: SimulationAssumptions, rng: np.random.Generator, questions: int) -> NDArray[np.float64]:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from aft_ray.config.run import RunConfig
 from aft_ray.coordination.coordinator import Coordinator
+from aft_ray.planning.plan.step_shape import tokens_of_passes
 from aft_ray.planning.simulation.assumptions import SimulationAssumptions, Work
-from aft_ray.training.balance import load_of
-from aft_ray.training.batching import GroupSize, PlannedBatch, StepPlan, plan_step, training_order
+from aft_ray.training.batching import GroupSize, plan_step, training_order
 from aft_ray.weights.version_manifest import VersionManifest
 
 
@@ -89,28 +89,13 @@ def pass_cost(config: RunConfig, assumed: SimulationAssumptions, sizes: list[Gro
         for first in range(0, len(order), training.groups_per_step):
             of_step = [sizes[index] for index in order[first : first + training.groups_per_step]]
             plan = plan_step(of_step, ranks=training.workers, budget=training.tokens_per_microbatch)
-            of_pass = _tokens_of_passes(plan, of_step)
+            of_pass = tokens_of_passes(plan, of_step)
             slowest += sum(max(ranks) for ranks in of_pass)
             tokens += sum(sum(ranks) for ranks in of_pass)
             passes += len(of_pass)
             steps += 1
     seconds = slowest / assumed.train_tokens_per_s + passes * assumed.pass_s + steps * assumed.optimizer_s
     return PassCost(seconds, tokens / assumed.train_tokens_per_s / training.workers, steps, tokens)
-
-
-def _tokens_of_passes(plan: StepPlan, sizes: list[GroupSize]) -> list[list[int]]:
-    """Tokens [passes][ranks] of a step's forward and backward passes."""
-
-    def tokens(batch: PlannedBatch) -> int:
-        if batch.piece is None:
-            return sum(load_of(sizes[index].prompt, sizes[index].responses).tokens for index in batch.groups)
-        size = sizes[batch.groups[0]]
-        return load_of(size.prompt, [size.responses[one] for one in batch.piece.responses]).tokens
-
-    return [
-        [tokens(share[number]) if number < len(share) else 0 for share in plan.shares]
-        for number in range(plan.train_passes)
-    ]
 
 
 class SimulatedTrainer:

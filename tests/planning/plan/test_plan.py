@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tiny import tiny_tree
@@ -24,6 +25,7 @@ from aft_ray.planning.plan.planner import Planner
 from aft_ray.planning.plan.problems import engine_fits, problems
 from aft_ray.planning.plan.report import overrides
 from aft_ray.planning.plan.search import TENSOR_PARALLEL, best_split
+from aft_ray.planning.plan.step_shape import StepShapes
 from aft_ray.planning.plan.workload import workload
 
 CONFIGS = Path(__file__).parents[3] / "jobs/configs"
@@ -78,6 +80,40 @@ def test_there_are_configs_for_big_models():
     assert len(BIG) >= 7
 
 
+def test_long_responses_of_a_7b_fit_one_node():
+    config = config_of(
+        model={"name": "Qwen/Qwen2.5-7B", "max_length": 9216},
+        sampling={"samplers": 2, "tensor_parallel_size": 1, "gpus_per_sampler": 1, "k": 8, "max_tokens": 8192},
+        training={"workers": 6, "groups_per_step": 96, "tokens_per_microbatch": 9216},
+    )
+    run_plan = plan(config, ClusterShape(H100, 1), parse_assumptions(["response_tokens=3500"]))
+    assert run_plan.problems == ()
+    assert run_plan.training.seconds > 0
+    # A group of 9 responses is split over several rows, whose scores are computed first.
+    assert any("of them twice" in line.how for line in run_plan.training.lines)
+
+
+def test_the_time_of_a_step_is_that_of_the_planner_on_drawn_lengths():
+    planner = planner_of(config_of())
+    shapes = StepShapes(planner.config, planner.work, planner.assumptions)
+    few, many = shapes.of(4), shapes.of(24)
+    assert few.group_tokens == many.group_tokens  # the same groups
+    assert 1 < few.train_passes <= 3
+    assert many.train_passes == 1
+    assert min(few.balance, many.balance) > 0.95
+    # One group each: the slowest worker has one with candidates, others a reference alone.
+    assert shapes.of(144).balance < 0.6
+    vft = StepShapes(planner.config, planner.work, planner.assumptions, vft=True).of(24)
+    assert vft.group_tokens == pytest.approx(65 + 93 - 1, rel=0.1)
+
+
+def test_workers_that_share_a_row_are_planned_as_one_rank():
+    alone = planner_of(config_of(training={"workers": 24}))
+    together = planner_of(config_of(training={"workers": 24, "sequence_parallel_size": 4}))
+    assert problems(together, Split(1, 8, 22)) != []
+    assert together.trainer_memory(24).device == pytest.approx(alone.trainer_memory(24).device, rel=0.1)
+
+
 # --- refusals, one sentence each
 
 
@@ -112,7 +148,7 @@ def test_every_way_out_that_is_named_fits(training):
         tree = config.model_dump()
         for change in way.split():
             key, value = change.removeprefix("training.").split("=")
-            tree["training"][key] = json.loads(value)
+            tree["training"][key] = yaml.safe_load(value)
         assert not plan(parse_config(tree), ClusterShape(H100, 12)).problems, way
 
 
@@ -407,10 +443,10 @@ def test_several_tasks_share_a_round():
 
 
 def test_only_what_an_objective_trains_on_is_counted():
-    def rows(name):
-        return workload(config_of(objective={"name": name}), parse_assumptions(["signal=0.5", "distinct=1"])).rows
+    def responses(name):
+        return workload(config_of(objective={"name": name}), parse_assumptions(["signal=0.5", "distinct=1"])).responses
 
-    assert (rows("vft"), rows("aft_boundary"), rows("rft")) == (1, 4, 4)
+    assert (responses("vft"), responses("aft_boundary"), responses("rft")) == (1, 4, 4)
     assert (
         plan(config_of(objective={"name": "vft"}, rounds={"evaluate_every": 0}), ClusterShape(H100, 4)).sampling is None
     )

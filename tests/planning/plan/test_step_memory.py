@@ -11,34 +11,43 @@ from fake_step import activation_peak
 from aft_ray.config.run import load_config
 from aft_ray.planning.plan.architecture import architecture_of
 from aft_ray.planning.plan.assumptions import PlanAssumptions
-from aft_ray.planning.plan.training_memory import microbatch_tokens, training_memory
+from aft_ray.planning.plan.training_memory import LOGITS, row_tokens, training_memory
 from aft_ray.planning.plan.workload import workload
+from aft_ray.training import scoring
 
 CONFIGS = Path(__file__).parents[3] / "jobs/configs"
 RUNS = ["llama2_7b_gsm8k", "llama2_13b_gsm8k", "llama2_70b_gsm8k", "qwen2_5_72b_gsm8k"]
 ASSUMED = PlanAssumptions()
 
 
+@pytest.fixture(autouse=True)
+def chunks_of_a_gpu(monkeypatch):
+    """Chunks of logits as large as on a GPU: plans are for those."""
+    monkeypatch.setitem(scoring._CHUNK_ELEMENTS, "cpu", scoring._CHUNK_ELEMENTS["cuda"])
+
+
+def test_a_plan_knows_the_size_of_a_chunk():
+    assert scoring._CHUNK_ELEMENTS["cuda"] == LOGITS
+    assert scoring.chunk_tokens(1 << 30, "cuda") == 128
+
+
 def measured_activations(config, model, prompt) -> float:
-    """Bytes at the peak of the largest micro-batch: of one to three layers, from which the others follow."""
-    tokens, _ = microbatch_tokens(config, config.training.workers)
-    columns = config.sampling.max_tokens
-    length = min(config.model.max_length, round(prompt) + columns)
-    rows = tokens // length
+    """Bytes at the peak of the largest row: of one to three layers, from which the others follow."""
+    tokens, _ = row_tokens(config, config.training.workers)
     one, two, three = (
         activation_peak(
             hugging_face_config(replace(model, layers=layers)),
             getattr(torch, config.model.dtype),
-            rows,
-            length,
-            columns,
+            tokens,
+            round(prompt),
+            config.sampling.max_tokens,
             config.sampling.k,
-            config.training.activation_checkpointing == "full",
+            config.training.activation_checkpointing,
         )
         for layers in (1, 2, 3)
     )
     assert three - two == two - one  # each layer adds the same
-    return (one + (model.layers - 1) * (two - one)) * tokens / (rows * length)
+    return one + (model.layers - 1) * (two - one)
 
 
 def arithmetic_of_zero3(model, workers) -> float:
@@ -61,7 +70,7 @@ def test_a_plan_has_the_memory_of_the_real_step(name):
     # At stage 3 the optimizer's step may need more than the activations, when these are gone.
     step = 8 * min(1_000_000_000, model.parameters // workers)
     real = arithmetic_of_zero3(model, workers) + max(activations, step)
-    assert planned.device - reserve == pytest.approx(real, rel=0.01)
+    assert planned.device - reserve == pytest.approx(real, rel=0.02)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -76,6 +85,6 @@ def test_planned_activations_are_those_of_the_real_step(name, checkpointing, dty
         line.label: line.value for line in training_memory(config, model, work, ASSUMED, config.training.workers).lines
     }
     planned = lines["saved activations"] + lines["largest passing need"]
-    # In float32 the gradient of a head, which a plan counts with the buckets, can be part of the peak.
-    tolerance = 0.01 if dtype == "bfloat16" else 0.1
+    # On the CPU `selective` keeps the part of attention that is the prompts' as well, before the parts are joined.
+    tolerance = 0.1 if checkpointing == "selective" or dtype == "float32" else 0.02
     assert planned == pytest.approx(measured_activations(config, model, work.prompt), rel=tolerance)

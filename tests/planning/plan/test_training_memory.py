@@ -10,6 +10,8 @@ from architectures import config_of, hugging_face_config
 
 from aft_ray.planning.plan.architecture import Architecture, from_transformers
 from aft_ray.planning.plan.training_memory import BUCKET, activation_bytes, model_states
+from aft_ray.training.packed_attention import packed_inputs, use_packed_attention
+from aft_ray.training.packing import pack
 
 SIZES = {
     "hidden": 96,
@@ -29,12 +31,13 @@ def small(family="llama", **others):
     )
 
 
-def saved_bytes(sizes, dtype, rows, length):
+def kept_bytes(sizes, dtype, row):
     """Bytes of the storages that autograd keeps of a forward pass without the head, parameters not counted."""
     from transformers import AutoModelForCausalLM
 
     config = hugging_face_config(sizes)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").train()
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+    use_packed_attention(model)
     parameters = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
     kept = {}
 
@@ -45,11 +48,8 @@ def saved_bytes(sizes, dtype, rows, length):
             kept[storage.data_ptr()] = (storage.nbytes(), tensor)
         return tensor
 
-    ids = torch.randint(0, sizes.vocabulary, (rows, length))
-    mask = torch.ones_like(ids)
-    mask[0, :3] = 0
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model.model(input_ids=ids, attention_mask=mask, use_cache=False)
+        model.model(**packed_inputs(row))
     return sum(size for size, _ in kept.values())
 
 
@@ -58,9 +58,9 @@ def saved_bytes(sizes, dtype, rows, length):
 def test_activations_are_what_autograd_saves(family, dtype):
     two = small(family)
     three = Architecture(**{field: getattr(two, field) for field in two.__slots__} | {"layers": 3})
-    rows, length = 3, 24
-    measured = saved_bytes(three, dtype, rows, length) - saved_bytes(two, dtype, rows, length)
-    assert measured == activation_bytes(two, length, dtype == torch.bfloat16) * rows * length
+    row = pack([[1, 2, 3], [4] * 9], [[[5] * 7, [6] * 4], [[7] * 12]])
+    measured = kept_bytes(three, dtype, row) - kept_bytes(two, dtype, row)
+    assert measured == activation_bytes(two, dtype == torch.bfloat16) * row.columns
 
 
 def live_storages():

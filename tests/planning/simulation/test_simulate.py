@@ -241,7 +241,7 @@ def test_answers_are_read_off_groups_as_they_were_drawn():
 def test_what_cannot_be_simulated_is_refused_in_a_sentence():
     with pytest.raises(ConfigError, match="nothing to schedule"):
         simulate(config(objective={"name": "vft"}), SimulationAssumptions())
-    with pytest.raises(ConfigError, match="sampling.adaptive=null"):
+    with pytest.raises(ConfigError, match=r"sampling\.adaptive=null"):
         simulate(config(sampling={"adaptive": {}}), SimulationAssumptions())
     mmlu = parse_config({"run_dir": "x", "model": {"name": "x"}, "data": {"task": "mmlu"}})
     with pytest.raises(ConfigError, match="--assume questions=NUMBER"):
