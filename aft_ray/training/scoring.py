@@ -202,7 +202,8 @@ def _head_forward(head: Any, hidden: Tensor, targets: Tensor | None = None, rule
     if type(head) is torch.nn.Linear:
         linear: Any = _LinearLogprobs.apply  # type: ignore[no-untyped-call]
         # State-space models have their hidden states in float32.
-        logprobs: Tensor = linear(hidden.to(head.weight.dtype), head.weight, head.bias, targets, rule)
+        hidden = hidden.to(head.weight.dtype)
+        logprobs: Tensor = linear(hidden, head.weight, head.bias, targets, rule, torch.is_grad_enabled())
         return logprobs
     size = chunk_tokens(head.out_features, hidden.device.type)
 
@@ -229,11 +230,17 @@ class _LinearLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rule: LogitsRule
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        rule: LogitsRule,
+        has_backward: bool,
     ) -> Tensor:
         size = chunk_tokens(len(weight), hidden.device.type)
         kept = None
-        if any(ctx.needs_input_grad) and len(targets) * len(weight) <= _KEPT_ELEMENTS:
+        if has_backward and len(targets) * len(weight) <= _KEPT_ELEMENTS:
             kept = torch.empty(len(targets), len(weight), dtype=torch.float32, device=hidden.device)
         logprobs = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         logsumexp = torch.empty_like(logprobs)
@@ -262,11 +269,10 @@ class _LinearLogprobs(torch.autograd.Function):
         # The weights of the rows go to the narrower factors, which saves a pass over each block.
         weighted = (hidden * row_weights[:, None]).to(weight.dtype)
         for rows in _vocabulary_blocks(len(weight), len(targets), hidden.device.type):
-            logits = (
-                _logits(hidden, weight[rows], None if bias is None else bias[rows], rule)
-                if (ctx.kept is None)
-                else ctx.kept[:, rows]
-            )
+            if ctx.kept is None:
+                logits = _logits(hidden, weight[rows], None if bias is None else bias[rows], rule)
+            else:
+                logits = ctx.kept[:, rows]
             slope = None if rule.softcap is None else 1 - (logits / rule.softcap).square_()
             change = logits.sub_(logsumexp[:, None]).exp_()
             columns = targets - rows.start
@@ -283,7 +289,8 @@ class _LinearLogprobs(torch.autograd.Function):
                 grad_bias[rows] = (change.T @ row_weights).to(bias.dtype)
             del logits, slope, change, narrow  # before the next block is made
         ctx.kept = None
-        return grad_hidden.mul_(row_weights[:, None]).to(hidden.dtype), grad_weight, grad_bias, None, None
+        grad_hidden = grad_hidden.mul_(row_weights[:, None]).to(hidden.dtype)
+        return grad_hidden, grad_weight, grad_bias, None, None, None
 
 
 def _vocabulary_blocks(vocabulary: int, targets: int, device_type: str) -> Iterator[slice]:

@@ -225,6 +225,15 @@ def test_no_logits_are_larger_than_a_chunk_and_more_responses_hold_only_their_hi
     assert many[1] - few[1] <= 20 * 4 * width * length * 24
 
 
+def test_nothing_is_kept_of_scores_without_gradients():
+    """Few enough logits are kept for the backward pass, and a pass without gradients has none."""
+    head, hidden, targets = torch.nn.Linear(8, 20_000), torch.randn(400, 8), torch.zeros(400, dtype=torch.int64)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded, torch.no_grad():
+        head_logprobs(head, hidden, targets, LogitsRule())
+    sizes = [e.nbytes() for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    assert max(sizes) <= 4 * 128 * 20_000
+
+
 # ---- The check before training ----
 
 
