@@ -14,7 +14,7 @@ Engine, optimiser, verifier and decisions are those of runs. The script prints g
 for each arm, and greedy accuracy per million sampled tokens as a ratio, adaptive / uniform, with a 95 % bootstrap
 interval over seeds and questions. The last line is one JSON object. An interrupted comparison is resumed.
 
-    python benchmarks/adaptive_sampling.py                  # 3 seeds; about 15 minutes on two quiet cores
+    python benchmarks/adaptive_sampling.py                  # 3 seeds; about 10 minutes on two quiet cores
     python benchmarks/adaptive_sampling.py --quick          # a first look: one seed, fewer questions
 """
 
