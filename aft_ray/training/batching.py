@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from aft_ray.storage.records import Group, Verdict
+from aft_ray.storage.records import Group, Verdict, training_mask
 from aft_ray.training.balance import Load, Spread, load_of, spread_packed, spread_padded
 
 if TYPE_CHECKING:  # the objectives import torch, and planning uses this module without it
@@ -122,22 +122,6 @@ class StepPlan:
     score_passes: int
     split_responses: int
     totals: StepTotals
-
-
-def training_mask(group: Group) -> list[bool]:
-    """Which candidates may be trained on, one entry per candidate.
-
-    Left out are candidates with an undecided verdict, without tokens, or with the tokens of an earlier candidate: a
-    response that was sampled twice must not count double.
-    """
-    seen: set[tuple[int, ...]] = set()
-    mask = []
-    for candidate in group.candidates:
-        tokens = tuple(candidate.token_ids)
-        mask.append(bool(tokens) and candidate.verdict is not Verdict.UNDECIDED and tokens not in seen)
-        if mask[-1]:
-            seen.add(tokens)
-    return mask
 
 
 def trained_candidates(group: Group, objective: Objective) -> list[int]:

@@ -21,6 +21,7 @@ from aft_ray.run import launch
 from aft_ray.sampling.round import RoundSampling, RunFailed
 from aft_ray.sampling.sampler_pool import SamplerPool
 from aft_ray.sampling.stream import sample_round
+from aft_ray.storage.group_table import GroupTable
 from aft_ray.storage.ledger import Ledger
 from aft_ray.storage.records import Verdict
 from aft_ray.storage.run_dir import RunDir
@@ -188,12 +189,17 @@ def run_with_refused(config, refused) -> None:
     """A run with questions that are longer than the context, which its preparation would leave out."""
     tokenizer = load_tokenizer(config)
     groups = tokenize_split(config, "train", tokenizer).groups
-    groups += [too_long(groups[0], number) for number in range(refused)]
+    groups = GroupTable.of([*groups, *(too_long(groups[0], number) for number in range(refused))])
     run_dir = RunDir(config.run_dir)
     with quiet_reporter(config) as reporter, run_dir.lock(reporter.say) as lock:
         ledger = Ledger(run_dir)
         launch.run_on_cluster(
-            config, run_dir, lock, ledger, reporter, launch.RunData(groups, [], (tokenizer.eos_token_id,))
+            config,
+            run_dir,
+            lock,
+            ledger,
+            reporter,
+            launch.RunData(groups, GroupTable.of([]), (tokenizer.eos_token_id,)),
         )
 
 
@@ -277,7 +283,7 @@ def test_more_refused_questions_than_allowed_end_the_round_in_one_sentence(overl
     config = overlapped.model_copy(update={"run_dir": str(tmp_path / "run")})
     tokenizer = load_tokenizer(config)
     groups = tokenize_split(config, "train", tokenizer).groups[:10]
-    groups += [too_long(groups[0], number) for number in range(3)]
+    groups = [*groups, *(too_long(groups[0], number) for number in range(3))]
     run_dir = RunDir(config.run_dir)
     ledger, manifest = Ledger(run_dir), published(overlapped, 2)
     pool.load(manifest)
