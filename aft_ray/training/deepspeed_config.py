@@ -21,7 +21,7 @@ def ds_config(training: TrainingConfig, dtype: str) -> dict[str, Any]:
     """DeepSpeed's configuration, with `training.deepspeed` merged into it.
 
     It has one gradient accumulation step, because the number of micro-batches differs between optimiser steps:
-    `step.train_step` marks the last micro-batch of each step itself.
+    `step.train_step` marks the last pass of each step itself.
 
     Args:
         dtype: "float32" or "bfloat16".

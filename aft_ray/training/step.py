@@ -9,8 +9,8 @@ What `train_step` does, in this order:
     3. the gradients of all ranks are added up, and the weights change
 
 Invariants: the losses of all passes and ranks add up to the loss of the whole step, because each is divided by the
-totals of the whole step; every rank makes the same passes; the host waits for the device only after step 1, if there is
-any split group, and after step 2; a loss that is not finite stops every rank before the weights change.
+totals of the whole step; every rank makes the same passes; the host does not wait for the device before the end of
+step 2; a loss that is not finite stops every rank before the weights change.
 """
 
 from __future__ import annotations
