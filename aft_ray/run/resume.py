@@ -57,6 +57,12 @@ def adopt_config(config: RunConfig, run_dir: RunDir) -> tuple[RunConfig, list[st
             f"{run_dir.uri()} was started with another config ({'; '.join(refused)}); give the run the config it "
             f"was started with, or another run_dir"
         )
+    if config.training.optimizer != "adamw" and began.training.workers != config.training.workers:
+        raise ConfigError(
+            f"training.workers: {began.training.workers} -> {config.training.workers} is not possible with "
+            f"training.optimizer={config.training.optimizer}, whose 8-bit states belong to the shards of so many "
+            f"workers; resume with training.workers={began.training.workers}"
+        )
     if began != stored:  # an earlier release began the run, and did not write the date down
         run_dir.write_bytes(CONFIG, dump_config(began).encode())
     return config, changed

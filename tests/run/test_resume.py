@@ -43,6 +43,15 @@ def test_another_day_is_refused(tiny_model, tmp_path):
         adopt_config(other, run_dir)
 
 
+def test_8_bit_states_stay_with_the_number_of_workers_that_made_them(tiny_model, tmp_path):
+    training = {"optimizer": "adamw_8bit", "workers": 2}
+    config = tiny_config(tmp_path / "run", tiny_model, training=training)
+    adopt_config(config, RunDir(config.run_dir))
+    other = tiny_config(tmp_path / "run", tiny_model, training=training | {"workers": 4})
+    with pytest.raises(ConfigError, match=r"resume with training\.workers=2"):
+        adopt_config(other, RunDir(config.run_dir))
+
+
 @pytest.mark.parametrize("given", [None, "2020-02-29"])
 def test_a_run_whose_config_has_no_day_gets_one_that_it_keeps(tiny_model, tmp_path, given):
     run_dir = begin(tmp_path, tiny_model)
