@@ -104,8 +104,8 @@ def _tensors() -> list[torch.Tensor]:
     tensors: list[Any] = [
         one
         for one in gc.get_objects()
+        if issubclass(type(one), torch.Tensor)
         if type(one) in (torch.Tensor, torch.nn.Parameter) or type(one).__module__.startswith("bitsandbytes.")
-        if isinstance(one, torch.Tensor)
     ]
     return tensors + [one.grad for one in tensors if one.is_leaf and one.grad is not None]
 
