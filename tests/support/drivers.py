@@ -1,5 +1,6 @@
 """Runs in driver processes of their own, which tests kill."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -40,6 +41,15 @@ def kill(process: subprocess.Popen) -> None:
     process.kill()
     process.wait()
     assert_nothing_is_left(process.pid, but=AGENTS)
+
+
+def kill_with_its_ray(process: subprocess.Popen) -> None:
+    """Kills a driver and all processes of the Ray that it started at once, as the loss of a machine does."""
+    for pid in members(process.pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait()
+    assert_nothing_is_left(process.pid)
 
 
 def kill_a_worker(process: subprocess.Popen) -> None:
