@@ -7,29 +7,29 @@ the trainer does.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
 
 
-def is_quantized(parameter: torch.nn.Parameter) -> bool:
+def is_quantized(parameter: Any) -> bool:
     """Whether a parameter holds packed 4-bit numbers."""
     return hasattr(parameter, "quant_state")
 
 
-def whole_shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
+def whole_shape(parameter: Any) -> tuple[int, ...]:
     """The shape of the weight that a parameter stands for: one that is packed, or that ZeRO-3 has sharded, has less."""
     if is_quantized(parameter):
         return tuple(parameter.quant_state.shape)
     return tuple(parameter.ds_shape if hasattr(parameter, "ds_shape") else parameter.shape)
 
 
-def whole_tensor(parameter: torch.nn.Parameter) -> torch.Tensor:
+def whole_tensor(parameter: Any) -> torch.Tensor:
     """The weight that a gathered parameter stands for: itself without a copy, or a new tensor from packed numbers."""
-    if not is_quantized(parameter):
-        return parameter.detach()
-    from bitsandbytes.functional import dequantize_4bit
+    tensor: torch.Tensor = parameter.detach()
+    if is_quantized(parameter):
+        from bitsandbytes.functional import dequantize_4bit
 
-    tensor: torch.Tensor = dequantize_4bit(parameter.detach(), parameter.quant_state).detach()
+        tensor = dequantize_4bit(tensor, parameter.quant_state).detach()
     return tensor
