@@ -118,7 +118,8 @@ def drawn_groups(
     rng = np.random.default_rng(0)
     prompts = log_normal(work.prompt, work.prompt_spread, rng.standard_normal(count))
     prompts = np.minimum(prompts, config.model.max_length - 1)
-    signal, shared = rng.random(count), rng.standard_normal((count, 1))
+    signal = (rng.permutation(count) + 0.5) / count  # evenly spread, so that few groups have the assumed share
+    shared = rng.standard_normal((count, 1))
     objective = config.objective.spec
     k = 0 if vft or not objective.uses_candidates else work.k
     # One block of draws for each response, so that those of a small k are among those of a larger one.

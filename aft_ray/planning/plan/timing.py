@@ -189,7 +189,7 @@ class TimeModel:
             Quantity("steps", steps, "", f"{epochs} x {questions:,} groups / {per_step}, rounded up"),
             Quantity("computing, a step", computing, "s", f"({shape.train_tokens:,.0f} tokens of the slowest worker x "
                    f"{factor}{scored}) x {giga(forward)} FLOP / ({peak.flops:.3g} FLOP/s x {assumptions.mfu:g})"),
-            Quantity("share that no worker waits", shape.balance, "", f"the planner of a run on drawn groups of "
+            Quantity("work of a worker / the slowest", shape.balance, "", f"the planner of a run on drawn groups of "
                    f"{shape.group_tokens:,.0f} tokens on average, each prompt once"),
         ]  # fmt: skip
         if workers > 1:
