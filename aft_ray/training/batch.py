@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -52,8 +52,11 @@ class Batch:
 
     def to(self, device: torch.device) -> Self:
         """The same batch on another device. The copy does not wait for the device."""
-        tensors = {f.name: one for f in fields(self) if isinstance(one := getattr(self, f.name), Tensor)}
-        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+        moved: dict[str, Any] = {
+            field.name: one.to(device, non_blocking=True)
+            for field in fields(self)
+            if isinstance(one := getattr(self, field.name), Tensor)
+        }
         return replace(self, row=self.row.to(device), **moved)
 
 

@@ -3,8 +3,8 @@
 Round 0 (VFT) has a curve of its own. All later rounds share one curve, so the learning rate falls over the whole run
 and not in each round. Each of them has an equally long part of it, as if every question of the round had a group. A
 round in which questions have failed or are skipped takes fewer steps, at the beginning of its part; the next round
-begins with its own part all the same, so the rate never depends on what was skipped before. Invariant: a rate depends on the config and on the step's number alone, never on an optimizer's
-state.
+begins with its own part all the same. Invariant: a rate depends on the config and on the step's number alone, and not
+on an optimizer's state or on what was skipped before.
 """
 
 from __future__ import annotations
