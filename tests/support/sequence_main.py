@@ -3,6 +3,7 @@
 Rank 0 writes sequence-RANKS-SIZE.pt there: for each ZeRO stage what it scored and measured, and all gradients.
 """
 
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -49,7 +50,9 @@ def results(work, stage, rank, ranks, size):
 def main():
     rank, ranks, port, work, size = (*map(int, sys.argv[1:4]), Path(sys.argv[4]), int(sys.argv[5]))
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank)}
+    os.environ["LOCAL_WORLD_SIZE"] = str(ranks)
+    dist.init_process_group("gloo", rank=rank, world_size=ranks)
     found = {stage: results(work, stage, rank, ranks, size) for stage in ((0, 3) if ranks > 1 else (0,))}
     if rank == 0:
         torch.save(found, work / f"sequence-{ranks}-{size}.pt")
