@@ -9,8 +9,8 @@ from aft_ray.inference.installed_arguments import check_engine_arguments
 from aft_ray.storage.model_files import check_model
 from aft_ray.tasks.dataset import load_tokenizer
 from aft_ray.tasks.response_end import response_ends
-from aft_ray.training.bitsandbytes_import import check_bitsandbytes
 from aft_ray.training.deepspeed_config import check_options
+from aft_ray.training.model.bitsandbytes_import import check_bitsandbytes
 
 # Mixtures of experts for which a fresh engine, an updated one and transformers give the same scores: model_type.
 EXPERT_TYPES = ("granitemoe", "olmoe", "qwen2_moe", "qwen3_moe")
@@ -35,13 +35,13 @@ def check_run(config: RunConfig) -> None:
 
 
 def _check_attention(attn_implementation: str) -> None:
-    from aft_ray.training.loading import check_attention  # it imports torch
+    from aft_ray.training.model.loading import check_attention  # it imports torch
 
     check_attention(attn_implementation)
 
 
 def _check_heads(sequence_parallel_size: int, model_config: Any) -> None:
-    from aft_ray.training.sequence_parallel import check_heads  # it imports torch
+    from aft_ray.training.forward.sequence_parallel import check_heads  # it imports torch
 
     text_config = model_config.get_text_config()
     heads = text_config.num_attention_heads
@@ -68,7 +68,7 @@ def _check_adapters(config: RunConfig, lora: LoraConfig, model_config: Any) -> N
     import torch
     from transformers import AutoModelForCausalLM
 
-    from aft_ray.training.lora import check_targets, output_layer_name
+    from aft_ray.training.model.lora import check_targets, output_layer_name
 
     with torch.device("meta"):  # the model's layers without their weights
         model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.model.trust_remote_code)

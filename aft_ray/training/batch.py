@@ -16,7 +16,7 @@ from torch import Tensor
 from aft_ray.objectives import Objective
 from aft_ray.storage.records import Group, Verdict
 from aft_ray.training.batching import Piece, PlannedBatch, trained_responses
-from aft_ray.training.packing import PackedRow, pack
+from aft_ray.training.forward.packing import PackedRow, pack
 
 
 @dataclass(frozen=True)

@@ -17,16 +17,16 @@ from typing import Any
 import torch
 
 from aft_ray.config.run import LoraConfig, ModelConfig, TrainingConfig
-from aft_ray.training.decoder_layers import compile_layers, keep_gathers_apart, recompute_activations
 from aft_ray.training.deepspeed_config import ds_config as ds_config
 from aft_ray.training.deepspeed_import import import_deepspeed
-from aft_ray.training.loading import LoadingError, load_model
-from aft_ray.training.lora import add_adapters, load_adapter
+from aft_ray.training.forward.scoring import install_scoring, shares_prompts
+from aft_ray.training.forward.scoring_check import check_scoring
+from aft_ray.training.forward.sequence_parallel import join_sequence_parallel
+from aft_ray.training.model.decoder_layers import compile_layers, keep_gathers_apart, recompute_activations
+from aft_ray.training.model.loading import LoadingError, load_model
+from aft_ray.training.model.lora import add_adapters, load_adapter
 from aft_ray.training.optimizers import build_optimizer, group_settings, restore_states
 from aft_ray.training.process_groups import set_default_timeout
-from aft_ray.training.scoring import install_scoring, shares_prompts
-from aft_ray.training.scoring_check import check_scoring
-from aft_ray.training.sequence_parallel import join_sequence_parallel
 
 _TAG = "state"  # the subdirectory of a checkpoint that DeepSpeed writes
 # DeepSpeed's names of the files that one rank writes and loads: the optimizer's state, at stage 3 the module's too.

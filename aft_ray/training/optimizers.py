@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from aft_ray.config.run import TrainingConfig
-from aft_ray.training.bitsandbytes_import import import_bitsandbytes
+from aft_ray.training.model.bitsandbytes_import import import_bitsandbytes
 
 # Under this key bitsandbytes hides quantized states in the `state_dict` of an optimizer, and its own loader finds them.
 _HIDDEN = "__bnb_optimizer_quant_state__"

@@ -16,7 +16,7 @@ from torch.distributed import distributed_c10d
 
 from aft_ray.config.messages import first_line
 from aft_ray.storage.run_dir import DamagedFile, RunDirError
-from aft_ray.training.loading import LoadingError
+from aft_ray.training.model.loading import LoadingError
 
 T = TypeVar("T")
 

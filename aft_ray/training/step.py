@@ -29,8 +29,8 @@ from torch import Tensor
 from aft_ray.objectives import Objective, ScoredGroups, reference_nll
 from aft_ray.training.batch import Batch
 from aft_ray.training.batching import StepPlan, StepTotals
-from aft_ray.training.packing import empty_row
-from aft_ray.training.scoring import response_logprobs
+from aft_ray.training.forward.packing import empty_row
+from aft_ray.training.forward.scoring import response_logprobs
 
 
 class NonFiniteLoss(RuntimeError):
@@ -281,7 +281,7 @@ def _score_pieces(
 
 
 def _ranks_per_batch(plan: StepPlan) -> int:
-    """Ranks that have the same batches, since they compute each row together (`training.sequence_parallel`)."""
+    """Ranks that have the same batches, since they compute each row together (`training.forward.sequence_parallel`)."""
     return dist.get_world_size() // len(plan.shares)
 
 

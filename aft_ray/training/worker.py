@@ -41,14 +41,14 @@ from aft_ray.storage.run_dir import LOGS, RunDir, RunDirError
 from aft_ray.tasks.dataset import load_tokenizer
 from aft_ray.training import batching, deepspeed, step
 from aft_ray.training.batch import make_batch
-from aft_ray.training.loading import LoadingError
+from aft_ray.training.forward.scoring import shares_prompts
+from aft_ray.training.model.loading import LoadingError
 from aft_ray.training.process_groups import DamagedState
 from aft_ray.training.publication.model_writer import ModelWriteFailed, Writing
 from aft_ray.training.publication.weight_publisher import WeightPublisher, build_transport
 from aft_ray.training.round_groups import RoundGroups
 from aft_ray.training.round_progress import RoundProgress
 from aft_ray.training.schedule import RoundSchedule, round_schedule
-from aft_ray.training.scoring import shares_prompts
 from aft_ray.training.state.checkpoint import CheckpointFailed, CheckpointWriter, fetched_state
 from aft_ray.training.state.lending import GpuLender
 from aft_ray.training.state.retention import delete_obsolete_states

@@ -12,9 +12,9 @@ from aft_ray.inference.engine import Engine, EngineDead
 from aft_ray.inference.engine_spec import EngineSpec
 from aft_ray.inference.request_parameters import Prompt, SamplingSpec
 from aft_ray.storage.records import Candidate
-from aft_ray.training.loading import load_model
-from aft_ray.training.packing import pack
-from aft_ray.training.scoring import install_scoring, response_logprobs
+from aft_ray.training.forward.packing import pack
+from aft_ray.training.forward.scoring import install_scoring, response_logprobs
+from aft_ray.training.model.loading import load_model
 from aft_ray.weights.receive_plan import FromDirectory
 from jobs.tiny_model import build_tiny_model
 

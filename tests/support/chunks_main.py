@@ -11,11 +11,12 @@ import torch
 import torch.distributed as dist
 from rank_main import LORA, build, keep_nothing_gathered
 
-from aft_ray.training import deepspeed, scoring
-from aft_ray.training.loading import load_model
-from aft_ray.training.lora import add_adapters, load_adapter
-from aft_ray.training.packing import empty_row, pack
-from aft_ray.training.scoring import install_scoring, response_logprobs
+from aft_ray.training import deepspeed
+from aft_ray.training.forward import scoring
+from aft_ray.training.forward.packing import empty_row, pack
+from aft_ray.training.forward.scoring import install_scoring, response_logprobs
+from aft_ray.training.model.loading import load_model
+from aft_ray.training.model.lora import add_adapters, load_adapter
 
 # Tokens of the responses on each rank: several chunks, one chunk, nothing.
 ROWS = [pack([[5, 6, 7]], [[[9] * 8, [8, 3, 2, 11, 12], [4]]]), pack([[20, 21]], [[[22, 23]]]), empty_row(0)]

@@ -19,9 +19,9 @@ from aft_ray.objectives import build_objective
 from aft_ray.storage.records import Verdict
 from aft_ray.training.batch import make_batch
 from aft_ray.training.batching import PlannedBatch, StepTotals
-from aft_ray.training.decoder_layers import recompute_activations
-from aft_ray.training.packed_attention import use_packed_attention
-from aft_ray.training.scoring import install_scoring, response_logprobs
+from aft_ray.training.forward.packed_attention import use_packed_attention
+from aft_ray.training.forward.scoring import install_scoring, response_logprobs
+from aft_ray.training.model.decoder_layers import recompute_activations
 from aft_ray.training.step import batch_loss
 
 

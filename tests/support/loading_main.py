@@ -18,7 +18,7 @@ from safetensors import safe_open
 from aft_ray.config.run import TrainingConfig
 from aft_ray.training import deepspeed as engines
 from aft_ray.training.deepspeed_import import import_deepspeed
-from aft_ray.training.loading import LoadingError, load_model
+from aft_ray.training.model.loading import LoadingError, load_model
 
 
 def resident() -> int:

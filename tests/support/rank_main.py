@@ -19,8 +19,8 @@ from aft_ray.storage.run_dir import RunDir
 from aft_ray.training import deepspeed, step
 from aft_ray.training.batch import make_batch
 from aft_ray.training.batching import PlannedBatch, StepTotals
-from aft_ray.training.loading import load_model
-from aft_ray.training.scoring import install_scoring, response_logprobs
+from aft_ray.training.forward.scoring import install_scoring, response_logprobs
+from aft_ray.training.model.loading import load_model
 from aft_ray.training.state.checkpoint import CheckpointWriter, fetched_state
 from aft_ray.weights.adapter import is_adapter
 from aft_ray.weights.export import LayerPass, write_adapter, write_model

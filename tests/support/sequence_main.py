@@ -15,7 +15,7 @@ from training_helpers import batches_of, plan, random_groups
 from aft_ray.config.run import ModelConfig, TrainingConfig
 from aft_ray.objectives import build_objective
 from aft_ray.training import deepspeed, step
-from aft_ray.training.scoring import response_logprobs
+from aft_ray.training.forward.scoring import response_logprobs
 
 OBJECTIVE, GROUPS, BUDGET = build_objective("aft_boundary"), 8, 18
 

@@ -63,8 +63,8 @@ def updated(model, seed: int, size: float):
 
 def trainer_of(model):
     """A copy of a model that scores packed rows, as a trainer has it."""
-    from aft_ray.training.packed_attention import use_packed_attention
-    from aft_ray.training.scoring import install_scoring
+    from aft_ray.training.forward.packed_attention import use_packed_attention
+    from aft_ray.training.forward.scoring import install_scoring
 
     trained = copy.deepcopy(model)
     use_packed_attention(trained)

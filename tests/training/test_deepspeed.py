@@ -16,8 +16,8 @@ from training_helpers import PAD, plan, random_groups, write_tiny_llama
 from transformers import AutoModelForCausalLM
 
 from aft_ray.config.run import TrainingConfig
-from aft_ray.training.loading import load_model
-from aft_ray.training.lora import add_adapters, load_adapter
+from aft_ray.training.model.loading import load_model
+from aft_ray.training.model.lora import add_adapters, load_adapter
 from aft_ray.training.state.scratch import state_bytes, trained_parameters
 from aft_ray.weights.export import write_adapter
 

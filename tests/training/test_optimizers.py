@@ -9,7 +9,7 @@ import torch
 from rank_cases import run_cases
 
 from aft_ray.config.run import ConfigError, TrainingConfig, parse_config
-from aft_ray.training.bitsandbytes_import import check_bitsandbytes
+from aft_ray.training.model.bitsandbytes_import import check_bitsandbytes
 from aft_ray.training.optimizers import build_optimizer, group_settings, restore_states
 
 has_bitsandbytes = pytest.mark.skipif(not find_spec("bitsandbytes"), reason="bitsandbytes is not installed")

@@ -26,9 +26,9 @@ from aft_ray.config.objectives import OBJECTIVES
 from aft_ray.objectives import build_objective
 from aft_ray.storage.records import Verdict
 from aft_ray.training.batching import trained_responses
-from aft_ray.training.loading import load_model
-from aft_ray.training.packed_attention import use_packed_attention
-from aft_ray.training.scoring import install_scoring
+from aft_ray.training.forward.packed_attention import use_packed_attention
+from aft_ray.training.forward.scoring import install_scoring
+from aft_ray.training.model.loading import load_model
 from aft_ray.training.step import NonFiniteLoss, batch_loss, compute_gradients, train_step
 
 WEIGHT = 0.7

@@ -18,9 +18,9 @@ from aft_ray.objectives import Objective
 from aft_ray.operations.acceptance.outcome import Figure
 from aft_ray.training.batch import Batch
 from aft_ray.training.batching import StepPlan
-from aft_ray.training.loading import load_model
-from aft_ray.training.lora import add_adapters, load_adapter
-from aft_ray.training.scoring import install_scoring, response_logprobs
+from aft_ray.training.forward.scoring import install_scoring, response_logprobs
+from aft_ray.training.model.loading import load_model
+from aft_ray.training.model.lora import add_adapters, load_adapter
 from aft_ray.training.step import batch_loss
 
 # The decay of AdamW's first moment, and its epsilon: the defaults of torch and of DeepSpeed.

@@ -130,8 +130,8 @@ def _write_adapter(work: Work) -> Path:
     import torch
     from safetensors.torch import save_file
 
-    from aft_ray.training.loading import load_model
-    from aft_ray.training.lora import add_adapters
+    from aft_ray.training.model.loading import load_model
+    from aft_ray.training.model.lora import add_adapters
     from aft_ray.weights.adapter import ADAPTER_FILE, is_adapter, stored_name
 
     assert work.config.lora is not None

@@ -23,7 +23,7 @@ from aft_ray.planning.plan.workload import Workload
 # Numbers of elements: aft_ray.training.deepspeed._BUCKET, and the defaults of DeepSpeed's stage3_max_live_parameters
 # and sub_group_size.
 BUCKET, MAX_LIVE, SUB_GROUP = 50_000_000, 1_000_000_000, 1_000_000_000
-# Logits that exist at once on a GPU: aft_ray.training.scoring's chunk.
+# Logits that exist at once on a GPU: aft_ray.training.forward.scoring's chunk.
 LOGITS = 1 << 26
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from aft_ray.storage.records import Group
-from aft_ray.training.packing import pack
-from aft_ray.training.scoring import response_logprobs
+from aft_ray.training.forward.packing import pack
+from aft_ray.training.forward.scoring import response_logprobs
 from aft_ray.weights.version_manifest import Probe
 
 # Most tokens of a probe, and of its response. With 150,000 tokens in the vocabulary the float32 logits of a probe have

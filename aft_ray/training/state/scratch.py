@@ -74,7 +74,7 @@ def trained_parameters(config: RunConfig) -> int:
     from transformers import AutoModelForCausalLM
 
     from aft_ray.storage.model_files import load_model_config
-    from aft_ray.training.lora import add_adapters
+    from aft_ray.training.model.lora import add_adapters
 
     with torch.device("meta"):  # the layers without their weights
         model = AutoModelForCausalLM.from_config(

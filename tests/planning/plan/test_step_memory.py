@@ -13,7 +13,7 @@ from aft_ray.planning.plan.architecture import architecture_of
 from aft_ray.planning.plan.assumptions import PlanAssumptions
 from aft_ray.planning.plan.training_memory import LOGITS, row_tokens, training_memory
 from aft_ray.planning.plan.workload import workload
-from aft_ray.training import scoring
+from aft_ray.training.forward import scoring
 
 CONFIGS = Path(__file__).parents[3] / "jobs/configs"
 RUNS = ["llama2_7b_gsm8k", "llama2_13b_gsm8k", "llama2_70b_gsm8k", "qwen2_5_72b_gsm8k"]

@@ -10,8 +10,8 @@ from architectures import config_of, hugging_face_config
 
 from aft_ray.planning.plan.architecture import Architecture, from_transformers
 from aft_ray.planning.plan.training_memory import BUCKET, activation_bytes, model_states
-from aft_ray.training.packed_attention import packed_inputs, use_packed_attention
-from aft_ray.training.packing import pack
+from aft_ray.training.forward.packed_attention import packed_inputs, use_packed_attention
+from aft_ray.training.forward.packing import pack
 
 SIZES = {
     "hidden": 96,

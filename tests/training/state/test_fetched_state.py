@@ -7,7 +7,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from aft_ray.storage.run_dir import RunDir
-from aft_ray.training.loading import LoadingError
+from aft_ray.training.model.loading import LoadingError
 from aft_ray.training.process_groups import DamagedState
 from aft_ray.training.state.checkpoint import fetched_state
 

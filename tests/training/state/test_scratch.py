@@ -12,8 +12,8 @@ from training_helpers import write_tiny_llama
 
 from aft_ray.config.run import LoraConfig
 from aft_ray.storage.run_dir import RunDir
-from aft_ray.training.loading import LoadingError, load_model
-from aft_ray.training.lora import add_adapters
+from aft_ray.training.model.loading import LoadingError, load_model
+from aft_ray.training.model.lora import add_adapters
 from aft_ray.training.state import scratch
 
 LORA = {"rank": 4, "alpha": 6, "targets": ["q_proj", "up_proj"]}

@@ -9,8 +9,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from aft_ray.config.run import LoraConfig
-from aft_ray.training.decoder_layers import decoder_layers, recompute_activations
-from aft_ray.training.lora import add_adapters
+from aft_ray.training.model.decoder_layers import decoder_layers, recompute_activations
+from aft_ray.training.model.lora import add_adapters
 
 MODES = ["none", "selective", "full"]
 TOKENS = torch.arange(1, 61).reshape(2, 30)

@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from aft_ray.training.packed_attention import cannot_share_prompts
-from aft_ray.training.packing import PackedRow, pack
-from aft_ray.training.scoring import Scoring
+from aft_ray.training.forward.packed_attention import cannot_share_prompts
+from aft_ray.training.forward.packing import PackedRow, pack
+from aft_ray.training.forward.scoring import Scoring
 
 # Tokens of the prompts, and of the responses to each.
 _PROMPTS, _RESPONSES = (6, 3), ((5, 1, 7), (4,))

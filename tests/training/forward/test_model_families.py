@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from aft_ray.training.packed_attention import use_packed_attention
-from aft_ray.training.packing import pack
-from aft_ray.training.scoring import install_scoring, response_logprobs, shares_prompts
-from aft_ray.training.scoring_check import check_scoring
+from aft_ray.training.forward.packed_attention import use_packed_attention
+from aft_ray.training.forward.packing import pack
+from aft_ray.training.forward.scoring import install_scoring, response_logprobs, shares_prompts
+from aft_ray.training.forward.scoring_check import check_scoring
 
 CPU = torch.device("cpu")
 SIZES = {

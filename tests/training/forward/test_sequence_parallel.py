@@ -15,10 +15,10 @@ from training_helpers import SIZES
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from aft_ray.config.run import ConfigError, TrainingConfig
-from aft_ray.training.packing import pack
-from aft_ray.training.sequence_parallel import SequenceParallel, check_heads, share_of_row
+from aft_ray.training.forward.packing import pack
+from aft_ray.training.forward.sequence_parallel import SequenceParallel, check_heads, share_of_row
 
-SUPPORT = Path(__file__).parents[1] / "support"
+SUPPORT = Path(__file__).parents[2] / "support"
 
 
 @settings(max_examples=60, deadline=None)

@@ -10,8 +10,8 @@ from training_helpers import write_tiny_llama
 from transformers import AutoModelForCausalLM
 
 from aft_ray.config.run import LoraConfig
-from aft_ray.training.loading import load_model
-from aft_ray.training.lora import add_adapters
+from aft_ray.training.model.loading import load_model
+from aft_ray.training.model.lora import add_adapters
 from aft_ray.weights.adapter import is_adapter
 from aft_ray.weights.export import LayerPass, layer_shapes, live_parameters, write_adapter, write_model
 

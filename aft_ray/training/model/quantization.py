@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from aft_ray.training.bitsandbytes_import import import_bitsandbytes
+from aft_ray.training.model.bitsandbytes_import import import_bitsandbytes
 
 
 def quantized_loading(numbers: str, dtype: str) -> dict[str, Any]:

@@ -27,8 +27,7 @@ from transformers.masking_utils import (
 )
 
 from aft_ray.config.run import ConfigError
-from aft_ray.training.loading import LoadingError, load_model
-from aft_ray.training.packed_attention import (
+from aft_ray.training.forward.packed_attention import (
     PACKED,
     PackedAttentionError,
     cannot_share_prompts,
@@ -37,8 +36,9 @@ from aft_ray.training.packed_attention import (
     register,
     use_packed_attention,
 )
-from aft_ray.training.packed_flex import BLOCK, block_mask, flex, mask_mod
-from aft_ray.training.packing import PackedPrompt, pack
+from aft_ray.training.forward.packed_flex import BLOCK, block_mask, flex, mask_mod
+from aft_ray.training.forward.packing import PackedPrompt, pack
+from aft_ray.training.model.loading import LoadingError, load_model
 
 register()
 

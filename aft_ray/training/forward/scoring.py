@@ -9,7 +9,7 @@ A model that cannot compute packed rows takes each response in a row of its own,
 never see that padding, so no mask is needed. Parameter names and the tree of modules stay as they were.
 
 Invariant: a target's log-probability is the one that the model's own forward pass gives for its sequence alone, which
-`training.scoring_check` compares before training starts.
+`training.forward.scoring_check` compares before training starts.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from aft_ray.training.packed_attention import cannot_share_prompts, packed_inputs
-from aft_ray.training.packing import PackedRow
-from aft_ray.training.sequence_parallel import SequenceParallel, collect, share_of_row, shared_inputs
+from aft_ray.training.forward.packed_attention import cannot_share_prompts, packed_inputs
+from aft_ray.training.forward.packing import PackedRow
+from aft_ray.training.forward.sequence_parallel import SequenceParallel, collect, share_of_row, shared_inputs
 
 # Elements of a chunk of logits. On the CPU a chunk stays in the cache, on a GPU it keeps the device busy.
 _CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}

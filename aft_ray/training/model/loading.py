@@ -20,8 +20,8 @@ import torch.distributed as dist
 
 from aft_ray.config.messages import first_line
 from aft_ray.config.run import ConfigError
-from aft_ray.training.packed_attention import use_packed_attention
-from aft_ray.training.quantization import quantized_loading, settle
+from aft_ray.training.forward.packed_attention import use_packed_attention
+from aft_ray.training.model.quantization import quantized_loading, settle
 
 _INDEX_FILE, _SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 # The layer of a tensor: "model.layers.11." of "model.layers.11.mlp.up_proj.weight".

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from training_helpers import write_tiny_llama
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from aft_ray.training.loading import LoadingError, _tensors_by_file, load_model
+from aft_ray.training.model.loading import LoadingError, _tensors_by_file, load_model
 
-SUPPORT = Path(__file__).parents[1] / "support"
+SUPPORT = Path(__file__).parents[2] / "support"
 LAYERS, SHARDS = 12, 8
 
 

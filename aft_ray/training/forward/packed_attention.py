@@ -1,14 +1,14 @@
 """Attention over packed rows, as an attention implementation of transformers named `aft_packed`.
 
-In a row (`training.packing`) a prompt token sees the past of its prompt; a response token sees its whole prompt and the
-past of its own response. A model that was loaded with this implementation takes `model(**packed_inputs(row))`; called
-as any other model, it computes what transformers' SDPA does.
+In a row (`training.forward.packing`) a prompt token sees the past of its prompt; a response token sees its whole prompt
+and the past of its own response. A model that was loaded with this implementation takes `model(**packed_inputs(row))`;
+called as any other model, it computes what transformers' SDPA does.
 
 What a model says about its masks keeps its meaning: transformers hands its mask function to `_packed_mask`, and here it
 is evaluated on the positions of tokens instead of their columns, so a sliding window counts tokens of one response.
 
 On the CPU attention runs block by block, and no mask is larger than the block that it is for. On CUDA it is
-FlexAttention (`training.packed_flex`), which has not run on a GPU yet.
+FlexAttention (`training.forward.packed_flex`), which has not run on a GPU yet.
 
 Invariants: the output of a token does not depend on other responses or groups of its row; an argument that would change
 the output and is not known here is refused. Nothing is kept between calls but compiled functions, since activation
@@ -26,9 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from aft_ray.training.packed_flex import BLOCK, Layout, MaskFunction, block_mask, flex
-from aft_ray.training.packing import PackedRow
-from aft_ray.training.sequence_parallel import SequenceParallel, attend_together
+from aft_ray.training.forward.packed_flex import BLOCK, Layout, MaskFunction, block_mask, flex
+from aft_ray.training.forward.packing import PackedRow
+from aft_ray.training.forward.sequence_parallel import SequenceParallel, attend_together
 
 PACKED = "aft_packed"
 

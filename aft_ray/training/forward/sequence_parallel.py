@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from aft_ray.config.run import ConfigError
-from aft_ray.training.packing import PackedPrompt, PackedRow
+from aft_ray.training.forward.packing import PackedPrompt, PackedRow
 
 
 @dataclass(frozen=True, slots=True)

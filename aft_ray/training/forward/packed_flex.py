@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aft_ray.training.packing import PackedPrompt
+from aft_ray.training.forward.packing import PackedPrompt
 
 Layout = tuple[PackedPrompt, ...]
 # (batch, head, position of the query, position of the key) -> whether the query sees the key. The arguments broadcast.

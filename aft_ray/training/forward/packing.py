@@ -6,8 +6,8 @@ of each response:
     [prompt][response 0][response 1] ... [prompt of another group][response 0] ...
 
 The positions of every response continue those of its prompt, so a response token sees what it would see in a row of its
-own: its prompt and its own past (`training.packed_attention`). The last token of a response predicts nothing that is
-scored, so it is a target and not part of the row.
+own: its prompt and its own past (`training.forward.packed_attention`). The last token of a response predicts nothing
+that is scored, so it is a target and not part of the row.
 
 Invariant: the score of a response does not depend on what else is in the row.
 """

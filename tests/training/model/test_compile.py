@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from aft_ray.config.loader import parse_section
 from aft_ray.config.run import ConfigError, TrainingConfig
-from aft_ray.training.decoder_layers import compile_layers, recompute_activations
+from aft_ray.training.model.decoder_layers import compile_layers, recompute_activations
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # a C++ compiler works for a minute or two
 

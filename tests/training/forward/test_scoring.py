@@ -17,16 +17,22 @@ from training_helpers import write_tiny_llama
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from aft_ray.config.run import LoraConfig
-from aft_ray.training import scoring
-from aft_ray.training.loading import load_model
-from aft_ray.training.lora import add_adapters
-from aft_ray.training.packed_attention import use_packed_attention
-from aft_ray.training.packing import empty_row, pack
-from aft_ray.training.scoring import LogitsRule, chunk_tokens, install_scoring, response_logprobs, shares_prompts
-from aft_ray.training.scoring_check import ScoringError, check_scoring
+from aft_ray.training.forward import scoring
+from aft_ray.training.forward.packed_attention import use_packed_attention
+from aft_ray.training.forward.packing import empty_row, pack
+from aft_ray.training.forward.scoring import (
+    LogitsRule,
+    chunk_tokens,
+    install_scoring,
+    response_logprobs,
+    shares_prompts,
+)
+from aft_ray.training.forward.scoring_check import ScoringError, check_scoring
+from aft_ray.training.model.loading import load_model
+from aft_ray.training.model.lora import add_adapters
 from aft_ray.weights.export import write_adapter
 
-SUPPORT = Path(__file__).parents[1] / "support"
+SUPPORT = Path(__file__).parents[2] / "support"
 CPU = torch.device("cpu")
 VOCABULARY, WIDTH = 50, 16
 
