@@ -89,7 +89,7 @@ class Ratio:
 
 
 def main(
-    quick: Annotated[bool, typer.Option("--quick", help="fewer repetitions, and without TRL")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="fewer repetitions, without TRL and dpo")] = False,
     only: Annotated[list[str] | None, typer.Option(help="only this regime, or `memory`; may be repeated")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="write all numbers to this file")] = None,
 ) -> None:
@@ -129,7 +129,7 @@ def regimes(quick: bool) -> list[Regime]:
         "gsm8k": (steps_at_quantiles(steps, (0.5,) if quick else (0.25, 0.5, 0.75)), 2 if quick else 3),
         "prompt900": ((Task(long_prompts, aft),), 2 if quick else 5),
         "sft": ((Task(batch, vft),), 3 if quick else 7),
-        "dpo": ((Task(batch, dpo),), 2 if quick else 5),
+        "dpo": ((Task(batch, dpo),), 0 if quick else 5),
         "demo_vft": ((Task(demo, vft),), 10),
         "demo_aft": ((Task(demo, build_objective("aft_boundary", beta=0.3)),), 10),
     }
@@ -151,6 +151,7 @@ def regimes(quick: bool) -> list[Regime]:
             repeats,
         )
         for name, (chosen, repeats) in tasks.items()
+        if repeats
     ]
 
 
@@ -286,7 +287,7 @@ def measure_memory(scratch: Path, model: Path) -> dict[str, Any]:
     """Peak memory: before and now at a large vocabulary, and now at two values of k with the same budget."""
     large = write_model(scratch / "large", vocabulary=LARGE_VOCABULARY, hidden=256, layers=2, longest=1024)
     one_group = MemoryTask(
-        groups=1, k=7, vocabulary=LARGE_VOCABULARY, prompt=(120, 120), response=(182, 182), budget=4096
+        groups=1, k=7, vocabulary=LARGE_VOCABULARY, prompt=(120, 120), response=(512, 512), budget=4608
     )
     # A piece of the large group and the small groups together fill the budget equally: 2,958 and 3,060 tokens.
     few, many = (
