@@ -30,7 +30,7 @@ from aft_ray.operations.acceptance.training import SMALL_MODEL
 from aft_ray.planning.plan.architecture import PRESETS
 from aft_ray.planning.plan.hardware import NODES
 from aft_ray.planning.plan.quantities import GB
-from aft_ray.planning.plan.training_memory import microbatch_tokens, training_memory
+from aft_ray.planning.plan.training_memory import row_tokens, training_memory
 from aft_ray.planning.plan.workload import workload
 
 SMALL = Setting(small=True)
@@ -225,8 +225,9 @@ def test_mfu_is_flops_over_the_peak_of_the_card_and_an_unknown_card_has_none():
 
 
 @pytest.mark.parametrize("sections", speed._WAYS.values(), ids=list(speed._WAYS))
-def test_the_groups_fill_the_planned_micro_batch_exactly(sections, tmp_path):
+def test_the_groups_fill_the_planned_row_exactly(sections, tmp_path):
     from aft_ray.objectives import build_objective
+    from aft_ray.training.balance import load_of
     from aft_ray.training.batching import group_size
 
     config = speed._config(tmp_path / "model", sections, gpu=False, small=False)
@@ -234,7 +235,7 @@ def test_the_groups_fill_the_planned_micro_batch_exactly(sections, tmp_path):
     lengths = (config.model.max_length - response,) * 2, (response,) * 2
     groups = random_groups(GroupShape(config.training.groups_per_step, config.sampling.k, *lengths), 1000)
     sizes = [group_size(group, build_objective("aft_boundary")) for group in groups]
-    assert sum(size.padded for size in sizes) == microbatch_tokens(config, 1)[0]
+    assert sum(load_of(size.prompt, size.responses).tokens for size in sizes) == row_tokens(config, 1)[0]
 
 
 def test_the_reserve_of_a_plan_is_not_expected_of_the_allocator(tmp_path):

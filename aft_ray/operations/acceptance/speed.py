@@ -120,12 +120,13 @@ def _fitting_way(model: Architecture, directory: Path, gpu: bool, small: bool) -
 
 def _config(directory: Path, sections: Mapping[str, Any], gpu: bool, small: bool) -> RunConfig:
     longest, k = (64, 3) if small else (768, 3)
-    group = (1 + k) * longest
+    response = longest * 2 // 3
+    group = longest - response + (1 + k) * (response - 1)  # the last token of a response is not computed
     return parse_config(
         {
             "run_dir": str(directory.parent),
             "model": {"name": str(directory), "dtype": "bfloat16", "max_length": longest},
-            "sampling": {"k": k, "max_tokens": longest * 2 // 3},
+            "sampling": {"k": k, "max_tokens": response},
             **sections,
             "training": {
                 "gpus_per_worker": int(gpu),
