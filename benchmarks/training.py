@@ -3,7 +3,8 @@
 The benchmark takes the same optimiser steps in three ways, on one thread, in turn:
 
 - before: the step of this project before packed rows, frozen in `padded_step.py`;
-- TRL: `SFTTrainer`, and `DPOTrainer` with policy and reference model, in an own environment (not with --quick);
+- TRL: `SFTTrainer`, and `DPOTrainer` with policy and reference model, in an own environment (not with --quick); once
+  as it ships, which recomputes activations, and once with activations kept, as the other sides keep them;
 - now: the step of `aft_ray.training`.
 
 All take the same model and groups in float32. Before anything is timed, the loss and the norm of the gradient of both
@@ -50,6 +51,8 @@ TARGETS = {
 }
 VOCABULARY, LARGE_VOCABULARY = 8192, 152_064
 RESPONSE = (78, 182)  # tokens
+# What TRL does with activations: it recomputes them unless told otherwise, and the step of the project does not.
+TRL_SIDES = {"trl": "recomputed", "trl_kept": "kept"}
 RANKS, GROUPS_PER_STEP = 8, 64
 # Steps of one run of `make demo`: five epochs over 5,000 questions in steps of 32, then three rounds of 1,600 groups.
 DEMO_STEPS = {"vft": 5 * -(-5000 // 32), "aft": 3 * 1600 // 32}
@@ -203,15 +206,18 @@ def run_regime(regime: Regime, sides: dict[str, Side], trainer: str | None, mode
         name: lambda side=side: seconds([side.step(task) for task in regime.tasks])  # type: ignore[misc]
         for name, side in sides.items()
     }
-    peer = None
+    peers = []
     if trainer is not None:
         from trl_peer import TrlPeer
 
-        peer = TrlPeer(trainer, model, trl_rows(regime.tasks[0].groups), LEARNING_RATE)
-        first = peer.step()  # not timed: it makes the states of the optimizer
-        if trainer == "sft" and not math.isclose(first["loss"], checked.loss, rel_tol=1e-4):
-            raise RuntimeError(f"TRL's loss is {first['loss']}, and that of the same batch here {checked.loss}")
-        takes["trl"] = lambda: ((answer := peer.step())["cpu_s"], answer["wall_s"])
+        rows = trl_rows(regime.tasks[0].groups)
+        for name, activations in TRL_SIDES.items():
+            peer = TrlPeer(trainer, activations, model, rows, LEARNING_RATE)
+            peers.append(peer)
+            first = peer.step()  # not timed: it makes the states of the optimizer
+            if trainer == "sft" and not math.isclose(first["loss"], checked.loss, rel_tol=1e-4):
+                raise RuntimeError(f"TRL's loss is {first['loss']}, and that of the same batch here {checked.loss}")
+            takes[name] = lambda peer=peer: ((answer := peer.step())["cpu_s"], answer["wall_s"])  # type: ignore[misc]
     timings = {name: Timing([], []) for name in takes}
     for repeat in range(regime.repeats):
         names = list(takes)
@@ -221,7 +227,7 @@ def run_regime(regime: Regime, sides: dict[str, Side], trainer: str | None, mode
             timings[name].wall_s.append(wall_s)
         spent = ", ".join(f"{name} {timing.cpu_s[-1]:.2f} CPU s" for name, timing in timings.items())
         typer.echo(f"{regime.title}: repetition {repeat + 1} of {regime.repeats}: {spent}")
-    if peer is not None:
+    for peer in peers:
         peer.close()
     return numbers(regime, timings)
 
@@ -312,8 +318,8 @@ def summary(results: dict[str, Any]) -> dict[str, float]:
     timed, memory = results["regimes"], results["memory"]
     for name, regime in timed.items():
         found[f"speedup_{name}"] = regime["ratios"]["before"]["median"]
-        if "trl" in regime["ratios"]:
-            found[f"trl_{name}"] = regime["ratios"]["trl"]["median"]
+        for side in TRL_SIDES.keys() & regime["ratios"].keys():
+            found[f"{side}_{name}"] = regime["ratios"][side]["median"]
     if "demo_vft" in timed and "demo_aft" in timed:
         totals = {
             side: sum(timed[f"demo_{kind}"]["sides"][side]["median_cpu_s"] * DEMO_STEPS[kind] for kind in DEMO_STEPS)

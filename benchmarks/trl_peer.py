@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,21 @@ from typing import Any
 TRL = "1.16.0"
 
 
+# What this process tells DeepSpeed of its process group, which the peer would try to join.
+_PROCESS_GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
 class TrlPeer:
     """A process that holds a trainer of TRL with one batch. Close it at the end."""
 
-    def __init__(self, trainer: str, model: Path, rows: Sequence[dict[str, Any]], learning_rate: float) -> None:
+    def __init__(
+        self, trainer: str, activations: str, model: Path, rows: Sequence[dict[str, Any]], learning_rate: float
+    ) -> None:
         """Starts it and waits until it is ready.
 
         Args:
             trainer: "sft" or "dpo".
+            activations: "recomputed" in the backward pass, which is TRL's default, or "kept".
             rows: of the batch, as `trl_steps.py` describes them.
         """
         self._scratch = tempfile.TemporaryDirectory(prefix="aft-ray-benchmark-")
@@ -38,7 +45,7 @@ class TrlPeer:
         program = Path(__file__).with_name("trl_steps.py")
         command = [
             str(environment() / "bin/python"), str(program),
-            trainer, str(model), str(scratch / "batch.json"), str(learning_rate), str(scratch / "output"),
+            trainer, activations, str(model), str(scratch / "batch.json"), str(learning_rate), str(scratch / "output"),
         ]  # fmt: skip
         settings = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(scratch / "datasets")}
         with self._log.open("w") as log:
@@ -48,7 +55,7 @@ class TrlPeer:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                env={**os.environ, **settings},
+                env={**_without_process_group(os.environ), **settings},
             )
         self._read()
 
@@ -92,3 +99,7 @@ def environment() -> Path:
     subprocess.run([*pip, f"trl=={TRL}", f"transformers=={version('transformers')}"], check=True)
     finished.touch()
     return directory
+
+
+def _without_process_group(variables: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in variables.items() if name not in _PROCESS_GROUP}

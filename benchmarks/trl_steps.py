@@ -5,9 +5,9 @@ It imports nothing of aft_ray. It reads one line from stdin before each step, an
     {"ready": {...}}                            once, when everything is loaded
     {"loss": ..., "cpu_s": ..., "wall_s": ...}  after each step: from the collation of the batch to the changed weights
 
-Settings are those of a user who wants steps that are fast and comparable: float32, the whole batch in one pass, no
-gradient accumulation, no activation checkpointing, nothing logged or saved, the optimizer of both sides, batches of
-pre-tokenised rows in the given order. SFT trains on completions alone. DPO holds policy and reference model.
+Settings are those of a user who wants comparable steps: float32, the whole batch in one pass, no gradient accumulation,
+nothing logged or saved, the optimizer of both sides, batches of pre-tokenised rows in the given order. Activations are
+recomputed, which is TRL's default, or kept. SFT trains on completions alone. DPO holds policy and reference model.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from typing import Any
 import torch
 
 
-def main(trainer: str, model: str, batch: str, rate: str, output: str) -> None:
+def main(trainer: str, activations: str, model: str, batch: str, rate: str, output: str) -> None:
     """Takes steps until stdin ends.
 
     Args:
         trainer: "sft" or "dpo".
+        activations: "recomputed" or "kept".
         model: the directory of the model.
         batch: a JSON file of the rows: {"prompt": [...], "responses": [[...], ...]} each, in token ids. SFT trains on
             response 0. DPO prefers response 1 to response 2.
@@ -39,19 +40,19 @@ def main(trainer: str, model: str, batch: str, rate: str, output: str) -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)  # libraries print to stdout
     os.dup2(2, 1)
     rows = json.loads(Path(batch).read_text())
-    common = _common(len(rows), float(rate), output)
+    common = _common(len(rows), activations == "recomputed", float(rate), output)
     built = _sft(model, rows, common) if trainer == "sft" else _dpo(model, rows, common)
     clock = _steps_on_demand(built, answers)
     built.add_callback(clock)
     built.train()
 
 
-def _common(rows: int, rate: float, output: str) -> dict[str, Any]:
+def _common(rows: int, recompute: bool, rate: float, output: str) -> dict[str, Any]:
     return {
         "output_dir": output,
         "per_device_train_batch_size": rows,
         "gradient_accumulation_steps": 1,
-        "gradient_checkpointing": False,
+        "gradient_checkpointing": recompute,
         "bf16": False,
         "use_cpu": True,
         "max_steps": 1_000_000,
