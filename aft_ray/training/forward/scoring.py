@@ -312,6 +312,6 @@ def _add_product_(total: Tensor, one: Tensor, other: Tensor) -> None:
     if one.dtype == total.dtype:
         total.addmm_(one, other)
     elif total.is_cuda:
-        torch.addmm(total, one, other, out_dtype=total.dtype, out=total)
+        total += torch.mm(one, other, out_dtype=total.dtype)
     else:
         total += one @ other
