@@ -33,8 +33,8 @@ import numpy as np
 import typer
 
 from aft_ray.objectives import build_objective
-from aft_ray.storage.group_files import write_group_file
-from aft_ray.storage.group_table import GroupTable
+from aft_ray.storage.groups.group_files import write_group_file
+from aft_ray.storage.groups.group_table import GroupTable
 from aft_ray.storage.ledger import Ledger
 from aft_ray.storage.records import Candidate, Group, Question, Verdict
 from aft_ray.storage.run_dir import RunDir

@@ -11,7 +11,7 @@ from tiny import tiny_config, tiny_tree
 from aft_ray.config.loader import config_difference
 from aft_ray.config.run import load_config, parse_config
 from aft_ray.run.resume import adopt_config
-from aft_ray.storage.group_files import write_group_file
+from aft_ray.storage.groups.group_files import write_group_file
 from aft_ray.storage.ledger import CheckpointRecord, FailedQuestion, Ledger
 from aft_ray.storage.run_dir import RunDir
 from aft_ray.tasks.dataset import load_tokenizer, questions_of_round, tokenize_split

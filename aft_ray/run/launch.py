@@ -31,7 +31,7 @@ from aft_ray.run.samplers import NoSamplers, RunSamplers
 from aft_ray.sampling.judge_actor import check_judge, start_judge
 from aft_ray.sampling.round import RoundSampling, RunFailed
 from aft_ray.sampling.stream import WrittenGroups, sample_round
-from aft_ray.storage.group_table import GroupTable
+from aft_ray.storage.groups.group_table import GroupTable
 from aft_ray.storage.ledger import Ledger
 from aft_ray.storage.run_dir import CONFIG, LOGS, RunDir
 from aft_ray.tasks.dataset import count_by_task, load_tokenizer, round_shares, tokenize_split

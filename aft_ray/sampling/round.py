@@ -21,8 +21,8 @@ from aft_ray.sampling.adaptive import all_right, longest_streak, questions_to_sk
 from aft_ray.sampling.counts import SampleCounts, count_groups
 from aft_ray.sampling.judge_actor import RemoteJudge
 from aft_ray.sampling.stream import WrittenGroups
-from aft_ray.storage.group_files import write_group_file
-from aft_ray.storage.group_table import GroupTable
+from aft_ray.storage.groups.group_files import write_group_file
+from aft_ray.storage.groups.group_table import GroupTable
 from aft_ray.storage.ledger import Ledger
 from aft_ray.storage.records import Group
 from aft_ray.tasks.dataset import questions_of_round

@@ -30,8 +30,8 @@ from aft_ray.sampling.judge_actor import RemoteJudge
 from aft_ray.sampling.sample_stage import Growth, SampleJob, SampleStage, split_failed
 from aft_ray.sampling.sampler_health import SamplersFailed
 from aft_ray.sampling.sampler_pool import SamplerPool
-from aft_ray.storage.group_files import GroupFile, group_file_from_json, write_group_file
-from aft_ray.storage.group_table import GroupTable
+from aft_ray.storage.groups.group_files import GroupFile, group_file_from_json, write_group_file
+from aft_ray.storage.groups.group_table import GroupTable
 from aft_ray.storage.ledger import FailedQuestion
 from aft_ray.storage.records import Group
 from aft_ray.storage.run_dir import RunDir

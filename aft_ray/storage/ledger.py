@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from aft_ray.storage.committed_files import CommittedFiles
-from aft_ray.storage.group_files import (
+from aft_ray.storage.groups.committed_files import CommittedFiles
+from aft_ray.storage.groups.group_files import (
     GroupFile,
     describe_uncommitted_file,
     group_file_from_json,
@@ -28,8 +28,8 @@ from aft_ray.storage.group_files import (
     read_group_file,
     verify_group_file,
 )
-from aft_ray.storage.id_column import id_column
-from aft_ray.storage.outlines import GroupOutline
+from aft_ray.storage.groups.id_column import id_column
+from aft_ray.storage.groups.outlines import GroupOutline
 from aft_ray.storage.records import Group
 from aft_ray.storage.run_dir import LEDGER, RunDir, RunDirError
 

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 
 from aft_ray.config.run import ConfigError, RunConfig
 from aft_ray.config.tasks import rename_data_keys
-from aft_ray.storage.group_table import GroupTable
+from aft_ray.storage.groups.group_table import GroupTable
 from aft_ray.storage.records import Group, Question
 from aft_ray.storage.run_dir import local_model
 from aft_ray.tasks import Split, Task, build_tasks, load_split

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from aft_ray.storage.group_files import GroupFile, decode_parts, outlines_of_file, read_group_file, read_parts
-from aft_ray.storage.id_column import IdColumn
+from aft_ray.storage.groups.group_files import GroupFile, decode_parts, outlines_of_file, read_group_file, read_parts
+from aft_ray.storage.groups.id_column import IdColumn
+from aft_ray.storage.groups.outlines import GroupOutline
 from aft_ray.storage.ledger import Ledger
-from aft_ray.storage.outlines import GroupOutline
 from aft_ray.storage.records import Group, groups_to_table, table_to_groups
 from aft_ray.training.batching import BatchingError, GroupSize
 

@@ -9,7 +9,7 @@ from aft_ray.config.run import ConfigError, parse_config
 from aft_ray.evaluation.answers import AnsweredQuestion, Response, missing_response
 from aft_ray.evaluation.generations import generations_text, read_generations
 from aft_ray.evaluation.statistics.metrics import measure
-from aft_ray.storage.group_files import write_group_file
+from aft_ray.storage.groups.group_files import write_group_file
 from aft_ray.storage.records import Candidate, Group, Question, Verdict
 from aft_ray.storage.run_dir import RunDir
 

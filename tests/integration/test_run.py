@@ -21,7 +21,7 @@ from aft_ray.run import launch
 from aft_ray.sampling.round import RoundSampling, RunFailed
 from aft_ray.sampling.sampler_pool import SamplerPool
 from aft_ray.sampling.stream import sample_round
-from aft_ray.storage.group_table import GroupTable
+from aft_ray.storage.groups.group_table import GroupTable
 from aft_ray.storage.ledger import Ledger
 from aft_ray.storage.records import Verdict
 from aft_ray.storage.run_dir import RunDir

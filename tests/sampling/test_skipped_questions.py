@@ -12,7 +12,7 @@ from aft_ray.observe.summary import rounds_table, state_lines
 from aft_ray.sampling.counts import count_groups
 from aft_ray.sampling.round import RoundSampling
 from aft_ray.sampling.stream import WrittenGroups
-from aft_ray.storage.group_files import write_group_file
+from aft_ray.storage.groups.group_files import write_group_file
 from aft_ray.storage.ledger import Ledger
 from aft_ray.storage.records import Candidate, Group, Question, Verdict
 from aft_ray.storage.run_dir import RunDir

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from aft_ray.storage.group_files import GroupFile, write_group_file
+from aft_ray.storage.groups.group_files import GroupFile, write_group_file
 from aft_ray.storage.ledger import CheckpointRecord, FailedQuestion, Ledger, SampledRound
 from aft_ray.storage.records import Candidate, Group, Question, Verdict
 from aft_ray.storage.run_dir import RunDir, RunDirError
@@ -472,7 +472,7 @@ TestAnyOrder.settings = settings(
 
 SAMPLE_THE_ROUND = """
 import sys
-from aft_ray.storage.group_files import write_group_file
+from aft_ray.storage.groups.group_files import write_group_file
 from aft_ray.storage.ledger import FailedQuestion, Ledger
 from aft_ray.storage.run_dir import RunDir
 from tests.storage.test_ledger import group

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aft_ray.objectives import build_objective
-from aft_ray.storage import committed_files, group_files
 from aft_ray.storage import ledger as ledger_module
-from aft_ray.storage.group_files import GroupFile, write_group_file
+from aft_ray.storage.groups import committed_files, group_files
+from aft_ray.storage.groups.group_files import GroupFile, write_group_file
+from aft_ray.storage.groups.outlines import outline_of
 from aft_ray.storage.ledger import Ledger
-from aft_ray.storage.outlines import outline_of
 from aft_ray.storage.records import Candidate, Group, Question, Verdict
 from aft_ray.storage.run_dir import RunDir, RunDirError
 from aft_ray.training import round_groups

@@ -30,7 +30,7 @@ from aft_ray.sampling.sample_stage import SampleJob, SampleStage, split_failed
 from aft_ray.sampling.sampler_handles import SamplerHandles
 from aft_ray.sampling.stream import WrittenGroups, data_flow, sampling_spec
 from aft_ray.sampling.version_loading import load_version
-from aft_ray.storage.group_files import GroupFile
+from aft_ray.storage.groups.group_files import GroupFile
 from aft_ray.storage.ledger import FailedQuestion
 from aft_ray.storage.records import Group, groups_to_table
 from aft_ray.storage.run_dir import RunDir

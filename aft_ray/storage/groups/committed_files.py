@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from aft_ray.storage.group_files import GroupFile, group_file_from_json
-from aft_ray.storage.id_column import IdColumn, id_column
+from aft_ray.storage.groups.group_files import GroupFile, group_file_from_json
+from aft_ray.storage.groups.id_column import IdColumn, id_column
 
 # Questions that are looked up in a dictionary before they are merged into the sorted arrays.
 _RECENT = 1 << 14

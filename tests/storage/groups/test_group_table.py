@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aft_ray.storage import group_table
-from aft_ray.storage.group_table import GroupTable
+from aft_ray.storage.groups import group_table
+from aft_ray.storage.groups.group_table import GroupTable
 from aft_ray.storage.records import Candidate, Group, Question, Verdict, groups_to_table, table_to_groups
 from aft_ray.storage.run_dir import RunDirError
 

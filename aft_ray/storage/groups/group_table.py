@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from aft_ray.config.messages import first_line
-from aft_ray.storage.id_column import IdColumn
+from aft_ray.storage.groups.id_column import IdColumn
 from aft_ray.storage.records import GROUP_SCHEMA, Group, groups_to_table, table_to_groups
 from aft_ray.storage.run_dir import RunDirError
 

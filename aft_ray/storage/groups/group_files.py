@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from aft_ray.storage.outlines import GroupOutline, outline_of, outlines_from_json, outlines_to_json
+from aft_ray.storage.groups.outlines import GroupOutline, outline_of, outlines_from_json, outlines_to_json
 from aft_ray.storage.records import Group, groups_to_table, table_to_groups
 from aft_ray.storage.run_dir import RunDir, RunDirError
 
